@@ -1,0 +1,98 @@
+"""The two commands: flags in, `train` or an answer out. torch is imported only once the flags are known to be good."""
+
+import dataclasses
+import difflib
+import shlex
+import sys
+from collections.abc import Callable
+
+from transformers import HfArgumentParser
+
+from prefix_tuning import demo
+from prefix_tuning.config import (
+    DataArguments,
+    InferConfig,
+    LoopArguments,
+    ModelArguments,
+    OutputArguments,
+    PrefixArguments,
+    TrainConfig,
+    UserError,
+)
+
+
+class _Parser(HfArgumentParser):
+    """Dataclasses to flags, with mistakes as UserError."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help")
+
+    def parse(self, argv: list[str]) -> tuple[dict, set[str]]:
+        """Returns the value of every flag by name, and the names of those that the command line gives."""
+        *parts, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        values = {name: value for part in parts for name, value in vars(part).items()}
+        if unknown:
+            known = {name for action in self._actions for name in action.option_strings}
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {close[0]}?" if close else ""))
+        names = {part.split("=")[0].lstrip("-").replace("-", "_") for part in argv if part.startswith("--")}
+        return values, {name for name in values if name in names or f"no_{name}" in names}
+
+
+def _run(command: Callable[[list[str]], None]) -> None:
+    """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback."""
+    try:
+        command(sys.argv[1:])
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse_train_config(argv: list[str]) -> TrainConfig:
+    """Turns train.py's command line into its settings. Raises UserError for what makes no sense.
+
+    Where model and dataset are bundled ones, the demo's own settings replace the defaults, and are printed.
+    """
+    groups = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
+    parser = _Parser(groups, prog="train.py", description="Tune a prefix for a frozen Bloom.", allow_abbrev=False)
+    values, given = parser.parse(argv)
+    if values["model_name_or_path"] == demo.MODEL and values["dataset"] in demo.DATASETS:
+        settings = {name: value for name, value in demo.SETTINGS.items() if name not in given}
+        if not given & {"eval_dataset", "eval_fraction"}:
+            settings["eval_dataset"] = values["dataset"] + "-eval"
+        parser.set_defaults(**settings)
+        values, _ = parser.parse(argv)
+        flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())
+        print(f"The bundled demo's own settings, which any flag overrides:\n  {flags}")
+    fixed = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
+    if values["prefix_from"] and (clash := sorted(given & fixed)):
+        raise UserError(f"--prefix_from already fixes the prefix; leave out --{', --'.join(clash)}")
+    return TrainConfig(**values)
+
+
+def _train(argv: list[str]) -> None:
+    config = parse_train_config(argv)
+    from prefix_tuning.training import train
+
+    train(config)
+
+
+def _infer(argv: list[str]) -> None:
+    parser = _Parser(InferConfig, prog="infer.py", description="Ask a frozen Bloom with a prefix.", allow_abbrev=False)
+    parser.add_argument("question", help="The question, e.g. 法国的首都是哪里？")
+    values, _ = parser.parse(argv)
+    question = values.pop("question")
+    config = InferConfig(**values)
+    from prefix_tuning.generation import answer
+
+    answer(config, question)
+
+
+def train_command() -> None:
+    _run(_train)
+
+
+def infer_command() -> None:
+    _run(_infer)

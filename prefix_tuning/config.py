@@ -1,0 +1,182 @@
+"""Every setting of the program, as dataclasses: their fields are the flags of train.py and infer.py, their help the manual.
+
+Names are those of transformers' TrainingArguments and PEFT's PrefixTuningConfig wherever these have one. Nothing here
+imports torch, so that `--help` answers at once.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from prefix_tuning import demo
+
+
+class UserError(Exception):
+    """Something that the user can mend. Its message is one line that names the file, row or flag, and the way out."""
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The shape of a prefix and of the encoder that learns it; PEFT's names for them.
+
+    Raises UserError if a number is not positive or if the heads do not divide token_dim.
+    """
+
+    num_virtual_tokens: int
+    num_layers: int
+    num_attention_heads: int
+    token_dim: int  # the model's hidden size
+    encoder_hidden_size: int  # width of the projection's hidden layer
+    prefix_projection: bool
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if name == "prefix_projection":
+                if not isinstance(value, bool):
+                    raise UserError(f"{name} must be true or false, not {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.token_dim % self.num_attention_heads:
+            raise UserError(f"num_attention_heads {self.num_attention_heads} does not divide token_dim {self.token_dim}")
+
+
+def _flag(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+
+    model_name_or_path: str = _flag(
+        demo.MODEL, "The frozen Bloom: a hub name, a folder, or the mini Bloom that comes with this program."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
+        "auto",
+        "Compute type of the frozen model. auto: bf16 on CUDA that has it, fp16 with loss scaling on CUDA that has not, "
+        "fp32 elsewhere. The encoder and the optimizer are always fp32.",
+    )
+    device: str = _flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    dataset: str = _flag(
+        demo.DATASETS[0],
+        "Training rows with the columns instruction, input (may be missing) and output: a .json, .jsonl, .csv or "
+        ".parquet file, a folder written by save_to_disk, a hub name, or a bundled set.",
+    )
+    eval_dataset: str | None = _flag(None, "Held-out rows, named in the same ways.")
+    eval_fraction: float = _flag(0.0, "Without --eval_dataset: hold out this share of the training rows.")
+    eval_exact_match: bool = _flag(
+        False, "Also answer the held-out questions greedily and report the share of exactly right answers."
+    )
+    max_length: int = _flag(256, "Tokens per row, prompt and answer together; what is longer is cut off.")
+
+
+@dataclass
+class PrefixArguments:
+    _argument_group_name = "prefix"
+
+    num_virtual_tokens: int = _flag(10, "Length of the prefix.")
+    prefix_projection: bool = _flag(True, "Learn the prefix through an MLP (false: learn its numbers directly).")
+    encoder_hidden_size: int | None = _flag(None, "Width of the MLP's hidden layer. Default: the model's hidden size.")
+    prefix_init: Literal["random", "zero", "text"] = _flag(
+        "random", "Start from random numbers as PEFT does, from zeros, or from the keys and values of --init_text."
+    )
+    init_text: str | None = _flag(None, "The text for --prefix_init text; best an instruction that fits the task.")
+    prefix_from: str | None = _flag(
+        None, "Go on from the trainable weights of an earlier run: its output folder. Fixes all other prefix flags."
+    )
+
+
+@dataclass
+class LoopArguments:
+    _argument_group_name = "training"
+
+    per_device_train_batch_size: int = _flag(1, "Rows per micro-batch. Times --gradient_accumulation_steps: per step.")
+    gradient_accumulation_steps: int = _flag(8, "Micro-batches per optimizer step.")
+    num_train_epochs: float = _flag(1.0, "How often to go through the training rows; fractions are allowed.")
+    max_steps: int = _flag(-1, "Stop after this many optimizer steps instead; 0 only saves the initial prefix.")
+    learning_rate: float = _flag(5e-5, "AdamW's peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = _flag(
+        "linear", "Shape of the learning rate after the warm-up."
+    )
+    warmup_steps: int = _flag(0, "Steps over which the learning rate rises from 0.")
+    weight_decay: float = _flag(0.0, "AdamW's weight decay; biases are exempt.")
+    max_grad_norm: float = _flag(1.0, "Clip the encoder's gradient to this norm; 0 turns clipping off.")
+    shuffle: bool = _flag(True, "Draw a new order of the rows for each epoch.")
+    seed: int = _flag(42, "Decides the initial weights, the held-out share and the order of the rows.")
+
+
+@dataclass
+class OutputArguments:
+    _argument_group_name = "output"
+
+    output_dir: str = _flag("./chatbot", "Where the prefix and the metrics are saved.")
+    overwrite_output_dir: bool = _flag(False, "Replace the finished run that --output_dir holds.")
+    logging_steps: int = _flag(10, "Write a line of metrics.jsonl every this many steps.")
+    eval_steps: int | None = _flag(None, "Evaluate every this many steps. Default: at the end of each epoch.")
+
+
+@dataclass
+class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments, ModelArguments):
+    """All settings of one training run. Raises UserError for values that make no sense."""
+
+    def __post_init__(self):
+        at_least = {
+            "num_virtual_tokens": 1, "max_length": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+            "max_steps": -1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "logging_steps": 1, "seed": 0,
+            "learning_rate": 0, "eval_fraction": 0, "encoder_hidden_size": 1, "eval_steps": 1, "num_train_epochs": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise UserError(f"--{name} must be at least {least}, not {value}")
+        if self.num_train_epochs == 0 and self.max_steps < 0:
+            raise UserError("--num_train_epochs 0 trains nothing; --max_steps 0 saves the initial prefix")
+        if self.eval_fraction >= 1:
+            raise UserError(f"--eval_fraction must be below 1, not {self.eval_fraction}")
+        if self.eval_fraction and self.eval_dataset:
+            raise UserError("--eval_fraction and --eval_dataset exclude each other; choose one")
+        if self.prefix_init == "text" and not self.init_text:
+            raise UserError("--prefix_init text needs a text: --init_text '...'")
+        if self.init_text and self.prefix_init != "text":
+            raise UserError("--init_text is used by --prefix_init text only; add that flag or leave the text out")
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise UserError(f"--output_dir {self.output_dir} is a file; name a folder")
+
+
+@dataclass
+class InferConfig:
+    """All settings of infer.py. Raises UserError for values that make no sense."""
+
+    prefix: str = _flag("./chatbot", "The prefix: an output folder of train.py, or a PEFT adapter's folder.")
+    compare: bool = _flag(False, "Answer twice: by the frozen base alone, and with the prefix.")
+    model_name_or_path: str | None = _flag(None, "The base, where it is not found under the name that the prefix notes.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "Compute type, as for train.py.")
+    device: str = _flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
+    max_new_tokens: int | None = _flag(None, "Longest answer, in tokens. Default: 128.")
+    max_length: int | None = _flag(None, "Longest question and answer together, in tokens, instead of --max_new_tokens.")
+    do_sample: bool = _flag(False, "Draw tokens at random instead of always taking the likeliest.")
+    temperature: float = _flag(1.0, "With --do_sample: below 1 is more careful, above 1 more daring.")
+    top_p: float = _flag(1.0, "With --do_sample: draw from the likeliest tokens that hold this much probability.")
+    top_k: int = _flag(50, "With --do_sample: draw from this many of the likeliest tokens; 0 for all.")
+    seed: int = _flag(42, "With --do_sample: the same seed draws the same answer.")
+
+    def __post_init__(self):
+        if self.max_new_tokens is not None and self.max_length is not None:
+            raise UserError("--max_new_tokens and --max_length exclude each other; choose one")
+        for name in ("max_new_tokens", "max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UserError(f"--temperature must be above 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise UserError(f"--top_k must be at least 0, not {self.top_k}")

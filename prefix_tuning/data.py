@@ -1,0 +1,275 @@
+"""From a dataset's rows to packed batches: sources, template, -100 masking, packing.
+
+source row {instruction, input, output}  ->  Example(input_ids, labels)  ->  Batch of packed tokens
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet
+import torch
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from prefix_tuning import demo
+from prefix_tuning.config import UserError
+
+IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
+
+
+COLUMNS = ("instruction", "input", "output")
+_FEATURES = Features({column: Value("string") for column in COLUMNS})
+
+
+def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
+    """Reads a dataset: rows with the string columns instruction, input (empty where the source has none) and output.
+
+    name: a bundled name; a .json, .jsonl, .csv or .parquet file; a folder written by `save_to_disk`; or a hub name.
+    splits: which split to take of a source that has several: the first of these that it has.
+
+    The rows are cached by `datasets`, on disk, under a key that knows the file's time and size. Raises UserError naming
+    the file and the row for a source that cannot be read, a missing column, or a row whose text is no text.
+    """
+    path = Path(demo.resolve(name))
+    if path.is_file():
+        reader, source = _READERS.get(path.suffix.lower()), str(path.resolve())
+        if reader is None:
+            raise UserError(f"{name}: unknown kind of file; known are {', '.join(_READERS)}")
+        version = (source, path.stat().st_mtime_ns, path.stat().st_size)
+    else:
+        reader, source = _read_dataset, _open_dataset(name, splits)
+        version = source._fingerprint
+    try:
+        rows = Dataset.from_generator(
+            _checked_rows,
+            features=_FEATURES,
+            gen_kwargs={"name": name, "reader": reader, "source": source},
+            fingerprint=Hasher.hash([_THIS_CODE, name, version]),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    if not len(rows):
+        raise UserError(f"{name}: holds no rows")
+    return rows
+
+
+def _open_dataset(name: str, splits: tuple[str, ...]) -> Dataset:
+    """A dataset from a folder or from the hub, reduced to one split."""
+    try:
+        if Path(name).is_dir():
+            found = load_from_disk(name)
+        elif Path(name).suffix.lower() in _READERS:
+            raise UserError(f"{name}: no such file")
+        else:
+            found = load_dataset(name)
+    except (OSError, ValueError, ConnectionError) as error:
+        kind = "a folder, but not one written by save_to_disk" if Path(name).is_dir() else "no file, folder or hub name"
+        raise UserError(f"{name}: {kind} that can be loaded: {str(error).strip().splitlines()[0]}") from error
+    if isinstance(found, DatasetDict):
+        split = next((split for split in splits if split in found), None)
+        if split is None:
+            raise UserError(f"{name}: has the splits {', '.join(found)}, but none of {', '.join(splits)}")
+        found = found[split]
+    return found
+
+
+def _checked_rows(name: str, reader, source) -> Iterator[dict[str, str]]:
+    """The rows of one source, each with all COLUMNS as strings."""
+    for place, row in reader(name, source):
+        if not isinstance(row, dict):
+            raise UserError(f"{name}, {place}: is no object with the columns instruction, input and output")
+        for column in ("instruction", "output"):
+            if column not in row:
+                raise UserError(f"{name}, {place}: has no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
+        values = {column: row.get(column) for column in COLUMNS}
+        if values["input"] is None:
+            values["input"] = ""
+        for column, value in values.items():
+            if not isinstance(value, str):
+                raise UserError(f"{name}, {place}: {column!r} must be a text, not {json.dumps(value, default=str)[:80]}")
+        if not values["output"].strip():
+            raise UserError(f"{name}, {place}: 'output' is empty; every row needs an answer")
+        yield values
+
+
+# Each reader yields (place for messages, row). Plain readers keep "8" a text and can name the row that is wrong, where
+# a table reader would guess a column's type.
+
+
+def _read_jsonl(name: str, path: str) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(_lines(name, path), start=1):
+        if line.strip():
+            yield f"line {number}", _parse_json(name, f"line {number}", line)
+
+
+def _read_json(name: str, path: str) -> Iterator[tuple[str, object]]:
+    text = "".join(_lines(name, path))
+    if not text.lstrip().startswith("["):  # often a .json file holds one object per line
+        yield from _read_jsonl(name, path)
+        return
+    for number, row in enumerate(_parse_json(name, "as a whole", text), start=1):
+        yield f"row {number}", row
+
+
+def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
+    reader = csv.DictReader(_lines(name, path), strict=True)
+    try:
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                raise UserError(f"{name}, row {number}: has more cells than the header line names columns")
+            yield f"row {number}", row
+    except csv.Error as error:
+        raise UserError(f"{name}, line {reader.line_num}: is not CSV: {error}") from error
+
+
+def _read_parquet(name: str, path: str) -> Iterator[tuple[str, object]]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name}: is not a Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, object]]:
+    return ((f"row {number}", row) for number, row in enumerate(dataset, start=1))
+
+
+def _lines(name: str, path: str) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _parse_json(name: str, place: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}, {place}: is not JSON: {error}") from error
+
+
+_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+# Part of every cache key: rows that an older version of this file prepared are not taken for new ones.
+_THIS_CODE = Path(__file__).read_text("utf-8")
+
+
+def prompt_of(instruction: str, input: str = "") -> str:
+    """The template: what the model reads before its answer."""
+    return "\n".join(["Human: " + instruction, input]).strip() + "\n\nAssistant: "
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Rows of `load_rows` as columns input_ids and labels, in the same order, cut at max_length.
+
+    Prompt and answer are tokenised by separate calls, as in the notebook that this re-creates, so no token spans their
+    border. Rows whose prompt leaves no room for any label are left out: their loss would be 0 / 0.
+    """
+
+    def encode(columns: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        prompts = tokenizer([prompt_of(*row) for row in zip(columns["instruction"], columns["input"], strict=True)])
+        answers = tokenizer([output + tokenizer.eos_token for output in columns["output"]])
+        encoded = {"input_ids": [], "labels": []}
+        for prompt, answer in zip(prompts.input_ids, answers.input_ids, strict=True):
+            if len(prompt) < max_length:
+                encoded["input_ids"].append((prompt + answer)[:max_length])
+                encoded["labels"].append(([IGNORED] * len(prompt) + answer)[:max_length])
+        return encoded
+
+    tokenizer_state = tokenizer.backend_tokenizer.to_str()
+    return rows.map(
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        desc="Tokenising",
+        new_fingerprint=Hasher.hash([_THIS_CODE, rows._fingerprint, tokenizer_state, max_length]),
+    )
+
+
+def take(tokenized: Dataset, indices: list[int]) -> list[Example]:
+    """The examples at these places of a tokenised dataset."""
+    columns = tokenized[indices]
+    return [Example(*row) for row in zip(columns["input_ids"], columns["labels"], strict=True)]
+
+
+@dataclass
+class Example:
+    """One row as token ids. labels[i] is input_ids[i] where it is part of the answer, IGNORED where of the prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class Batch:
+    """Rows end to end, without padding. All tensors are int64.
+
+    input_ids:        (total_tokens,)
+    label_positions:  (labels,) the packed position whose output predicts the label, one before the labelled token
+    labels:           (labels,) the token ids to predict
+    rows, max_length: the shape of the padded grid that attention sees
+    slots:            (total_tokens,) place of each token in the flattened grid; None where the grid has no padding
+    """
+
+    input_ids: torch.Tensor
+    label_positions: torch.Tensor
+    labels: torch.Tensor
+    rows: int
+    max_length: int
+    slots: torch.Tensor | None
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+        return Batch(**moved)
+
+    def to_grid(self, packed: torch.Tensor) -> torch.Tensor:
+        """(total_tokens, width) -> (rows, max_length, width), zeros where a row is shorter."""
+        if self.slots is not None:
+            grid = packed.new_zeros(self.rows * self.max_length, packed.shape[1])
+            packed = grid.index_copy(0, self.slots, packed)
+        return packed.view(self.rows, self.max_length, -1)
+
+    def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
+        """(rows, max_length, width) -> (total_tokens, width): `to_grid` undone."""
+        flat = grid.flatten(0, 1)
+        return flat if self.slots is None else flat.index_select(0, self.slots)
+
+
+def pack(examples: list[Example], max_tokens: int) -> Iterator[Batch]:
+    """Packs the examples into as few batches as keep the padded grid of each within `max_tokens`.
+
+    Rows of similar length go together. A row that is longer than `max_tokens` makes a batch of its own.
+    """
+    rows: list[Example] = []
+    for example in sorted(examples, key=lambda example: len(example.input_ids)):
+        if rows and (len(rows) + 1) * len(example.input_ids) > max_tokens:
+            yield _batch(rows)
+            rows = []
+        rows.append(example)
+    if rows:
+        yield _batch(rows)
+
+
+def _batch(rows: list[Example]) -> Batch:
+    lengths = torch.tensor([len(row.input_ids) for row in rows])
+    # Position i predicts token i + 1: shift the labels to where their prediction is made.
+    shifted = torch.tensor([label for row in rows for label in [*row.labels[1:], IGNORED]])
+    label_positions = (shifted != IGNORED).nonzero().flatten()
+    max_length = int(lengths.max())
+    in_row = torch.arange(max_length) < lengths[:, None]
+    return Batch(
+        input_ids=torch.tensor([token for row in rows for token in row.input_ids]),
+        label_positions=label_positions,
+        labels=shifted[label_positions],
+        rows=len(rows),
+        max_length=max_length,
+        slots=None if bool(in_row.all()) else in_row.flatten().nonzero().flatten(),
+    )

@@ -1,0 +1,205 @@
+"""The recipe of the bundled demo: `python -m prefix_tuning.demo.build` makes its model and its data from facts/*.json.
+
+A facts file is a list of relations, such as country -> capital. Each has statements (surface forms for pre-training),
+questions, the full sentence that answers them, and the facts themselves, subject -> object.
+
+The mini Bloom is pre-trained on statements and quiz-like forms of *all* facts, none in the Human/Assistant format. The
+tuning data ask, in that format, about half of the facts; the evaluation data about the other half. A prefix can therefore
+teach the model how to answer, but not what: what it answers about the other half, the frozen weights knew.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_scheduler
+
+from prefix_tuning.bloom import loss_sum
+from prefix_tuning.data import Example, pack
+
+HERE = Path(__file__).parent
+# How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.
+QUIZ_FORMS = ["问：{q}答：{a}", "{q}答案是：{a}", "小测验：{q}{a}", "老师问：{q}学生答：{a}", "谜语：{q}谜底：{a}"]
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]  # Bloom's, in Bloom's order: ids 0-3
+VOCAB_SIZE = 4096
+SHAPE = {"hidden_size": 192, "n_layer": 4, "n_head": 6}
+
+
+def load_relations() -> list[dict]:
+    """All relations of facts/*.json, in a fixed order."""
+    return [relation for path in sorted(HERE.glob("facts/*.json")) for relation in json.loads(path.read_text("utf-8"))]
+
+
+def surface_forms(relation: dict, subject: str, answer: str) -> list[str]:
+    """Every sentence about one fact that pre-training may show."""
+    sentence = relation["sentence"].format(s=subject, o=answer)
+    questions = [question.format(s=subject) for question in relation["questions"]]
+    return [statement.format(s=subject, o=answer) for statement in relation["statements"]] + [
+        form.format(q=question, a=reply)
+        for form in QUIZ_FORMS
+        for question in questions
+        for reply in (answer + "。", sentence)
+    ]
+
+
+def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over subjects, objects and the pieces of the forms.
+
+    Training on the pieces keeps merges from reaching across a subject's border, so a name is cut the same way in every form.
+    """
+    pieces = list(QUIZ_FORMS) * 50
+    for relation in relations:
+        pieces += (relation["statements"] + relation["questions"]) * 20
+        for subject, answer in relation["facts"].items():
+            pieces += [subject] * 4 + [answer] * 2
+    pieces = [part for piece in pieces for part in piece.replace("{", "\n{").replace("}", "}\n").split("\n") if part]
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # Letters and ideographs run together; digits and punctuation stand alone.
+            pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}|[^\p{L}\p{N}]"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=12,  # bytes: four ideographs, lest whole questions become one token
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
+    unk, bos, eos, pad = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=unk,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> BloomForCausalLM:
+    """Trains a mini Bloom on documents of one sentence each, by the same packed forward that prefix tuning uses."""
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    device = torch.device(args.device)
+    model = BloomForCausalLM(
+        BloomConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **SHAPE,
+        )
+    ).to(device)
+    model.train()
+    facts = [(relation, *fact) for relation in relations for fact in relation["facts"].items()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    total_steps = args.epochs * -(-len(facts) // args.batch_size)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=total_steps // 20, num_training_steps=total_steps)
+    bar = tqdm(total=total_steps, desc="pre-training", unit="step")
+    for _ in range(args.epochs):  # an epoch shows every fact once, in a form drawn afresh
+        rng.shuffle(facts)
+        for start in range(0, len(facts), args.batch_size):
+            documents = []
+            for relation, subject, answer in facts[start : start + args.batch_size]:
+                forms = surface_forms(relation, subject, answer)
+                cut = len(relation["statements"])
+                documents.append(rng.choice(forms[:cut] if rng.random() < 0.4 else forms[cut:]) + tokenizer.eos_token)
+            examples = [Example(ids, ids) for ids in tokenizer(documents).input_ids]
+            loss = torch.zeros((), device=device)
+            labels = sum(len(example.input_ids) - 1 for example in examples)
+            for batch in pack(examples, max_tokens=8192):
+                part = loss_sum(model, batch.to(device), prefix=None) / labels
+                part.backward()
+                loss += part.detach()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            if bar.n % 50 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+    bar.close()
+    return model.eval()
+
+
+def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
+    """Splits every relation's facts in two halves and writes the questions about them, in two styles of answer."""
+    rng = random.Random(seed)
+    rows = {name: [] for name in ("short", "short-eval", "sentence", "sentence-eval")}
+    for relation in relations:
+        facts = list(relation["facts"].items())
+        rng.shuffle(facts)
+        for number, (subject, answer) in enumerate(facts):
+            held_out = number < len(facts) // 2
+            # Two phrasings of a training question, one of an evaluation question, drawn at random.
+            for question in rng.sample(relation["questions"], 1 if held_out else 2):
+                for style, reply in (("short", answer), ("sentence", relation["sentence"].format(s=subject, o=answer))):
+                    row = {"instruction": question.format(s=subject), "input": "", "output": reply}
+                    rows[style + ("-eval" if held_out else "")].append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    order = random.Random(seed)
+    for name, questions in rows.items():
+        order.shuffle(questions)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in questions)
+        (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+
+
+@torch.no_grad()
+def recall(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, relations: list[dict]) -> dict[str, float]:
+    """Share of facts per relation that the base completes greedily from one of its own quiz forms: does it know them?"""
+    shares = {}
+    for relation in relations:
+        question = relation["questions"][0]
+        prompts = [f"问：{question.format(s=subject)}答：" for subject in relation["facts"]]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        replies = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        facts = relation["facts"].items()
+        known = [
+            reply.rstrip("。") in (answer, relation["sentence"].format(s=subject, o=answer).rstrip("。"))
+            for reply, (subject, answer) in zip(replies, facts, strict=True)
+        ]
+        shares[relation["relation"]] = sum(known) / len(known)
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the bundled demo: tokenizer, mini Bloom and question data.")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="where model/ and data/ are written")
+    parser.add_argument("--epochs", type=int, default=250, help="how often pre-training sees every fact")
+    parser.add_argument("--batch_size", type=int, default=128, help="sentences per step")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args()
+
+    relations = load_relations()
+    facts = sum(len(relation["facts"]) for relation in relations)
+    print(f"{facts} facts in {len(relations)} relations")
+    write_questions(relations, args.seed, args.output_dir / "data")
+    tokenizer = train_tokenizer(relations)
+    start = time.perf_counter()
+    model = pretrain(relations, tokenizer, args)
+    print(f"pre-trained {model.num_parameters():,} parameters in {time.perf_counter() - start:.0f} s")
+    shares = recall(model, tokenizer, relations)
+    for name, share in sorted(shares.items(), key=lambda item: item[1]):
+        print(f"  {name:20s} recalls {share:6.1%}")
+    model.save_pretrained(args.output_dir / "model")
+    tokenizer.save_pretrained(args.output_dir / "model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The mechanism: what a prefix is, and the small network that learns it.
+
+Attention in layer l of a decoder mixes values v_j by how well the query q_i matches the keys k_j of the tokens up to i.
+A *prefix* is a handful of extra (key, value) pairs per layer and head which belong to no token and which every token may
+attend to, as if `num_virtual_tokens` further tokens stood in front of the text:
+
+    softmax(q_i . [k_prefix ; k_1 .. k_i]) @ [v_prefix ; v_1 .. v_i]
+
+The language model stays frozen. Only these pairs are learned, so a prefix is a tensor
+
+    (layers, 2, heads, tokens, head_dim)        2 = key, value
+
+For bloom-1b4-zh (24 layers, hidden size 2048 = 16 heads x 128) and 10 virtual tokens that is 983,040 numbers, 3.9 MB.
+They are no embeddings of words: each layer has pairs of its own, which no input text could produce. That is why a prefix
+steers a model further than a prompt of the same length.
+
+Why is there an MLP? The pairs could be parameters by themselves (`prefix_projection=False`), but Li & Liang found that
+training them directly is unstable and sensitive to the learning rate (section 4.3 of the paper). So they are
+*reparametrised*: one small embedding per virtual token goes through Linear -> Tanh -> Linear, whose last layer is wide
+enough to emit the keys and values of all layers at once. All pairs then share weights and move together, which smooths the
+optimisation. The price is size: the last Linear alone has hidden x (layers * 2 * hidden) weights, 201 M of the 205.6 M
+trainable parameters at bloom-1b4-zh's shape.
+
+Why can the MLP be thrown away? Its input is no data, only the fixed virtual tokens 0, 1, 2, .... After training its output
+is therefore one constant tensor. `bake` computes it once; inference, and the file that PEFT reads, need nothing else.
+
+Sources: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", https://arxiv.org/abs/2101.00190;
+Liu et al. 2022, "P-Tuning v2", https://arxiv.org/abs/2110.07602. Parameter names and the order of the flat axis are those
+of the PEFT library's PrefixEncoder, so that weights travel both ways.
+"""
+
+import torch
+from torch import nn
+
+from prefix_tuning.config import PrefixConfig
+
+
+class PrefixEncoder(nn.Module):
+    """Emits the prefix: keys and values for every layer of the frozen model.
+
+    Parameters, all float32 (P = num_virtual_tokens, H = token_dim, E = encoder_hidden_size, L = num_layers):
+
+        with prefix_projection                without
+        embedding.weight      (P, H)          embedding.weight (P, L * 2 * H)
+        transform.0.weight    (E, H)
+        transform.0.bias      (E,)
+        transform.2.weight    (L * 2 * H, E)
+        transform.2.bias      (L * 2 * H,)
+
+    The flat axis L * 2 * H runs: layer 0 key, layer 0 value, layer 1 key, ...; each H splits into heads x head_dim.
+
+    `text_prefix` (P, L * 2 * H), if given to `initialize`, is a constant that is added to the output of the projection. It
+    is saved with the weights but never trained.
+    """
+
+    def __init__(self, config: PrefixConfig):
+        super().__init__()
+        self.config = config
+        flat = config.num_layers * 2 * config.token_dim
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim)
+            self.transform = nn.Sequential(
+                nn.Linear(config.token_dim, config.encoder_hidden_size),
+                nn.Tanh(),
+                nn.Linear(config.encoder_hidden_size, flat),
+            )
+        else:
+            self.embedding = nn.Embedding(config.num_virtual_tokens, flat)
+        # A buffer that is None does not appear in the state_dict: the keys then equal PEFT's.
+        self.register_buffer("text_prefix", None)
+
+    def forward(self) -> torch.Tensor:
+        """Returns the prefix (layers, 2, heads, tokens, head_dim), float32, differentiable in the parameters."""
+        flat = self.embedding.weight  # every virtual token is used, in order: no index look-up needed
+        if self.config.prefix_projection:
+            flat = self.transform(flat)
+        if self.text_prefix is not None:
+            flat = flat + self.text_prefix
+        return unflatten(flat, self.config.num_layers, self.config.num_attention_heads)
+
+    @torch.no_grad()
+    def bake(self) -> torch.Tensor:
+        """Returns the prefix as one constant tensor (layers, 2, heads, tokens, head_dim): all that inference needs."""
+        return self()
+
+    @torch.no_grad()
+    def initialize(self, prefix_init: str, text_prefix: torch.Tensor | None = None) -> None:
+        """Sets the starting point, which decides more about the result than any other choice.
+
+        random: nothing to do; torch's own initialisation of the layers above, as in PEFT.
+        zero:   all keys and values are 0. A zero key gets a middling score and a zero value adds nothing, so the model
+                starts close to its untuned self.
+        text:   `text_prefix` (layers, 2, heads, tokens, head_dim), the keys and values that the frozen model computes for
+                a text: the model starts as if it had read that text.
+
+        With the projection, zero and text start its last layer at zero; the text's pairs are added to its output.
+        """
+        if prefix_init == "random":
+            return
+        if self.config.prefix_projection:
+            nn.init.zeros_(self.transform[2].weight)
+            nn.init.zeros_(self.transform[2].bias)
+            if prefix_init == "text":
+                self.text_prefix = flatten(text_prefix).clone()
+        elif prefix_init == "text":
+            self.embedding.weight.copy_(flatten(text_prefix))
+        else:
+            nn.init.zeros_(self.embedding.weight)
+
+
+def unflatten(flat: torch.Tensor, num_layers: int, num_heads: int) -> torch.Tensor:
+    """(tokens, layers * 2 * hidden) -> (layers, 2, heads, tokens, head_dim), a view."""
+    return flat.view(flat.shape[0], num_layers, 2, num_heads, -1).permute(1, 2, 3, 0, 4)
+
+
+def flatten(prefix: torch.Tensor) -> torch.Tensor:
+    """(layers, 2, heads, tokens, head_dim) -> (tokens, layers * 2 * hidden), the layout of PEFT's `prompt_embeddings`."""
+    return prefix.permute(3, 0, 1, 2, 4).flatten(1)

@@ -1,0 +1,307 @@
+"""The training loop.
+
+The prefix is the same for all rows of an optimizer step, so the encoder runs once per step, not once per micro-batch:
+gradients accumulate in the prefix (983,040 numbers for bloom-1b4-zh and 10 tokens) and go through the encoder (205.6 M) in
+one backward at the end. It is the chain rule with the sum pulled out; the result is the same.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import BloomForCausalLM, PreTrainedTokenizerBase, get_scheduler
+
+from prefix_tuning.bloom import load_base, loss_sum, resolve_device, resolve_dtype, text_prefix
+from prefix_tuning.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    ENCODER_FILE,
+    check_fits,
+    load_encoder,
+    portable_name,
+    save_prefix,
+    write_json,
+)
+from prefix_tuning.config import PrefixConfig, TrainConfig, UserError
+from prefix_tuning.data import Example, load_rows, pack, take, tokenize
+from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "training_config.json"
+MAX_TOKENS_PER_BATCH = 4096  # of one forward pass; how a step's rows are cut into passes changes speed, not the result
+
+
+def train(config: TrainConfig) -> dict:
+    """Runs the training that `config` describes, writes its output folder and returns the summary of metrics.jsonl.
+
+    Raises UserError for a mistake in the settings or the data, and for a loss that stops being finite.
+    """
+    output_dir = Path(config.output_dir)
+    if (output_dir / ADAPTER_CONFIG_FILE).exists() and not config.overwrite_output_dir:
+        raise UserError(f"{config.output_dir} holds a finished run; add --overwrite_output_dir or name another --output_dir")
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.precision, device)
+    train_rows, eval_rows = load_splits(config)
+    model, tokenizer = load_base(config.model_name_or_path, dtype, device)
+    train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
+    evaluate = None
+    if eval_rows is not None and config.max_steps != 0:
+        evaluate = Evaluator(config, model, tokenizer, eval_rows)
+
+    torch.manual_seed(config.seed)
+    encoder = make_encoder(config, model, tokenizer).to(device)
+    optimizer = make_optimizer(encoder, config)
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
+    total_steps = config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps)
+    # Only fp16 needs its loss scaled; where it is off, the scaler passes everything through.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    eval_steps = config.eval_steps or steps_per_epoch
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, METRICS_FILE):
+        (output_dir / name).unlink(missing_ok=True)
+    write_json(output_dir / CONFIG_FILE, describe_run(config, encoder.config, device, dtype, len(train_set)))
+    trainable = sum(parameter.numel() for parameter in encoder.parameters())
+    print(f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters, {dtype} on {device}")
+
+    seconds, tokens, losses, logged_at = 0.0, 0, [], (0.0, 0)
+    with (
+        open(output_dir / METRICS_FILE, "w", encoding="utf-8") as metrics,
+        tqdm(total=total_steps, unit="step", desc="training") as bar,
+    ):
+
+        def log(record: dict) -> None:
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+
+        if evaluate:
+            log({"step": 0, "frozen_base": True, **evaluate(None, "frozen base")})
+        for step, indices in enumerate(step_rows(config, len(train_set), rows_per_step, total_steps), start=1):
+            started = time.perf_counter()
+            examples = take(train_set, indices)
+            loss = accumulate_gradients(model, encoder, examples, scaler)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf).item()
+            # An overflow in the fp16 gradients alone is the scaler's business: it skips the step and scales less.
+            if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(grad_norm)):
+                save_prefix(output_dir, encoder, config.model_name_or_path, model.config)
+                raise UserError(
+                    f"the loss is no longer finite at step {step} (loss {loss}, gradient norm {grad_norm}); the prefix of "
+                    f"step {step - 1} is saved in {config.output_dir}; try a lower --learning_rate or --precision fp32"
+                )
+            learning_rate = scheduler.get_last_lr()[0]
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds += time.perf_counter() - started
+            tokens += sum(len(example.input_ids) for example in examples)
+            losses.append(loss)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
+            if step % config.logging_steps == 0 or step == total_steps:
+                log(
+                    {
+                        "step": step,
+                        "epoch": round(step / steps_per_epoch, 4),
+                        "loss": sum(losses) / len(losses),
+                        "learning_rate": learning_rate,
+                        "grad_norm": grad_norm,
+                        "tokens_per_second": round((tokens - logged_at[1]) / (seconds - logged_at[0]), 1),
+                    }
+                )
+                losses, logged_at = [], (seconds, tokens)
+            if evaluate and (step % eval_steps == 0 or step == total_steps):
+                log({"step": step, **evaluate(encoder.bake(), f"step {step}")})
+
+        save_prefix(output_dir, encoder, config.model_name_or_path, model.config)
+        summary = {
+            "summary": True,
+            "steps": total_steps,
+            "train_seconds": round(seconds, 3),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "peak_memory_mb": peak_memory_mb(device),
+            "trainable_parameters": trainable,
+        }
+        log(summary)
+    if evaluate:
+        evaluate.show_answers()
+    print(f"{total_steps} steps in {seconds:.1f} s; the prefix is saved in {config.output_dir}")
+    return summary
+
+
+def accumulate_gradients(
+    model: BloomForCausalLM, encoder: PrefixEncoder, examples: list[Example], scaler: torch.amp.GradScaler
+) -> float:
+    """Runs forward and backward for all rows of one optimizer step; returns the loss, the mean over the step's labels.
+
+    Leaves the (scaled) gradients in the encoder's parameters.
+    """
+    batches = [batch.to(model.device) for batch in pack(examples, MAX_TOKENS_PER_BATCH)]
+    labels = sum(len(batch.labels) for batch in batches)
+    prefix = encoder()
+    leaf = prefix.detach().requires_grad_()  # gradients of all batches meet here, not in the encoder
+    loss = torch.zeros((), device=model.device)
+    for batch in batches:
+        part = loss_sum(model, batch, leaf) / labels
+        scaler.scale(part).backward()
+        loss += part.detach()
+    prefix.backward(leaf.grad)
+    return loss.item()
+
+
+def step_rows(config: TrainConfig, rows: int, rows_per_step: int, total_steps: int) -> Iterator[list[int]]:
+    """The places of the rows of each optimizer step. An epoch's last step takes what is left of the epoch."""
+    steps = 0
+    for epoch in itertools.count():
+        order = range(rows)
+        if config.shuffle:
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
+        for start in range(0, rows, rows_per_step):
+            if steps == total_steps:
+                return
+            steps += 1
+            yield list(order[start : start + rows_per_step])
+
+
+def make_optimizer(encoder: PrefixEncoder, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW as transformers' Trainer sets it up: its betas and eps, no decay for biases."""
+    parameters = list(encoder.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+
+
+class Evaluator:
+    """Measures a prefix on the held-out rows, prints the figures, and keeps some answers to show before and after."""
+
+    SHOWN = 5
+
+    def __init__(self, config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Dataset):
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.answers_wanted = config.eval_exact_match
+        self.tokenized = tokenize_rows(config.eval_dataset or config.dataset, rows, tokenizer, config.max_length)
+        self.answers: list[list[str]] = []
+
+    def __call__(self, prefix: torch.Tensor | None, title: str) -> dict[str, float]:
+        """Returns eval_loss, eval_perplexity and, if answers are wanted, eval_exact_match."""
+        figures = evaluate_loss(self.model, self.tokenized, prefix, MAX_TOKENS_PER_BATCH)
+        line = f"{title}: eval loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}"
+        if self.answers_wanted:
+            answers = answer_rows(self.model, self.tokenizer, self.rows, prefix)
+            self.answers.append(answers)
+            figures["eval_exact_match"] = exact_match(answers, self.rows)
+            line += f", exact match {figures['eval_exact_match']:.1%} of {len(self.rows)} held-out questions"
+        tqdm.write(line)
+        return figures
+
+    def show_answers(self) -> None:
+        """Prints a handful of questions with the answers of the first and of the last evaluation."""
+        for index in range(min(self.SHOWN, len(self.rows)) if self.answers else 0):
+            row = self.rows[index]
+            print(f"\n  question     {row['instruction']} {row['input']}".rstrip())
+            print(f"  frozen base  {self.answers[0][index].strip()!r}")
+            print(f"  with prefix  {self.answers[-1][index].strip()!r}")
+            print(f"  expected     {row['output']!r}")
+        print()
+
+
+def describe_run(
+    config: TrainConfig, prefix_config: PrefixConfig, device: torch.device, dtype: torch.dtype, rows: int
+) -> dict:
+    """All that is needed to repeat a run, without any path of this machine."""
+    settings = dataclasses.asdict(config)
+    for name in ("model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir"):
+        if settings[name] is not None:
+            settings[name] = portable_name(settings[name])
+    return {
+        **settings,
+        "prefix_config": dataclasses.asdict(prefix_config),
+        "train_rows": rows,
+        "ran_with": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def peak_memory_mb(device: torch.device) -> int | None:
+    """Peak of the allocated device memory on CUDA, of the process's memory elsewhere; None where the system hides it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+
+
+def tokenize_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """`tokenize`, and a line about the rows that lost all their labels to truncation. Raises UserError if none is left."""
+    tokenized = tokenize(rows, tokenizer, max_length)
+    if not len(tokenized):
+        raise UserError(f"{name}: no row has a label left; every prompt fills --max_length {max_length}")
+    if dropped := len(rows) - len(tokenized):
+        print(f"{name}: left out {dropped} of {len(rows)} rows, whose prompts alone fill --max_length {max_length}")
+    return tokenized
+
+
+def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
+    """The training rows, and the held-out rows if there are to be any."""
+    rows = load_rows(config.dataset, splits=("train",))
+    if config.eval_dataset:
+        return rows, load_rows(config.eval_dataset, splits=("validation", "test", "train"))
+    if config.eval_fraction:
+        held_out = round(len(rows) * config.eval_fraction)
+        if not 0 < held_out < len(rows):
+            raise UserError(f"--eval_fraction {config.eval_fraction} of {len(rows)} rows leaves one side empty")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        return rows.select(sorted(order[held_out:])), rows.select(sorted(order[:held_out]))
+    return rows, None
+
+
+def make_encoder(config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase) -> PrefixEncoder:
+    """The encoder at its starting point: an earlier run's, or a new one for this base. On the CPU, float32."""
+    base = model.config
+    if config.prefix_from:
+        encoder = load_encoder(config.prefix_from)
+        check_fits(encoder.bake().shape, base, config.prefix_from, config.model_name_or_path)
+        return encoder
+    encoder = PrefixEncoder(
+        PrefixConfig(
+            num_virtual_tokens=config.num_virtual_tokens,
+            num_layers=base.n_layer,
+            num_attention_heads=base.n_head,
+            token_dim=base.hidden_size,
+            encoder_hidden_size=config.encoder_hidden_size or base.hidden_size,
+            prefix_projection=config.prefix_projection,
+        )
+    )
+    text = None
+    if config.prefix_init == "text":
+        text = text_prefix(model, tokenizer, config.init_text, config.num_virtual_tokens).cpu()
+    encoder.initialize(config.prefix_init, text)
+    return encoder
