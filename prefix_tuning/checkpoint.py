@@ -49,34 +49,36 @@ def portable_name(name: str) -> str:
     return path.resolve().name if path.exists() or path.is_absolute() else name
 
 
-def save_prefix(folder: Path, encoder: PrefixEncoder, base_name: str, base_config: BloomConfig) -> None:
-    """Writes the encoder's weights, and its baked prefix in PEFT's format, into an existing folder."""
-    config = dataclasses.asdict(encoder.config)
-    base = {
-        "name_or_path": portable_name(base_name),
-        **{key: getattr(base_config, key) for key in ("hidden_size", "n_layer", "n_head", "vocab_size")},
+def save_encoder(folder: Path, encoder: PrefixEncoder, base_name: str, base_config: BloomConfig) -> None:
+    """Writes the trainable weights, with the shape of the prefix and of its base in the metadata."""
+    base = {key: getattr(base_config, key) for key in ("hidden_size", "n_layer", "n_head", "vocab_size")}
+    metadata = {
+        "format": "pt",
+        "prefix_config": json.dumps(dataclasses.asdict(encoder.config)),
+        "base_model": json.dumps({"name_or_path": portable_name(base_name), **base}),
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    metadata = {"format": "pt", "prefix_config": json.dumps(config), "base_model": json.dumps(base)}
     with replacing(folder / ENCODER_FILE) as draft:
         save_file(weights, draft, metadata)
+
+
+def save_adapter(folder: Path, prefix: torch.Tensor, config: PrefixConfig, base_name: str) -> None:
+    """Writes a baked prefix (layers, 2, heads, tokens, head_dim) as PEFT stores it."""
     with replacing(folder / ADAPTER_FILE) as draft:
-        save_file({"prompt_embeddings": flatten(encoder.bake()).cpu().contiguous()}, draft, {"format": "pt"})
-    write_json(
-        folder / ADAPTER_CONFIG_FILE,
-        {
-            "peft_type": "PREFIX_TUNING",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base["name_or_path"],
-            "inference_mode": True,
-            "num_transformer_submodules": 1,
-            **config,
-        },
-    )
+        save_file({"prompt_embeddings": flatten(prefix).cpu().contiguous()}, draft, {"format": "pt"})
+    description = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": portable_name(base_name),
+        "inference_mode": True,
+        "num_transformer_submodules": 1,
+        **dataclasses.asdict(config),
+    }
+    write_json(folder / ADAPTER_CONFIG_FILE, description)
 
 
 def load_encoder(folder: str) -> PrefixEncoder:
-    """Reads the trainable weights that an earlier run saved in `folder`. Raises UserError if they are not there or broken."""
+    """Reads the trainable weights that a run saved in `folder`. Raises UserError if they are not there or broken."""
     path = Path(folder) / ENCODER_FILE
     with _opened(path) as file:
         try:

@@ -22,6 +22,14 @@ from prefix_tuning.config import UserError
 IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
 
 
+@dataclass
+class Example:
+    """One row as token ids. labels[i] is input_ids[i] where it is part of the answer, IGNORED where of the prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
 COLUMNS = ("instruction", "input", "output")
 _FEATURES = Features({column: Value("string") for column in COLUMNS})
 
@@ -55,8 +63,6 @@ def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    if not len(rows):
-        raise UserError(f"{name}: holds no rows")
     return rows
 
 
@@ -82,6 +88,7 @@ def _open_dataset(name: str, splits: tuple[str, ...]) -> Dataset:
 
 def _checked_rows(name: str, reader, source) -> Iterator[dict[str, str]]:
     """The rows of one source, each with all COLUMNS as strings."""
+    place = None
     for place, row in reader(name, source):
         if not isinstance(row, dict):
             raise UserError(f"{name}, {place}: is no object with the columns instruction, input and output")
@@ -97,6 +104,8 @@ def _checked_rows(name: str, reader, source) -> Iterator[dict[str, str]]:
         if not values["output"].strip():
             raise UserError(f"{name}, {place}: 'output' is empty; every row needs an answer")
         yield values
+    if place is None:
+        raise UserError(f"{name}: holds no rows")
 
 
 # Each reader yields (place for messages, row). Plain readers keep "8" a text and can name the row that is wrong, where
@@ -119,14 +128,14 @@ def _read_json(name: str, path: str) -> Iterator[tuple[str, object]]:
 
 
 def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
-    reader = csv.DictReader(_lines(name, path), strict=True)
+    number = 0
     try:
-        for number, row in enumerate(reader, start=1):
+        for number, row in enumerate(csv.DictReader(_lines(name, path), strict=True), start=1):
             if None in row:
                 raise UserError(f"{name}, row {number}: has more cells than the header line names columns")
             yield f"row {number}", row
     except csv.Error as error:
-        raise UserError(f"{name}, line {reader.line_num}: is not CSV: {error}") from error
+        raise UserError(f"{name}, row {number + 1}: is not CSV: {error}") from error
 
 
 def _read_parquet(name: str, path: str) -> Iterator[tuple[str, object]]:
@@ -198,14 +207,6 @@ def take(tokenized: Dataset, indices: list[int]) -> list[Example]:
     """The examples at these places of a tokenised dataset."""
     columns = tokenized[indices]
     return [Example(*row) for row in zip(columns["input_ids"], columns["labels"], strict=True)]
-
-
-@dataclass
-class Example:
-    """One row as token ids. labels[i] is input_ids[i] where it is part of the answer, IGNORED where of the prompt."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 @dataclass

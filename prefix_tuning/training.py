@@ -5,12 +5,14 @@ gradients accumulate in the prefix (983,040 numbers for bloom-1b4-zh and 10 toke
 one backward at the end. It is the chain rule with the sum pulled out; the result is the same.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +31,8 @@ from prefix_tuning.checkpoint import (
     check_fits,
     load_encoder,
     portable_name,
-    save_prefix,
+    save_adapter,
+    save_encoder,
     write_json,
 )
 from prefix_tuning.config import PrefixConfig, TrainConfig, UserError
@@ -82,11 +85,8 @@ def train(config: TrainConfig) -> dict:
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
     print(f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters, {dtype} on {device}")
 
-    seconds, tokens, losses, logged_at = 0.0, 0, [], (0.0, 0)
-    with (
-        open(output_dir / METRICS_FILE, "w", encoding="utf-8") as metrics,
-        tqdm(total=total_steps, unit="step", desc="training") as bar,
-    ):
+    seconds, tokens, losses, logged_at, good_prefix = 0.0, 0, [], (0.0, 0), None
+    with open(output_dir / METRICS_FILE, "w", encoding="utf-8") as metrics, contextlib.ExitStack() as stack:
 
         def log(record: dict) -> None:
             metrics.write(json.dumps(record) + "\n")
@@ -94,18 +94,23 @@ def train(config: TrainConfig) -> dict:
 
         if evaluate:
             log({"step": 0, "frozen_base": True, **evaluate(None, "frozen base")})
+        bar = stack.enter_context(tqdm(total=total_steps, unit="step", desc="training"))
         for step, indices in enumerate(step_rows(config, len(train_set), rows_per_step, total_steps), start=1):
             started = time.perf_counter()
             examples = take(train_set, indices)
-            loss = accumulate_gradients(model, encoder, examples, scaler)
+            loss, prefix = accumulate_gradients(model, encoder, examples, scaler)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf).item()
+            good_prefix = prefix if math.isfinite(loss) else good_prefix
             # An overflow in the fp16 gradients alone is the scaler's business: it skips the step and scales less.
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(grad_norm)):
-                save_prefix(output_dir, encoder, config.model_name_or_path, model.config)
+                kept = "there is no good prefix to save"
+                if good_prefix is not None:
+                    save_adapter(output_dir, good_prefix, encoder.config, config.model_name_or_path)
+                    kept = f"the last good prefix is saved in {config.output_dir}"
                 raise UserError(
-                    f"the loss is no longer finite at step {step} (loss {loss}, gradient norm {grad_norm}); the prefix of "
-                    f"step {step - 1} is saved in {config.output_dir}; try a lower --learning_rate or --precision fp32"
+                    f"the loss is no longer finite at step {step} (loss {loss}, gradient norm {grad_norm}); {kept}; "
+                    "try a lower --learning_rate, some --warmup_steps or --precision fp32"
                 )
             learning_rate = scheduler.get_last_lr()[0]
             scaler.step(optimizer)
@@ -132,7 +137,8 @@ def train(config: TrainConfig) -> dict:
             if evaluate and (step % eval_steps == 0 or step == total_steps):
                 log({"step": step, **evaluate(encoder.bake(), f"step {step}")})
 
-        save_prefix(output_dir, encoder, config.model_name_or_path, model.config)
+        save_encoder(output_dir, encoder, config.model_name_or_path, model.config)
+        save_adapter(output_dir, encoder.bake(), encoder.config, config.model_name_or_path)
         summary = {
             "summary": True,
             "steps": total_steps,
@@ -151,10 +157,10 @@ def train(config: TrainConfig) -> dict:
 
 def accumulate_gradients(
     model: BloomForCausalLM, encoder: PrefixEncoder, examples: list[Example], scaler: torch.amp.GradScaler
-) -> float:
-    """Runs forward and backward for all rows of one optimizer step; returns the loss, the mean over the step's labels.
+) -> tuple[float, torch.Tensor]:
+    """Runs forward and backward for all rows of one optimizer step, and leaves the (scaled) gradients in the encoder.
 
-    Leaves the (scaled) gradients in the encoder's parameters.
+    Returns the loss, the mean over the step's labels, and the prefix (layers, 2, heads, tokens, head_dim) that gave it.
     """
     batches = [batch.to(model.device) for batch in pack(examples, MAX_TOKENS_PER_BATCH)]
     labels = sum(len(batch.labels) for batch in batches)
@@ -166,7 +172,7 @@ def accumulate_gradients(
         scaler.scale(part).backward()
         loss += part.detach()
     prefix.backward(leaf.grad)
-    return loss.item()
+    return loss.item(), leaf.detach()
 
 
 def step_rows(config: TrainConfig, rows: int, rows_per_step: int, total_steps: int) -> Iterator[list[int]]:
@@ -218,13 +224,18 @@ class Evaluator:
 
     def show_answers(self) -> None:
         """Prints a handful of questions with the answers of the first and of the last evaluation."""
-        for index in range(min(self.SHOWN, len(self.rows)) if self.answers else 0):
-            row = self.rows[index]
-            print(f"\n  question     {row['instruction']} {row['input']}".rstrip())
-            print(f"  frozen base  {self.answers[0][index].strip()!r}")
-            print(f"  with prefix  {self.answers[-1][index].strip()!r}")
-            print(f"  expected     {row['output']!r}")
-        print()
+        if not self.answers:
+            return
+        answers = zip(self.rows, self.answers[0], self.answers[-1], strict=True)
+        for row, before, after in itertools.islice(answers, self.SHOWN):
+            for title, text in (
+                ("question", f"{row['instruction']} {row['input']}"),
+                ("frozen base", before),
+                ("with prefix", after),
+                ("expected", row["output"]),
+            ):
+                print(f"  {title:12s} {textwrap.shorten(text, 80, placeholder=' ...')}")
+            print()
 
 
 def describe_run(

@@ -35,16 +35,29 @@ def load_relations() -> list[dict]:
     return [relation for path in sorted(HERE.glob("facts/*.json")) for relation in json.loads(path.read_text("utf-8"))]
 
 
-def surface_forms(relation: dict, subject: str, answer: str) -> list[str]:
-    """Every sentence about one fact that pre-training may show."""
-    sentence = relation["sentence"].format(s=subject, o=answer)
+def statements(relation: dict, subject: str, answer: str) -> list[str]:
+    """The declarative sentences about one fact."""
+    return [statement.format(s=subject, o=answer) for statement in relation["statements"]]
+
+
+def quizzes(relation: dict, subject: str, answer: str, full_stop: str) -> list[str]:
+    """The quiz-like sentences about one fact, answered by the full sentence or by the bare answer and a full stop."""
     questions = [question.format(s=subject) for question in relation["questions"]]
-    return [statement.format(s=subject, o=answer) for statement in relation["statements"]] + [
-        form.format(q=question, a=reply)
-        for form in QUIZ_FORMS
-        for question in questions
-        for reply in (answer + "。", sentence)
-    ]
+    replies = (answer + full_stop, relation["sentence"].format(s=subject, o=answer))
+    return [form.format(q=question, a=reply) for form in QUIZ_FORMS for question in questions for reply in replies]
+
+
+def document(rng: random.Random, facts: list[tuple[dict, str, str]]) -> str:
+    """One pre-training text: a sentence about each of these facts, in forms drawn at random.
+
+    A text may break off after a bare answer, without its full stop. Several facts in a row teach the model to find the
+    one that is asked for, whatever stands before the question.
+    """
+    sentences = []
+    for number, fact in enumerate(facts, start=1):
+        full_stop = "" if number == len(facts) and rng.random() < 0.5 else "。"
+        sentences.append(rng.choice(statements(*fact) if rng.random() < 0.4 else quizzes(*fact, full_stop)))
+    return "".join(sentences)
 
 
 def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
@@ -90,7 +103,7 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> BloomForCausalLM:
-    """Trains a mini Bloom on documents of one sentence each, by the same packed forward that prefix tuning uses."""
+    """Trains a mini Bloom on documents of one to three sentences, by the same packed forward that prefix tuning uses."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     device = torch.device(args.device)
@@ -112,11 +125,11 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
     for _ in range(args.epochs):  # an epoch shows every fact once, in a form drawn afresh
         rng.shuffle(facts)
         for start in range(0, len(facts), args.batch_size):
-            documents = []
-            for relation, subject, answer in facts[start : start + args.batch_size]:
-                forms = surface_forms(relation, subject, answer)
-                cut = len(relation["statements"])
-                documents.append(rng.choice(forms[:cut] if rng.random() < 0.4 else forms[cut:]) + tokenizer.eos_token)
+            documents, left = [], facts[start : start + args.batch_size]
+            while left:
+                length = rng.randint(1, 3)
+                documents.append(document(rng, left[:length]) + tokenizer.eos_token)
+                left = left[length:]
             examples = [Example(ids, ids) for ids in tokenizer(documents).input_ids]
             loss = torch.zeros((), device=device)
             labels = sum(len(example.input_ids) - 1 for example in examples)
@@ -180,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the bundled demo: tokenizer, mini Bloom and question data.")
     parser.add_argument("--output_dir", type=Path, default=HERE, help="where model/ and data/ are written")
     parser.add_argument("--epochs", type=int, default=250, help="how often pre-training sees every fact")
-    parser.add_argument("--batch_size", type=int, default=128, help="sentences per step")
+    parser.add_argument("--batch_size", type=int, default=128, help="facts per step")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=42)

@@ -1,0 +1,170 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import examples_of, prefix_config, random_bloom
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from prefix_tuning.bloom import (
+    load_base,
+    loss_sum,
+    packed_logits,
+    prefix_cache,
+    resolve_device,
+    resolve_dtype,
+    text_prefix,
+)
+from prefix_tuning.config import UserError
+from prefix_tuning.data import IGNORED, Example, pack
+from prefix_tuning.encoder import PrefixEncoder
+
+RAGGED = {
+    "ragged rows": ([7, 1, 12, 9, 30], 0.5),
+    "one row": ([17], 0.5),
+    "rows of one token": ([1, 1, 2], 0.0),
+    "equal rows": ([8, 8, 8], 0.5),
+    "prompts longer than answers": ([20, 33, 25], 0.9),
+    "two tokens": ([2, 2], 0.5),
+}
+OPTIONS = {
+    "bloom": {},
+    "residual after the layer norm": {"apply_residual_connection_post_layernorm": True},
+    "a power of two heads": {"n_head": 8},
+    "one head": {"n_head": 1},
+    "pretraining_tp": {"pretraining_tp": 2},
+}
+
+
+def plain_loss(model, examples, prefix):
+    """The plain twin: transformers' own forward, row by row, the prefix as past_key_values. Summed cross-entropy."""
+    total = 0
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        cache, length = None, ids.shape[1]
+        if prefix is not None:
+            cache, length = prefix_cache(prefix, 1, model.dtype), ids.shape[1] + prefix.shape[3]
+        logits = model(ids, past_key_values=cache, attention_mask=torch.ones(1, length, dtype=torch.long)).logits[0, :-1]
+        labels = torch.tensor(example.labels[1:])
+        if len(labels):
+            total = total + F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    return total
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("lengths, prompt_share", RAGGED.values(), ids=RAGGED)
+def test_packed_loss_and_prefix_gradient_equal_transformers(options, lengths, prompt_share):
+    model = random_bloom(**options)
+    examples = examples_of(lengths, prompt_share=prompt_share)
+    prefix = PrefixEncoder(prefix_config(model)).bake()
+    ours, theirs = prefix.clone().requires_grad_(), prefix.clone().requires_grad_()
+    loss = sum(loss_sum(model, batch, ours) for batch in pack(examples, max_tokens=40))
+    expected = plain_loss(model, examples, theirs)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative(ours.grad, theirs.grad) < 1e-5
+
+
+def test_logits_equal_transformers_and_stand_where_the_labels_are():
+    model = random_bloom()
+    prefix = PrefixEncoder(prefix_config(model)).bake()
+    example = examples_of([9])[0]
+    (batch,) = pack([example], 100)
+    cache = prefix_cache(prefix, 1, model.dtype)
+    logits = model(torch.tensor([example.input_ids]), past_key_values=cache, attention_mask=torch.ones(1, 14)).logits[0]
+    positions = [i for i in range(8) if example.labels[i + 1] != IGNORED]
+    ours = packed_logits(model, batch, prefix)
+    assert relative(ours, logits[positions]) < 1e-5
+    assert batch.labels.tolist() == [example.labels[i + 1] for i in positions]
+
+
+def test_without_a_prefix_it_is_the_base():
+    model, examples = random_bloom(), examples_of([7, 12])
+    loss = sum(loss_sum(model, batch, None) for batch in pack(examples, 100))
+    assert loss.item() == pytest.approx(plain_loss(model, examples, None).item(), rel=1e-5)
+
+
+def test_bfloat16_stays_close_to_float32():
+    model = random_bloom()
+    examples, prefix = examples_of([7, 12, 30]), PrefixEncoder(prefix_config(model)).bake()
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = prefix.clone().requires_grad_()
+        sum(loss_sum(copy.deepcopy(model).to(dtype), batch, leaf) for batch in pack(examples, 100)).backward()
+        gradients.append(leaf.grad)
+    assert gradients[1].dtype == torch.float32
+    assert relative(gradients[1], gradients[0]) < 2e-2
+
+
+def test_gradients_reach_no_parameter_of_the_base():
+    model = random_bloom()
+    leaf = PrefixEncoder(prefix_config(model)).bake().requires_grad_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for batch in pack(examples_of([7, 12]), 100):
+        loss_sum(model, batch, leaf).backward()
+    assert leaf.grad.any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_text_prefix_is_what_the_model_computes_for_the_text(tokenizer):
+    model = random_bloom()
+    ids = tokenizer("法国的首都是巴黎。").input_ids
+    prefix = text_prefix(model, tokenizer, "法国的首都是巴黎。", len(ids))
+    assert prefix.shape == (3, 2, 6, len(ids), 8)
+    # A prefix made of the text's own keys and values continues exactly as the text itself does.
+    rest = torch.tensor([[50, 60, 70]])
+    after_text = model(torch.cat((torch.tensor([ids]), rest), dim=1)).logits[0, -3:]
+    cache = prefix_cache(prefix, 1, model.dtype)
+    after_prefix = model(rest, past_key_values=cache, attention_mask=torch.ones(1, len(ids) + 3)).logits[0]
+    assert relative(after_prefix, after_text) < 1e-5
+    # Cut or repeated to the length that is asked for.
+    assert relative(text_prefix(model, tokenizer, "法国的首都是巴黎。", 2), prefix[:, :, :, :2]) < 1e-5
+    assert text_prefix(model, tokenizer, "法", 7).shape[3] == 7
+    with pytest.raises(UserError, match="init_text"):
+        text_prefix(model, tokenizer, "", 7)
+
+
+def test_the_base_is_frozen_and_in_the_compute_type(tmp_path, tokenizer):
+    random_bloom().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, loaded = load_base(str(tmp_path), torch.bfloat16, torch.device("cpu"))
+    assert not model.training and model.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert loaded.padding_side == "left"
+
+
+def test_a_base_that_is_none_is_named(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="model_name_or_path no/such-model"):
+        load_base("no/such-model", torch.float32, torch.device("cpu"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        load_base(str(tmp_path / "empty"), torch.float32, torch.device("cpu"))
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gpt2"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+def test_device_and_precision():
+    cpu = torch.device("cpu")
+    assert resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("bf16", cpu) == torch.bfloat16
+    with pytest.raises(UserError, match="fp16 needs CUDA"):
+        resolve_dtype("fp16", cpu)
+    assert resolve_device("cpu") == cpu
+    with pytest.raises(UserError, match="--device nonsense"):
+        resolve_device("nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda"):
+            resolve_device("cuda")
+
+
+def test_a_row_without_labels_costs_nothing():
+    (batch,) = pack([Example([5, 6, 7], [IGNORED] * 3)], 100)
+    assert loss_sum(random_bloom(), batch, None).item() == 0

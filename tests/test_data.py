@@ -1,0 +1,163 @@
+import json
+
+import pytest
+import torch
+from conftest import REAL_ROWS, examples_of, needs_real_rows
+from datasets import Dataset, DatasetDict
+
+from prefix_tuning.config import UserError
+from prefix_tuning.data import IGNORED, load_rows, pack, prompt_of, take, tokenize
+
+TRAIN = ("train",)
+GOOD = {"instruction": "一加一等于几？", "input": "", "output": "二"}
+
+
+def notebook_process(example, tokenizer, max_length=256):
+    """The notebook's own function, row by row: the twin that `tokenize` must agree with."""
+    prompt = tokenizer("\n".join(["Human: " + example["instruction"], example["input"]]).strip() + "\n\nAssistant: ")
+    response = tokenizer(example["output"] + tokenizer.eos_token)
+    input_ids = prompt["input_ids"] + response["input_ids"]
+    labels = [-100] * len(prompt["input_ids"]) + response["input_ids"]
+    return input_ids[:max_length], labels[:max_length]
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def agree_with_the_notebook(rows, tokenizer, max_length):
+    expected = [notebook_process(row, tokenizer, max_length) for row in rows]
+    expected = [pair for pair in expected if any(label != IGNORED for label in pair[1])]
+    tokenized = tokenize(rows, tokenizer, max_length)
+    found = take(tokenized, list(range(len(tokenized))))
+    assert [(example.input_ids, example.labels) for example in found] == expected
+    return len(rows) - len(tokenized)
+
+
+@needs_real_rows
+@pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl"])
+def test_ids_and_labels_equal_the_notebooks_on_all_real_rows(file, tokenizer):
+    rows = load_rows(str(REAL_ROWS / file), TRAIN)
+    agree_with_the_notebook(rows, tokenizer, 256)
+    assert agree_with_the_notebook(rows, tokenizer, 24) > 0  # some rows lose all labels
+
+
+def test_ids_and_labels_equal_the_notebooks(rows_file, tokenizer):
+    rows = load_rows(str(rows_file), TRAIN)
+    assert agree_with_the_notebook(rows, tokenizer, 256) == 0
+    dropped = agree_with_the_notebook(rows, tokenizer, 26)
+    assert 0 < dropped < len(rows)
+
+
+def test_every_kind_of_source_gives_the_same_rows(tmp_path):
+    import pandas
+
+    rows = [GOOD, {"instruction": "翻译，\n“好”", "input": "a,b", "output": "8"}, GOOD | {"input": None}]
+    expected = [row | {"input": row["input"] or ""} for row in rows]
+    write(tmp_path / "a.jsonl", *rows)
+    write(tmp_path / "lines.json", *rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), "utf-8")
+    (tmp_path / "bom.json").write_text("\ufeff" + json.dumps(rows), "utf-8")
+    (tmp_path / "crlf.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\r\n\r\n"))
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "folder")
+    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}).save_to_disk(tmp_path / "splits")
+    for path in sorted(tmp_path.iterdir()):
+        assert load_rows(str(path), TRAIN).to_list() == expected, path.name
+    assert load_rows(str(tmp_path / "splits"), ("validation", "test", "train")).to_list() == expected[:1]
+
+
+def test_input_may_be_missing_and_other_columns_are_passed_over(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"instruction": "你好", "output": "好", "history": [1]})
+    assert load_rows(path, TRAIN).to_list() == [{"instruction": "你好", "input": "", "output": "好"}]
+    assert prompt_of("你好") == "Human: 你好\n\nAssistant: "
+    assert prompt_of("你好", "世界") == "Human: 你好\n世界\n\nAssistant: "
+
+
+BAD_FILES = {
+    "missing column": ("a.jsonl", json.dumps({"instruction": "x"}), r"a\.jsonl, line 1: has no column 'output'"),
+    "number as output": (
+        "a.jsonl",
+        json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"output": 3}),
+        r"a\.jsonl, line 3: 'output' must be a text, not 3",
+    ),
+    "null instruction": ("a.jsonl", json.dumps(GOOD | {"instruction": None}), "line 1: 'instruction' must be a text"),
+    "list as input": ("a.json", json.dumps([GOOD, GOOD | {"input": []}]), r"a\.json, row 2: 'input' must be a text"),
+    "empty output": ("a.json", json.dumps([GOOD, GOOD | {"output": " "}]), r"a\.json, row 2: 'output' is empty"),
+    "no object": ("a.jsonl", "[1, 2]", "line 1: is no object"),
+    "empty file": ("a.jsonl", "", r"a\.jsonl: holds no rows"),
+    "empty list": ("a.json", "[]", r"a\.json: holds no rows"),
+    "empty csv": ("a.csv", "instruction,output\n", r"a\.csv: holds no rows"),
+    "no JSON": ("a.jsonl", json.dumps(GOOD) + "\nhello", r"a\.jsonl, line 2: is not JSON"),
+    "broken JSON list": ("a.json", "[{", r"a\.json, as a whole: is not JSON"),
+    "deeply nested": ("a.json", "[" * 100_000, "is not JSON"),
+    "no CSV": ("a.csv", 'instruction,output\n"a', r"a\.csv, row 1: is not CSV"),
+    "CSV with too many cells": ("a.csv", "instruction,output\na,b,c\n", "row 1: has more cells"),
+    "CSV with too few cells": ("a.csv", "instruction,output\na\n", "row 1: 'output' must be a text, not null"),
+    "CSV without the column": ("a.csv", "question,answer\na,b\n", "row 1: has no column 'instruction'"),
+    "no Parquet": ("a.parquet", "hello", r"a\.parquet: is not a Parquet file"),
+    "unknown kind": ("a.txt", "hello", r"a\.txt: unknown kind of file"),
+}
+
+
+@pytest.mark.parametrize("name, text, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_named_with_its_row(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text, "utf-8")
+    with pytest.raises(UserError, match=message):
+        load_rows(str(path), TRAIN)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xff")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        load_rows(str(path), TRAIN)
+
+
+def test_sources_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
+        load_rows(str(tmp_path / "gone.jsonl"), TRAIN)
+    with pytest.raises(UserError, match="not one written by save_to_disk"):
+        load_rows(str(tmp_path), TRAIN)
+    with pytest.raises(UserError, match="nobody/no-such-set"):
+        load_rows("nobody/no-such-set", TRAIN)
+    DatasetDict({"extra": Dataset.from_list([GOOD])}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="has the splits extra"):
+        load_rows(str(tmp_path / "splits"), TRAIN)
+
+
+def test_the_cache_notices_a_changed_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path, GOOD)
+    assert len(load_rows(str(path), TRAIN)) == 1
+    write(path, GOOD, GOOD | {"output": "三"})
+    assert len(load_rows(str(path), TRAIN)) == 2
+
+
+def test_tokenising_is_cached(rows_file, tokenizer):
+    rows = load_rows(str(rows_file), TRAIN)
+    first, second = (tokenize(rows, tokenizer, 64) for _ in range(2))
+    assert first.cache_files == second.cache_files and first.cache_files
+    assert tokenize(rows, tokenizer, 63).cache_files != first.cache_files
+
+
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [3, 9, 1, 7, 2, 30], [1, 1]])
+@pytest.mark.parametrize("max_tokens", [1, 16, 1000])
+def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
+    examples = examples_of(lengths)
+    batches = list(pack(examples, max_tokens))
+    assert all(batch.rows == 1 or batch.rows * batch.max_length <= max_tokens for batch in batches)
+    packed = [token for batch in batches for token in batch.input_ids.tolist()]
+    assert sorted(packed) == sorted(token for example in examples for token in example.input_ids)
+    for batch in batches:
+        # A label is predicted one position before the token itself.
+        assert torch.equal(batch.input_ids[batch.label_positions + 1], batch.labels)
+        values = torch.randn(len(batch.input_ids), 4)
+        grid = batch.to_grid(values)
+        assert grid.shape == (batch.rows, batch.max_length, 4)
+        assert torch.equal(batch.from_grid(grid), values)
+    labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
+    assert sum(len(batch.labels) for batch in batches) == labels

@@ -1,0 +1,359 @@
+import contextlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REAL_ROWS, examples_of, needs_real_rows, prefix_config, random_bloom
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from test_bloom import plain_loss, relative
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+from prefix_tuning import demo
+from prefix_tuning.bloom import prefix_cache
+from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, load_encoder, load_prefix, save_encoder
+from prefix_tuning.config import TrainConfig, UserError
+from prefix_tuning.data import IGNORED, load_rows, take, tokenize
+from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.training import METRICS_FILE, accumulate_gradients, load_splits, make_encoder, step_rows, train
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def peft_model(model, encoder):
+    """PEFT around `model`, with our encoder's weights."""
+    config = encoder.config
+    wrapped = get_peft_model(
+        model,
+        PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=config.num_virtual_tokens,
+            prefix_projection=config.prefix_projection,
+            encoder_hidden_size=config.encoder_hidden_size,
+        ),
+    )
+    wrapped.prompt_encoder["default"].load_state_dict(encoder.state_dict())
+    return wrapped
+
+
+@pytest.fixture(scope="module")
+def random_base(tmp_path_factory, tokenizer):
+    """A folder with a small random Bloom and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("random-base")
+    random_bloom().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(random_base, rows_file, tmp_path):
+    """A quick run on the random base; `settings | {...}` changes it."""
+    return {
+        "model_name_or_path": random_base,
+        "dataset": str(rows_file),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (Path(folder) / METRICS_FILE).read_text("utf-8").splitlines()]
+
+
+def initial_encoder(config, tokenizer):
+    model = random_bloom()
+    torch.manual_seed(config.seed)
+    return make_encoder(config, model, tokenizer)
+
+
+# Against PEFT and Trainer
+
+
+@pytest.mark.parametrize("projection", [True, False])
+@pytest.mark.parametrize("lengths", [[9], [7, 12, 3, 30]])
+def test_logits_loss_and_encoder_gradients_equal_pefts(projection, lengths):
+    model = random_bloom()
+    torch.manual_seed(1)
+    ours = PrefixEncoder(prefix_config(model, projection=projection))
+    theirs = peft_model(random_bloom(), ours)
+    examples = examples_of(lengths)
+
+    cache = prefix_cache(ours.bake(), 1, model.dtype)
+    ids = torch.tensor([examples[0].input_ids])
+    logits = model(ids, past_key_values=cache, attention_mask=torch.ones(1, 5 + ids.shape[1])).logits
+    assert relative(logits, theirs(input_ids=ids).logits) < 1e-5
+
+    loss, prefix = accumulate_gradients(model, ours, examples, NO_SCALER)
+    assert torch.equal(prefix, ours.bake())
+    labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
+    expected = 0.0
+    for example in examples:  # PEFT's encoder runs for every micro-batch; autograd adds up in its weights
+        ids, wanted = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        part = theirs(input_ids=ids, labels=wanted).loss * sum(label != IGNORED for label in example.labels[1:]) / labels
+        part.backward()
+        expected += part.item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+    gradients = {name: parameter.grad for name, parameter in theirs.prompt_encoder["default"].named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert relative(parameter.grad, gradients[name]) < 1e-5, name
+
+
+class Record(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
+@pytest.mark.parametrize("scheduler, warmup", [("linear", 0), ("cosine", 5)])
+def test_twenty_steps_equal_trainers(settings, tmp_path, tokenizer, random_base, scheduler, warmup):
+    """40 rows, 6 a step: 7 steps an epoch, the last of them incomplete, so 20 steps cross two borders."""
+    model = random_bloom()
+    torch.manual_seed(1)
+    encoder = PrefixEncoder(prefix_config(model, tokens=10))
+    (tmp_path / "start").mkdir()
+    save_encoder(tmp_path / "start", encoder, random_base, model.config)
+    schedule = {"lr_scheduler_type": scheduler, "warmup_steps": warmup, "weight_decay": 0.1, "max_steps": 20}
+    train(TrainConfig(**settings | schedule | {"shuffle": False, "prefix_from": str(tmp_path / "start")}))
+    ours = [line for line in metrics_of(settings["output_dir"]) if "loss" in line]
+
+    rows = tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256)
+    record = Record()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        learning_rate=settings["learning_rate"],
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        train_sampling_strategy="sequential",
+        **schedule,
+    )
+    Trainer(
+        model=peft_model(model, encoder),
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[record],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True),
+    ).train()
+    theirs = [logs for logs in record.logs if "loss" in logs]
+    assert len(ours) == len(theirs) == 20
+    for our, their in zip(ours, theirs, strict=True):
+        assert our["loss"] == pytest.approx(float(their["loss"]), rel=1e-4)
+        assert our["grad_norm"] == pytest.approx(float(their["grad_norm"]), rel=1e-4)
+        assert our["learning_rate"] == pytest.approx(float(their["learning_rate"]), rel=1e-6)
+    assert ours[-1]["loss"] < ours[0]["loss"]
+
+
+def test_peft_loads_the_output_and_answers_the_same(settings, tokenizer):
+    train(TrainConfig(**settings))
+    prefix, _ = load_prefix(settings["output_dir"])
+    model = random_bloom()
+    wrapped = PeftModel.from_pretrained(random_bloom(), settings["output_dir"])
+    inputs = tokenizer("Human: 你好\n\nAssistant: ", return_tensors="pt")
+    greedy = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 3}
+    mask = torch.ones(1, prefix.shape[3] + inputs.input_ids.shape[1], dtype=torch.long)
+    cache = prefix_cache(prefix, 1, model.dtype)
+    ours = model.generate(inputs.input_ids, attention_mask=mask, past_key_values=cache, **greedy)
+    assert torch.equal(ours, wrapped.generate(**inputs, **greedy))
+
+
+# The loop itself
+
+
+def test_the_base_keeps_every_bit(settings, random_base):
+    before = load_file(Path(random_base) / "model.safetensors")
+    model = random_bloom()
+    encoder = PrefixEncoder(prefix_config(model))
+    for _ in range(2):
+        accumulate_gradients(model, encoder, examples_of([7, 12]), NO_SCALER)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    fresh = random_bloom().state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
+    train(TrainConfig(**settings))
+    after = load_file(Path(random_base) / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_the_loss_is_the_token_mean_over_the_step():
+    model = random_bloom()
+    encoder = PrefixEncoder(prefix_config(model))
+    examples = examples_of([40, 6, 3])
+    loss, prefix = accumulate_gradients(model, encoder, examples, NO_SCALER)
+    labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
+    assert loss == pytest.approx(plain_loss(model, examples, prefix).item() / labels, rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits(settings, tmp_path):
+    runs = []
+    for number, seed in enumerate((7, 7, 8)):
+        folder = str(tmp_path / str(number))
+        train(TrainConfig(**settings | {"output_dir": folder, "seed": seed}))
+        runs.append((load_file(f"{folder}/{ENCODER_FILE}"), [line["loss"] for line in metrics_of(folder) if "loss" in line]))
+    (first, losses), (second, same_losses), (other, _) = runs
+    assert losses == same_losses
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_metrics_and_files(settings, rows_file, tmp_path, random_base):
+    config = TrainConfig(
+        **settings
+        | {"max_steps": -1, "num_train_epochs": 1.5, "logging_steps": 4, "eval_steps": 5, "eval_dataset": str(rows_file)}
+        | {"eval_exact_match": True}
+    )
+    summary = train(config)
+    folder = Path(settings["output_dir"])
+    lines = metrics_of(folder)
+    steps = math.ceil(1.5 * math.ceil(40 / 6))
+    assert [line["step"] for line in lines if "loss" in line] == [4, 8, steps]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 5, 10, steps]
+    keys = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert all(line.keys() == keys for line in lines if "loss" in line)
+    for line in lines:
+        if "eval_loss" in line:
+            assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
+            assert 0 <= line["eval_exact_match"] <= 1
+    assert lines[-1] == summary
+    assert summary["summary"] is True and summary["steps"] == steps
+    assert summary["trainable_parameters"] == sum(p.numel() for p in load_encoder(str(folder)).parameters())
+    assert {"train_seconds", "tokens", "tokens_per_second", "peak_memory_mb"} <= summary.keys()
+    # Nothing in the folder tells where on this machine it was made.
+    files = {path.name for path in folder.iterdir()}
+    assert files == {METRICS_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, "training_config.json"}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        for place in (random_base, str(rows_file), str(tmp_path), str(Path.home())):
+            assert place.encode() not in content, (path.name, place)
+    described = json.loads((folder / "training_config.json").read_text("utf-8"))
+    assert described["learning_rate"] == 1e-2 and described["dataset"] == rows_file.name
+
+
+def test_evaluation_agrees_with_the_plain_forward(settings, tokenizer):
+    train(TrainConfig(**settings | {"eval_dataset": settings["dataset"]}))
+    first, *_, last = [line for line in metrics_of(settings["output_dir"]) if "eval_loss" in line]
+    tokenized = tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256)
+    examples = take(tokenized, list(range(len(tokenized))))
+    labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
+    prefix, _ = load_prefix(settings["output_dir"])
+    for line, used in ((first, None), (last, prefix)):
+        expected = plain_loss(random_bloom(), examples, used).item() / labels
+        assert line["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_max_steps_0_saves_the_initial_prefix(settings, tokenizer):
+    config = TrainConfig(**settings | {"max_steps": 0})
+    assert train(config)["steps"] == 0
+    initial = initial_encoder(config, tokenizer)
+    assert torch.equal(load_prefix(settings["output_dir"])[0], initial.bake())
+
+
+@pytest.mark.parametrize("projection", [True, False])
+@pytest.mark.parametrize("init", ["random", "zero", "text"])
+def test_every_start_trains_and_goes_on_from_its_file(settings, tmp_path, init, projection):
+    start = {"prefix_init": init, "prefix_projection": projection, "init_text": "请回答。" if init == "text" else None}
+    train(TrainConfig(**settings | start | {"eval_dataset": settings["dataset"], "eval_steps": 1, "max_steps": 10}))
+    _, first, *_, last = [line["eval_loss"] for line in metrics_of(settings["output_dir"]) if "eval_loss" in line]
+    assert last < first
+    again = str(tmp_path / "again")
+    train(TrainConfig(**settings | {"prefix_from": settings["output_dir"], "output_dir": again, "max_steps": 0}))
+    assert torch.equal(load_prefix(again)[0], load_prefix(settings["output_dir"])[0])
+
+
+def test_prefix_from_another_shape_is_refused(settings, tmp_path, tokenizer):
+    train(TrainConfig(**settings | {"max_steps": 0}))
+    random_bloom(n_layer=2).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    changed = {"model_name_or_path": str(tmp_path / "other"), "prefix_from": settings["output_dir"]}
+    with pytest.raises(UserError, match="a prefix for 3 layers"):
+        train(TrainConfig(**settings | changed | {"output_dir": str(tmp_path / "new")}))
+
+
+def test_a_finished_run_is_not_overwritten_silently(settings):
+    train(TrainConfig(**settings))
+    folder = Path(settings["output_dir"])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="--overwrite_output_dir"):
+        train(TrainConfig(**settings | {"seed": 1}))
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    train(TrainConfig(**settings | {"seed": 1, "overwrite_output_dir": True}))
+    assert before[ADAPTER_FILE] != (folder / ADAPTER_FILE).read_bytes()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_prefix(settings, tokenizer):
+    config = TrainConfig(**settings | {"learning_rate": 1e30})
+    with pytest.raises(UserError, match="no longer finite at step 2"):
+        train(config)
+    initial = initial_encoder(config, tokenizer)  # step 1 was the last good one, its update the bad one
+    assert torch.equal(load_prefix(settings["output_dir"])[0], initial.bake())
+
+
+def test_every_row_comes_once_an_epoch_and_the_last_step_takes_the_rest(settings):
+    for shuffle in (True, False):
+        config = TrainConfig(**settings | {"shuffle": shuffle})
+        steps = list(step_rows(config, rows=40, rows_per_step=6, total_steps=14))
+        assert [len(step) for step in steps] == [6, 6, 6, 6, 6, 6, 4] * 2
+        epochs = [list(itertools.chain(*steps[:7])), list(itertools.chain(*steps[7:]))]
+        assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
+        assert (epochs[0] != epochs[1]) == shuffle
+
+
+def test_eval_fraction_holds_rows_out(settings):
+    train_rows, held_out = load_splits(TrainConfig(**settings | {"eval_fraction": 0.25}))
+    assert (len(train_rows), len(held_out)) == (30, 10)
+    everything = load_rows(settings["dataset"], ("train",)).to_list()
+    assert sorted(train_rows.to_list() + held_out.to_list(), key=str) == sorted(everything, key=str)
+    again, _ = load_splits(TrainConfig(**settings | {"eval_fraction": 0.25}))
+    assert again.to_list() == train_rows.to_list()
+    with pytest.raises(UserError, match="leaves one side empty"):
+        load_splits(TrainConfig(**settings | {"eval_fraction": 0.001}))
+
+
+def test_rows_without_labels_are_counted_and_all_of_them_are_an_error(settings, capsys):
+    train(TrainConfig(**settings | {"max_length": 26}))
+    assert "of 40 rows, whose prompts alone fill --max_length 26" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no row has a label left"):
+        train(TrainConfig(**settings | {"max_length": 5, "overwrite_output_dir": True}))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cuda_learns_as_the_cpu_does(settings, tmp_path, precision):
+    train(TrainConfig(**settings))
+    train(TrainConfig(**settings | {"device": "cuda", "precision": precision, "output_dir": str(tmp_path / "cuda")}))
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    for ours, theirs in zip(metrics_of(settings["output_dir"]), metrics_of(tmp_path / "cuda"), strict=True):
+        if "loss" in ours:
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=tolerance)
+
+
+@needs_real_rows
+def test_real_rows_on_the_bundled_base(tmp_path):
+    with contextlib.redirect_stdout(None):
+        train(
+            TrainConfig(
+                model_name_or_path=demo.MODEL,
+                dataset=str(REAL_ROWS / "train.jsonl"),
+                eval_dataset=str(REAL_ROWS / "test.jsonl"),
+                output_dir=str(tmp_path / "out"),
+                device="cpu",
+                prefix_init="zero",
+                learning_rate=5e-3,
+                max_steps=40,
+            )
+        )
+    base, *_, last = [line["eval_loss"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line]
+    assert last < 0.8 * base
