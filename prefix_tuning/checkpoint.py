@@ -151,7 +151,8 @@ def _read_tensors(path: Path, file, expected: dict[str, tuple[int, ...]]) -> dic
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if found != expected:
         raise UserError(f"{path}: holds {found} where {expected} is expected")
-    tensors = {name: file.get_tensor(name) for name in expected}
+    # The file's memory has an alignment of its own; a copy has torch's, so matrix products round as before the saving.
+    tensors = {name: file.get_tensor(name).clone() for name in expected}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds values that are no finite numbers")

@@ -1,0 +1,140 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, prefix_config, random_bloom
+
+from prefix_tuning import demo
+from prefix_tuning.checkpoint import save_adapter
+from prefix_tuning.cli import parse_train_config
+from prefix_tuning.config import TrainConfig, UserError
+from prefix_tuning.encoder import PrefixEncoder
+
+
+def run(script, *flags, cwd=ROOT):
+    """Runs train.py or infer.py as a user does."""
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, capture_output=True, text=True)
+
+
+def fails_with(message, script, *flags, cwd=ROOT):
+    result = run(script, *flags, cwd=cwd)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stderr
+    assert lines[-1].startswith("error: ") and message in lines[-1], result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_notebooks_command_has_the_notebooks_settings():
+    config = parse_train_config(["--model_name_or_path", "Langboat/bloom-1b4-zh", "--dataset", "../data/alpaca_data_zh"])
+    assert (config.num_virtual_tokens, config.prefix_projection, config.max_length) == (10, True, 256)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (1, 8)
+    assert (config.num_train_epochs, config.learning_rate, config.logging_steps) == (1.0, 5e-5, 10)
+    assert (config.lr_scheduler_type, config.output_dir, config.shuffle) == ("linear", "./chatbot", True)
+    assert config.eval_dataset is None and not config.eval_fraction and not config.eval_exact_match
+
+
+def test_the_demos_settings_are_printed_and_flags_override_them(capsys):
+    config = parse_train_config([])
+    assert config.eval_dataset == "bundled:short-eval"
+    assert all(getattr(config, name) == value for name, value in demo.SETTINGS.items())
+    assert "--learning_rate" in capsys.readouterr().out
+    assert parse_train_config(["--learning_rate", "0.1"]).learning_rate == 0.1
+    assert parse_train_config(["--learning-rate=0.1"]).learning_rate == 0.1
+    assert parse_train_config(["--eval_exact_match", "false"]).eval_exact_match is False
+    assert parse_train_config(["--eval_fraction", "0.1"]).eval_dataset is None
+    assert parse_train_config(["--dataset", "bundled:sentence"]).eval_dataset == "bundled:sentence-eval"
+    own = parse_train_config(["--dataset", "my.jsonl"])
+    assert own.learning_rate == TrainConfig.learning_rate and own.eval_dataset is None
+
+
+BAD_FLAGS = {
+    "--num_virtual_tokens 0": "--num_virtual_tokens must be at least 1",
+    "--num_virtual_tokens -1": "--num_virtual_tokens must be at least 1",
+    "--max_length 0": "--max_length must be at least 1",
+    "--learning_rate nan": "--learning_rate must be at least 0",
+    "--learning_rate -1": "--learning_rate",
+    "--gradient_accumulation_steps 0": "--gradient_accumulation_steps",
+    "--eval_fraction 1.5": "--eval_fraction must be below 1",
+    "--eval_fraction 0.5 --eval_dataset a.jsonl": "exclude each other",
+    "--max_lenght 5": "did you mean --max_length?",
+    "--num_train_epochs 0": "--num_train_epochs 0 trains nothing",
+    "--prefix_init text": "--init_text",
+    "--prefix_init random --init_text hello": "--prefix_init text only",
+    "--prefix_init none": "--prefix_init",
+    "--prefix_from out --num_virtual_tokens 3": "leave out --num_virtual_tokens",
+    "--max_steps one": "--max_steps",
+    "--output_dir pyproject.toml": "is a file",
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS.items())
+def test_flags_that_make_no_sense_are_refused(flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        parse_train_config(flags.split())
+
+
+def test_flags_are_read_before_torch_is_imported():
+    code = "import sys; from prefix_tuning.cli import parse_train_config as p; p([]); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+def test_help_names_every_flag_once_in_groups():
+    text = run("train.py", "--help").stdout
+    for group in ("model:", "data:", "prefix:", "training:", "output:"):
+        assert f"\n{group}\n" in text
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name}" in text
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path):
+    out = tmp_path / "out"
+    fails_with("gone.jsonl: no such file", "train.py", "--dataset", "gone.jsonl", "--output_dir", str(out))
+    fails_with("no/model", "train.py", "--model_name_or_path", "no/model", "--output_dir", str(out))
+    fails_with("unknown argument --nonsense", "train.py", "--nonsense")
+    fails_with("holds no prefix", "infer.py", "你好", "--prefix", str(out))
+    fails_with("--temperature must be above 0", "infer.py", "你好", "--temperature", "0")
+    fails_with("exclude each other", "infer.py", "你好", "--max_length", "9", "--max_new_tokens", "9")
+    fails_with("question", "infer.py")
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A prefix after a few steps on the demo, made from a folder that is not the checkout."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run("train.py", "--max_steps", "30", "--eval_exact_match", "false", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_infer_answers_from_any_folder_and_repeats_itself(trained):
+    greedy = run("infer.py", "法国的首都是哪里？", cwd=trained)
+    assert greedy.returncode == 0, greedy.stderr
+    assert greedy.stdout.endswith("\n") and greedy.stdout.strip()
+    # Only the answer is on stdout.
+    assert "prefix" not in greedy.stdout
+    assert run("infer.py", "法国的首都是哪里？", cwd=trained).stdout == greedy.stdout
+    sample = ["考试有哪些技巧？", "--max_length", "128", "--do_sample", "--temperature", "2"]
+    first, again, other = (run("infer.py", *sample, "--seed", seed, cwd=trained).stdout for seed in "112")
+    assert first == again != other
+    both = run("infer.py", "法国的首都是哪里？", "--compare", cwd=trained).stdout.splitlines()
+    assert both[0].startswith("frozen base") and both[-1] == f"with prefix  {greedy.stdout.strip()}"
+
+
+def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tokenizer):
+    question = "法国的首都是哪里？"
+    prompt = len(tokenizer(f"Human: {question}\n\nAssistant: ").input_ids)
+    one = run("infer.py", question, "--max_new_tokens", "1", cwd=trained).stdout
+    assert run("infer.py", question, "--max_length", str(prompt + 1), cwd=trained).stdout == one
+
+
+def test_a_prefix_for_another_base_is_refused(trained, tmp_path):
+    model = random_bloom()
+    torch.manual_seed(0)
+    encoder = PrefixEncoder(prefix_config(model))
+    save_adapter(tmp_path, encoder.bake(), encoder.config, demo.MODEL)
+    fails_with("a prefix for 3 layers", "infer.py", "你好", "--prefix", str(tmp_path))
+    fails_with("holds a finished run", "train.py", cwd=trained)
