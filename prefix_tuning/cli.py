@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from prefix_tuning import demo
 from prefix_tuning.config import (
@@ -41,6 +42,7 @@ class _Parser(HfArgumentParser):
 
 def _run(command: Callable[[list[str]], None]) -> None:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback."""
+    disable_progress_bar()  # transformers' own, one per file of weights; ours stay
     try:
         command(sys.argv[1:])
     except UserError as error:
