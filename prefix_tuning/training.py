@@ -5,7 +5,6 @@ gradients accumulate in the prefix (983,040 numbers for bloom-1b4-zh and 10 toke
 one backward at the end. It is the chain rule with the sum pulled out; the result is the same.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,6 +15,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import transformers
@@ -63,116 +63,155 @@ def train(config: TrainConfig) -> dict:
     train_rows, eval_rows = load_splits(config)
     model, tokenizer = load_base(config.model_name_or_path, dtype, device)
     train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
-    evaluate = None
+    evaluator = None
     if eval_rows is not None and config.max_steps != 0:
-        evaluate = Evaluator(config, model, tokenizer, eval_rows)
-
+        evaluator = Evaluator(config, model, tokenizer, eval_rows)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, model, tokenizer).to(device)
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, METRICS_FILE):
+        (output_dir / name).unlink(missing_ok=True)
+    write_json(output_dir / CONFIG_FILE, describe_run(config, encoder.config, device, dtype, len(train_set)))
+    with open(output_dir / METRICS_FILE, "w", encoding="utf-8") as metrics:
+        try:
+            summary = fit(config, model, encoder, train_set, evaluator, metrics)
+        except NotFinite as error:
+            kept = "there is no good prefix to keep"
+            if error.good_prefix is not None:
+                save_adapter(output_dir, error.good_prefix, encoder.config, config.model_name_or_path)
+                kept = f"the last good prefix is saved in {config.output_dir}"
+            hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
+            raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
+        save_encoder(output_dir, encoder, config.model_name_or_path, model.config)
+        save_adapter(output_dir, encoder.bake(), encoder.config, config.model_name_or_path)
+        metrics.write(json.dumps(summary) + "\n")
+    if evaluator:
+        evaluator.show_answers()
+    print(f"{summary['steps']} steps in {summary['train_seconds']:.1f} s; the prefix is saved in {config.output_dir}")
+    return summary
+
+
+class NotFinite(Exception):
+    """The loss or the gradient of `step` was not finite; `good_prefix` is the last prefix for which both were, if any."""
+
+    def __init__(self, step: int, good_prefix: torch.Tensor | None):
+        self.step, self.good_prefix = step, good_prefix
+
+
+def fit(
+    config: TrainConfig,
+    model: BloomForCausalLM,
+    encoder: PrefixEncoder,
+    train_set: Dataset,
+    evaluator: "Evaluator | None",
+    metrics: TextIO,
+) -> dict:
+    """The loop: trains `encoder` in place, writes to `metrics` as it goes and returns the summary. Raises NotFinite.
+
+    Nothing here waits for the device but the reading of the figures, once per --logging_steps.
+    """
+    device = model.device
     optimizer = make_optimizer(encoder, config)
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
     total_steps = config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps)
     # Only fp16 needs its loss scaled; where it is off, the scaler passes everything through.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    eval_steps = config.eval_steps or steps_per_epoch
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, METRICS_FILE):
-        (output_dir / name).unlink(missing_ok=True)
-    write_json(output_dir / CONFIG_FILE, describe_run(config, encoder.config, device, dtype, len(train_set)))
+    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
-    print(f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters, {dtype} on {device}")
+    print(f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters, {model.dtype} on {device}")
 
-    seconds, tokens, losses, logged_at, good_prefix = 0.0, 0, [], (0.0, 0), None
-    with open(output_dir / METRICS_FILE, "w", encoding="utf-8") as metrics, contextlib.ExitStack() as stack:
+    def log(record: dict) -> None:
+        metrics.write(json.dumps(record) + "\n")
+        metrics.flush()
 
-        def log(record: dict) -> None:
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-
-        if evaluate:
-            log({"step": 0, "frozen_base": True, **evaluate(None, "frozen base")})
-        bar = stack.enter_context(tqdm(total=total_steps, unit="step", desc="training"))
+    if evaluator:
+        log({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
+    # Kept on the device, so that the loop need not wait for it: the sum of the losses since the last line of metrics, the
+    # first step whose loss or gradient was not finite, and the prefix of the last step before that.
+    losses = torch.zeros((), device=device)
+    bad_step = torch.full((), math.inf, device=device)
+    good_prefix = torch.zeros_like(encoder.bake())
+    seconds, tokens, logged_step, logged_seconds, logged_tokens = 0.0, 0, 0, 0.0, 0
+    started = time.perf_counter()
+    with tqdm(total=total_steps, unit="step", desc="training") as bar:
         for step, indices in enumerate(step_rows(config, len(train_set), rows_per_step, total_steps), start=1):
-            started = time.perf_counter()
             examples = take(train_set, indices)
-            loss, prefix = accumulate_gradients(model, encoder, examples, scaler)
+            prefix = encoder()  # once per step: it is the same for all rows
+            leaf = prefix.detach().requires_grad_()  # where the gradients of all rows meet
+            loss = accumulate_gradients(model, leaf, examples, scaler)
+
+            # An overflow of scaled fp16 gradients is the scaler's business: it skips the step and scales less.
+            finite = loss.isfinite() & (leaf.grad.isfinite().all() | scaler.is_enabled())
+            bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step))
+            good_prefix = torch.where(bad_step > step, leaf.detach(), good_prefix)
+            prefix.backward(torch.where(finite, leaf.grad, 0))  # once through the encoder
+
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf).item()
-            good_prefix = prefix if math.isfinite(loss) else good_prefix
-            # An overflow in the fp16 gradients alone is the scaler's business: it skips the step and scales less.
-            if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(grad_norm)):
-                kept = "there is no good prefix to save"
-                if good_prefix is not None:
-                    save_adapter(output_dir, good_prefix, encoder.config, config.model_name_or_path)
-                    kept = f"the last good prefix is saved in {config.output_dir}"
-                raise UserError(
-                    f"the loss is no longer finite at step {step} (loss {loss}, gradient norm {grad_norm}); {kept}; "
-                    "try a lower --learning_rate, some --warmup_steps or --precision fp32"
-                )
+            grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf)
             learning_rate = scheduler.get_last_lr()[0]
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            seconds += time.perf_counter() - started
+            losses += loss
             tokens += sum(len(example.input_ids) for example in examples)
-            losses.append(loss)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", tok_s=f"{tokens / seconds:,.0f}", refresh=False)
-            if step % config.logging_steps == 0 or step == total_steps:
+
+            logging = step % config.logging_steps == 0 or step == total_steps
+            evaluating = evaluator and (step % (config.eval_steps or steps_per_epoch) == 0 or step == total_steps)
+            if not (logging or evaluating):
+                continue
+            mean_loss, norm, first_bad = torch.stack((losses / (step - logged_step), grad_norm, bad_step)).tolist()
+            if first_bad <= step:
+                raise NotFinite(int(first_bad), good_prefix if first_bad > 1 else None)
+            seconds += time.perf_counter() - started
+            if logging:
+                speed = (tokens - logged_tokens) / (seconds - logged_seconds)
                 log(
                     {
                         "step": step,
                         "epoch": round(step / steps_per_epoch, 4),
-                        "loss": sum(losses) / len(losses),
+                        "loss": mean_loss,
                         "learning_rate": learning_rate,
-                        "grad_norm": grad_norm,
-                        "tokens_per_second": round((tokens - logged_at[1]) / (seconds - logged_at[0]), 1),
+                        "grad_norm": norm if math.isfinite(norm) else None,  # fp16 that overflowed; JSON knows no infinity
+                        "tokens_per_second": round(speed, 1),
                     }
                 )
-                losses, logged_at = [], (seconds, tokens)
-            if evaluate and (step % eval_steps == 0 or step == total_steps):
-                log({"step": step, **evaluate(encoder.bake(), f"step {step}")})
-
-        save_encoder(output_dir, encoder, config.model_name_or_path, model.config)
-        save_adapter(output_dir, encoder.bake(), encoder.config, config.model_name_or_path)
-        summary = {
-            "summary": True,
-            "steps": total_steps,
-            "train_seconds": round(seconds, 3),
-            "tokens": tokens,
-            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-            "peak_memory_mb": peak_memory_mb(device),
-            "trainable_parameters": trainable,
-        }
-        log(summary)
-    if evaluate:
-        evaluate.show_answers()
-    print(f"{total_steps} steps in {seconds:.1f} s; the prefix is saved in {config.output_dir}")
-    return summary
+                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.2e}", tok_s=f"{speed:,.0f}", refresh=False)
+                losses.zero_()
+                logged_step, logged_seconds, logged_tokens = step, seconds, tokens
+            if evaluating:
+                log({"step": step, **evaluator(encoder.bake(), f"step {step}")})
+            started = time.perf_counter()
+    return {
+        "summary": True,
+        "steps": total_steps,
+        "train_seconds": round(seconds, 3),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+        "peak_memory_mb": peak_memory_mb(device),
+        "trainable_parameters": trainable,
+    }
 
 
 def accumulate_gradients(
-    model: BloomForCausalLM, encoder: PrefixEncoder, examples: list[Example], scaler: torch.amp.GradScaler
-) -> tuple[float, torch.Tensor]:
-    """Runs forward and backward for all rows of one optimizer step, and leaves the (scaled) gradients in the encoder.
+    model: BloomForCausalLM, leaf: torch.Tensor, examples: list[Example], scaler: torch.amp.GradScaler
+) -> torch.Tensor:
+    """Forward and backward for all rows of one optimizer step.
 
-    Returns the loss, the mean over the step's labels, and the prefix (layers, 2, heads, tokens, head_dim) that gave it.
+    leaf: the prefix (layers, 2, heads, tokens, head_dim); its .grad receives the (scaled) gradient of the loss. Returns the
+    loss, the mean over all labels of the step: a scalar on the model's device.
     """
-    batches = [batch.to(model.device) for batch in pack(examples, MAX_TOKENS_PER_BATCH)]
+    batches = list(pack(examples, MAX_TOKENS_PER_BATCH))
     labels = sum(len(batch.labels) for batch in batches)
-    prefix = encoder()
-    leaf = prefix.detach().requires_grad_()  # gradients of all batches meet here, not in the encoder
     loss = torch.zeros((), device=model.device)
     for batch in batches:
-        part = loss_sum(model, batch, leaf) / labels
+        part = loss_sum(model, batch.to(model.device), leaf) / labels
         scaler.scale(part).backward()
         loss += part.detach()
-    prefix.backward(leaf.grad)
-    return loss.item(), leaf.detach()
+    return loss
 
 
 def step_rows(config: TrainConfig, rows: int, rows_per_step: int, total_steps: int) -> Iterator[list[int]]:
@@ -196,7 +235,8 @@ def make_optimizer(encoder: PrefixEncoder, config: TrainConfig) -> torch.optim.A
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
 class Evaluator:

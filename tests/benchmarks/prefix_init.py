@@ -1,7 +1,7 @@
 """Which start is best: trains from each --prefix_init, with and without the projection, and prints a table.
 
-    python tests/benchmarks/prefix_init.py                                       # the bundled demo
-    python tests/benchmarks/prefix_init.py --dataset a.jsonl --eval_dataset b.jsonl --num_train_epochs 3
+python tests/benchmarks/prefix_init.py                                       # the bundled demo
+python tests/benchmarks/prefix_init.py --dataset a.jsonl --eval_dataset b.jsonl --num_train_epochs 3
 """
 
 import argparse
@@ -25,7 +25,11 @@ def main() -> None:
     for projection in ("true", "false"):
         for learning_rate in args.learning_rates.split(","):
             for start in ("random", "zero", *TEXTS):
-                init = ["--prefix_init", start] if start not in TEXTS else ["--prefix_init", "text", "--init_text", TEXTS[start]]
+                init = (
+                    ["--prefix_init", start]
+                    if start not in TEXTS
+                    else ["--prefix_init", "text", "--init_text", TEXTS[start]]
+                )
                 with tempfile.TemporaryDirectory() as folder:
                     argv = ["--dataset", args.dataset, "--prefix_projection", projection, "--output_dir", folder, *init]
                     summary = train(parse_train_config([*argv, "--learning_rate", learning_rate, *flags]))
