@@ -10,8 +10,9 @@ Generation uses transformers' own forward and `generate`, with the prefix as `pa
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.models.bloom.modeling_bloom import BloomBlock, build_alibi_tensor
 
 from prefix_tuning import demo
@@ -30,6 +31,8 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not available here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is none that this program runs on; use cpu, cuda or mps")
     return device
 
 
@@ -38,7 +41,8 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        ampere_or_later = torch.cuda.get_device_properties(device).major >= 8  # the first with bf16 units
+        return torch.bfloat16 if ampere_or_later else torch.float16
     if precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs CUDA; use fp32 (or auto) here")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -52,17 +56,19 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Bloo
     """
     path = demo.resolve(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind != "bloom":
+            raise UserError(f"--model_name_or_path {name} is a {kind} model; this program tunes Bloom")
+        model, report = BloomForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}") from error
-    if not isinstance(model, BloomForCausalLM):
-        raise UserError(f"--model_name_or_path {name} is a {model.config.model_type} model; this program tunes Bloom")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip()[:300]}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 
-def prefix_cache(prefix: torch.Tensor, rows: int, dtype: torch.dtype | None = None) -> DynamicCache:
+def prefix_cache(prefix: torch.Tensor, rows: int, dtype: torch.dtype) -> DynamicCache:
     """The prefix as transformers' past_key_values, the same for all `rows` of a batch.
 
     prefix: (layers, 2, heads, tokens, head_dim). A forward pass extends the cache in place: make a new one for each call.
@@ -112,7 +118,7 @@ def loss_sum(model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None)
 
 
 def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
-    """ALiBi and the causal mask as one additive bias (heads, max_length, prefix_length + max_length), on `like`'s device.
+    """ALiBi and the causal mask as one additive bias (1, heads, max_length, prefix_length + max_length), typed as `like`.
 
     Query i stands at position prefix_length + i and sees keys up to its own position; a key `d` positions back is
     penalised by slope * d. Bloom itself adds slope * key position; softmax cannot tell the difference, and distances stay
@@ -122,7 +128,8 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
     distance = keys - keys[prefix_length:, None]
     # Two positions are enough to read the slopes off transformers' own table.
     slopes = build_alibi_tensor(torch.ones(1, 2, device=like.device), num_heads, torch.float32)[:, :, 1:]
-    return (slopes * distance).masked_fill(distance > 0, -torch.inf).to(like.dtype)
+    bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(like.dtype)
+    return bias.unsqueeze(0)  # of three axes only, CPU attention takes its slow path
 
 
 def _block(

@@ -43,10 +43,21 @@ def write_json(path: Path, content: dict) -> None:
         draft.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
+LOCAL = "local:"  # marks a name that only its owner can resolve
+
+
 def portable_name(name: str) -> str:
-    """How files refer to a model or dataset: bundled and hub names as they are, a local path by its last part only."""
+    """How files refer to a model or dataset: bundled and hub names as they are, a local path by its last part, marked."""
     path = Path(name)
-    return path.resolve().name if path.exists() or path.is_absolute() else name
+    return LOCAL + path.resolve().name if path.exists() or path.is_absolute() else name
+
+
+def base_of(prefix_name: str, noted: str | None) -> str:
+    """The base model that a saved prefix notes. Raises UserError where the note leads nowhere on another machine."""
+    if not noted or noted.startswith(LOCAL):
+        known = f"the local model {noted.removeprefix(LOCAL)!r}" if noted else "a model that it does not name"
+        raise UserError(f"{prefix_name}: was trained on {known}; say where it is: --model_name_or_path PATH")
+    return noted
 
 
 def save_encoder(folder: Path, encoder: PrefixEncoder, base_name: str, base_config: BloomConfig) -> None:
@@ -96,8 +107,8 @@ def load_encoder(folder: str) -> PrefixEncoder:
     return encoder.requires_grad_()
 
 
-def load_prefix(folder: str) -> tuple[torch.Tensor, str]:
-    """Reads a baked prefix, ours or PEFT's: (layers, 2, heads, tokens, head_dim) in float32, and its base model's name.
+def load_prefix(folder: str) -> tuple[torch.Tensor, str | None]:
+    """Reads a baked prefix, ours or PEFT's: (layers, 2, heads, tokens, head_dim) in float32, and the base model it notes.
 
     Raises UserError if the folder holds none, or one that is no prefix for a causal language model.
     """
@@ -121,7 +132,7 @@ def load_prefix(folder: str) -> tuple[torch.Tensor, str]:
     expected = {"prompt_embeddings": (shape.num_virtual_tokens, shape.num_layers * 2 * shape.token_dim)}
     with _opened(path) as file:
         flat = _read_tensors(path, file, expected)["prompt_embeddings"].float()
-    return unflatten(flat, shape.num_layers, shape.num_attention_heads), str(config.get("base_model_name_or_path"))
+    return unflatten(flat, shape.num_layers, shape.num_attention_heads), config.get("base_model_name_or_path")
 
 
 def check_fits(prefix_shape: tuple[int, ...], base_config: BloomConfig, prefix_name: str, base_name: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import shlex
 import sys
 from collections.abc import Callable
@@ -21,6 +22,13 @@ from prefix_tuning.config import (
     UserError,
 )
 
+DEMO_FLAGS = " ".join(f"--{name} {value}" for name, value in demo.SETTINGS.items())
+TRAIN_HELP = (
+    f"Tune a prefix for a frozen Bloom. With no model and no dataset named, the bundled demo runs, with {DEMO_FLAGS}"
+)
+# What --prefix_from settles.
+PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
+
 
 class _Parser(HfArgumentParser):
     """Dataclasses to flags, with mistakes as UserError."""
@@ -30,6 +38,12 @@ class _Parser(HfArgumentParser):
 
     def parse(self, argv: list[str]) -> tuple[dict, set[str]]:
         """Returns the value of every flag by name, and the names of those that the command line gives."""
+        # A bare `--compare` before a question must not take the question for its value.
+        switches = {name for action in self._actions if action.const is True for name in action.option_strings}
+        argv = [
+            f"{part}=true" if part in switches and after.lower() not in ("true", "false") else part
+            for part, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
+        ]
         *parts, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
         values = {name: value for part in parts for name, value in vars(part).items()}
         if unknown:
@@ -42,6 +56,8 @@ class _Parser(HfArgumentParser):
 
 def _run(command: Callable[[list[str]], None]) -> None:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead of failing
     disable_progress_bar()  # transformers' own, one per file of weights; ours stay
     try:
         command(sys.argv[1:])
@@ -58,18 +74,18 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     Where model and dataset are bundled ones, the demo's own settings replace the defaults, and are printed.
     """
     groups = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
-    parser = _Parser(groups, prog="train.py", description="Tune a prefix for a frozen Bloom.", allow_abbrev=False)
+    parser = _Parser(groups, prog="train.py", description=TRAIN_HELP, allow_abbrev=False)
     values, given = parser.parse(argv)
     if values["model_name_or_path"] == demo.MODEL and values["dataset"] in demo.DATASETS:
-        settings = {name: value for name, value in demo.SETTINGS.items() if name not in given}
+        skipped = given | (PREFIX_SHAPE if values["prefix_from"] else set())
+        settings = {name: value for name, value in demo.SETTINGS.items() if name not in skipped}
         if not given & {"eval_dataset", "eval_fraction"}:
             settings["eval_dataset"] = values["dataset"] + "-eval"
         parser.set_defaults(**settings)
         values, _ = parser.parse(argv)
         flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())
         print(f"The bundled demo's own settings, which any flag overrides:\n  {flags}")
-    fixed = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
-    if values["prefix_from"] and (clash := sorted(given & fixed)):
+    if values["prefix_from"] and (clash := sorted(given & PREFIX_SHAPE)):
         raise UserError(f"--prefix_from already fixes the prefix; leave out --{', --'.join(clash)}")
     return TrainConfig(**values)
 

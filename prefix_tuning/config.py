@@ -6,6 +6,7 @@ imports torch, so that `--help` answers at once.
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -84,7 +85,7 @@ class PrefixArguments:
 
     num_virtual_tokens: int = _flag(10, "Length of the prefix.")
     prefix_projection: bool = _flag(True, "Learn the prefix through an MLP (false: learn its numbers directly).")
-    encoder_hidden_size: int | None = _flag(None, "Width of the MLP's hidden layer. Default: the model's hidden size.")
+    encoder_hidden_size: int | None = _flag(None, "Width of the MLP's hidden layer; None: the model's hidden size.")
     prefix_init: Literal["random", "zero", "text"] = _flag(
         "random", "Start from random numbers as PEFT does, from zeros, or from the keys and values of --init_text."
     )
@@ -98,11 +99,18 @@ class PrefixArguments:
 class LoopArguments:
     _argument_group_name = "training"
 
-    per_device_train_batch_size: int = _flag(1, "Rows per micro-batch. Times --gradient_accumulation_steps: per step.")
-    gradient_accumulation_steps: int = _flag(8, "Micro-batches per optimizer step.")
+    per_device_train_batch_size: int = _flag(1, "Rows per step are this times --gradient_accumulation_steps.")
+    gradient_accumulation_steps: int = _flag(
+        8, "See above. How a step's rows share forward passes is up to --max_tokens_per_batch."
+    )
     num_train_epochs: float = _flag(1.0, "How often to go through the training rows; fractions are allowed.")
+    max_tokens_per_batch: int | None = _flag(
+        None, "Tokens of one forward pass: less saves memory, the result stays the same; None: chosen by the model."
+    )
     max_steps: int = _flag(-1, "Stop after this many optimizer steps instead; 0 only saves the initial prefix.")
-    learning_rate: float = _flag(5e-5, "AdamW's peak learning rate.")
+    learning_rate: float = _flag(
+        5e-5, "AdamW's peak learning rate. Narrow encoders need larger ones: 5e-3 suits the mini Bloom."
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = _flag(
         "linear", "Shape of the learning rate after the warm-up."
     )
@@ -120,7 +128,7 @@ class OutputArguments:
     output_dir: str = _flag("./chatbot", "Where the prefix and the metrics are saved.")
     overwrite_output_dir: bool = _flag(False, "Replace the finished run that --output_dir holds.")
     logging_steps: int = _flag(10, "Write a line of metrics.jsonl every this many steps.")
-    eval_steps: int | None = _flag(None, "Evaluate every this many steps. Default: at the end of each epoch.")
+    eval_steps: int | None = _flag(None, "Evaluate every this many steps; None: at the end of each epoch.")
 
 
 @dataclass
@@ -132,6 +140,7 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             "num_virtual_tokens": 1, "max_length": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
             "max_steps": -1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "logging_steps": 1, "seed": 0,
             "learning_rate": 0, "eval_fraction": 0, "encoder_hidden_size": 1, "eval_steps": 1, "num_train_epochs": 0,
+            "max_tokens_per_batch": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -147,8 +156,12 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             raise UserError("--prefix_init text needs a text: --init_text '...'")
         if self.init_text and self.prefix_init != "text":
             raise UserError("--init_text is used by --prefix_init text only; add that flag or leave the text out")
-        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise UserError(f"--output_dir {self.output_dir} is a file; name a folder")
+        folder = Path(self.output_dir).absolute()
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        if not existing.is_dir():
+            raise UserError(f"--output_dir {self.output_dir}: {existing.name} is a file; name a folder")
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"--output_dir {self.output_dir}: no permission to write there; name another folder")
 
 
 @dataclass
@@ -160,7 +173,7 @@ class InferConfig:
     model_name_or_path: str | None = _flag(None, "The base, where it is not found under the name that the prefix notes.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "Compute type, as for train.py.")
     device: str = _flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
-    max_new_tokens: int | None = _flag(None, "Longest answer, in tokens. Default: 128.")
+    max_new_tokens: int | None = _flag(None, "Longest answer, in tokens; None: 128.")
     max_length: int | None = _flag(None, "Longest question and answer together, in tokens, instead of --max_new_tokens.")
     do_sample: bool = _flag(False, "Draw tokens at random instead of always taking the likeliest.")
     temperature: float = _flag(1.0, "With --do_sample: below 1 is more careful, above 1 more daring.")

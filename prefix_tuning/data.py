@@ -75,7 +75,7 @@ def _open_dataset(name: str, splits: tuple[str, ...]) -> Dataset:
             raise UserError(f"{name}: no such file")
         else:
             found = load_dataset(name)
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         kind = "a folder, but not one written by save_to_disk" if Path(name).is_dir() else "no file, folder or hub name"
         raise UserError(f"{name}: {kind} that can be loaded: {str(error).strip().splitlines()[0]}") from error
     if isinstance(found, DatasetDict):
@@ -101,6 +101,8 @@ def _checked_rows(name: str, reader, source) -> Iterator[dict[str, str]]:
         for column, value in values.items():
             if not isinstance(value, str):
                 raise UserError(f"{name}, {place}: {column!r} must be a text, not {json.dumps(value, default=str)[:80]}")
+            if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
+                raise UserError(f"{name}, {place}: {column!r} holds half of a character (a lone surrogate)")
         if not values["output"].strip():
             raise UserError(f"{name}, {place}: 'output' is empty; every row needs an answer")
         yield values
@@ -120,15 +122,20 @@ def _read_jsonl(name: str, path: str) -> Iterator[tuple[str, object]]:
 
 def _read_json(name: str, path: str) -> Iterator[tuple[str, object]]:
     text = "".join(_lines(name, path))
-    if not text.lstrip().startswith("["):  # often a .json file holds one object per line
+    if text.lstrip().startswith("["):
+        rows = _parse_json(name, "as a whole", text)
+    elif text.lstrip().startswith("{") and text.split("\n", 1)[0].strip() == "{":
+        raise UserError(f"{name}: is one object over several lines; it must be a list of rows, or one object per line")
+    else:  # often a .json file holds one object per line
         yield from _read_jsonl(name, path)
         return
-    for number, row in enumerate(_parse_json(name, "as a whole", text), start=1):
+    for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
 
 def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
     number = 0
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
     try:
         for number, row in enumerate(csv.DictReader(_lines(name, path), strict=True), start=1):
             if None in row:
@@ -157,6 +164,8 @@ def _lines(name: str, path: str) -> Iterator[str]:
             yield from file
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
 
 
 def _parse_json(name: str, place: str, text: str) -> object:

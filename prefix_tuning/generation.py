@@ -4,8 +4,8 @@ import torch
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase, TextStreamer
 
 from prefix_tuning.bloom import load_base, prefix_cache, resolve_device, resolve_dtype
-from prefix_tuning.checkpoint import check_fits, load_prefix
-from prefix_tuning.config import InferConfig
+from prefix_tuning.checkpoint import base_of, check_fits, load_prefix
+from prefix_tuning.config import InferConfig, UserError
 from prefix_tuning.data import prompt_of
 
 
@@ -44,10 +44,14 @@ def generate(
 def answer(config: InferConfig, question: str) -> None:
     """Streams the answer to one question to stdout, by the frozen base as well if `config.compare`."""
     device = resolve_device(config.device)
-    prefix, base_name = load_prefix(config.prefix)
-    base_name = config.model_name_or_path or base_name
+    prefix, noted = load_prefix(config.prefix)
+    base_name = config.model_name_or_path or base_of(config.prefix, noted)
     model, tokenizer = load_base(base_name, resolve_dtype(config.precision, device), device)
     check_fits(prefix.shape, model.config, config.prefix, base_name)
+    prompt = prompt_of(question)
+    prompt_length = len(tokenizer(prompt).input_ids)
+    if config.max_length and config.max_length <= prompt_length:
+        raise UserError(f"--max_length {config.max_length} leaves no room for an answer; the question takes {prompt_length}")
     options = {"max_length": config.max_length} if config.max_length else {"max_new_tokens": config.max_new_tokens or 128}
     if config.do_sample:
         options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
@@ -58,4 +62,4 @@ def answer(config: InferConfig, question: str) -> None:
             print(f"{title:12s} ", end="", flush=True)
         torch.manual_seed(config.seed)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        generate(model, tokenizer, [prompt_of(question)], used, do_sample=config.do_sample, streamer=streamer, **options)
+        generate(model, tokenizer, [prompt], used, do_sample=config.do_sample, streamer=streamer, **options)

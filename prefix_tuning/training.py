@@ -26,7 +26,6 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase, get_schedule
 from prefix_tuning.bloom import load_base, loss_sum, resolve_device, resolve_dtype, text_prefix
 from prefix_tuning.checkpoint import (
     ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
     ENCODER_FILE,
     check_fits,
     load_encoder,
@@ -47,7 +46,6 @@ except ImportError:  # Windows
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "training_config.json"
-MAX_TOKENS_PER_BATCH = 4096  # of one forward pass; how a step's rows are cut into passes changes speed, not the result
 
 
 def train(config: TrainConfig) -> dict:
@@ -57,9 +55,14 @@ def train(config: TrainConfig) -> dict:
     """
     output_dir = Path(config.output_dir)
     if (output_dir / ADAPTER_CONFIG_FILE).exists() and not config.overwrite_output_dir:
-        raise UserError(f"{config.output_dir} holds a finished run; add --overwrite_output_dir or name another --output_dir")
+        raise UserError(
+            f"{config.output_dir} holds a prefix already; add --overwrite_output_dir or name another --output_dir"
+        )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # the same seed gives the same bits
     train_rows, eval_rows = load_splits(config)
     model, tokenizer = load_base(config.model_name_or_path, dtype, device)
     train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
@@ -70,26 +73,50 @@ def train(config: TrainConfig) -> dict:
     encoder = make_encoder(config, model, tokenizer).to(device)
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, METRICS_FILE):
-        (output_dir / name).unlink(missing_ok=True)
     write_json(output_dir / CONFIG_FILE, describe_run(config, encoder.config, device, dtype, len(train_set)))
-    with open(output_dir / METRICS_FILE, "w", encoding="utf-8") as metrics:
+    # An earlier prefix stays in place until the new one is whole.
+    with open(output_dir / METRICS_FILE, "w", encoding="utf-8") as file:
+        metrics = MetricsFile(file)
         try:
             summary = fit(config, model, encoder, train_set, evaluator, metrics)
         except NotFinite as error:
             kept = "there is no good prefix to keep"
             if error.good_prefix is not None:
                 save_adapter(output_dir, error.good_prefix, encoder.config, config.model_name_or_path)
-                kept = f"the last good prefix is saved in {config.output_dir}"
+                (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # of an earlier run; this one's weights are past help
+                kept = f"the last good prefix is saved in {config.output_dir} (for infer.py; it cannot be trained further)"
             hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
             raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
+        except torch.OutOfMemoryError as error:
+            budget = max_tokens_per_batch(config, model)
+            raise UserError(f"{device} ran out of memory; lower --max_tokens_per_batch (it was {budget})") from error
         save_encoder(output_dir, encoder, config.model_name_or_path, model.config)
         save_adapter(output_dir, encoder.bake(), encoder.config, config.model_name_or_path)
-        metrics.write(json.dumps(summary) + "\n")
+        if evaluator:  # after the saving: nothing that happens here can lose the prefix
+            metrics.write({"step": summary["steps"], **evaluator(encoder.bake(), f"step {summary['steps']}")})
+        metrics.write(summary)
     if evaluator:
         evaluator.show_answers()
     print(f"{summary['steps']} steps in {summary['train_seconds']:.1f} s; the prefix is saved in {config.output_dir}")
     return summary
+
+
+def max_tokens_per_batch(config: TrainConfig, model: BloomForCausalLM) -> int:
+    """Tokens of one forward pass: the flag, or what keeps the float32 logits, the largest tensor, within 512 MiB."""
+    return config.max_tokens_per_batch or min(4096, 2**29 // (4 * model.config.vocab_size))
+
+
+class MetricsFile:
+    """metrics.jsonl: a JSON object per line, readable while the run goes on."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def write(self, record: dict) -> None:
+        # JSON has no infinity and no NaN.
+        record = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
 
 
 class NotFinite(Exception):
@@ -105,7 +132,7 @@ def fit(
     encoder: PrefixEncoder,
     train_set: Dataset,
     evaluator: "Evaluator | None",
-    metrics: TextIO,
+    metrics: MetricsFile,
 ) -> dict:
     """The loop: trains `encoder` in place, writes to `metrics` as it goes and returns the summary. Raises NotFinite.
 
@@ -121,18 +148,15 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
     print(f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters, {model.dtype} on {device}")
-
-    def log(record: dict) -> None:
-        metrics.write(json.dumps(record) + "\n")
-        metrics.flush()
+    max_tokens = max_tokens_per_batch(config, model)
 
     if evaluator:
-        log({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
+        metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
     # Kept on the device, so that the loop need not wait for it: the sum of the losses since the last line of metrics, the
     # first step whose loss or gradient was not finite, and the prefix of the last step before that.
     losses = torch.zeros((), device=device)
     bad_step = torch.full((), math.inf, device=device)
-    good_prefix = torch.zeros_like(encoder.bake())
+    good_prefix = encoder.bake()
     seconds, tokens, logged_step, logged_seconds, logged_tokens = 0.0, 0, 0, 0.0, 0
     started = time.perf_counter()
     with tqdm(total=total_steps, unit="step", desc="training") as bar:
@@ -140,7 +164,7 @@ def fit(
             examples = take(train_set, indices)
             prefix = encoder()  # once per step: it is the same for all rows
             leaf = prefix.detach().requires_grad_()  # where the gradients of all rows meet
-            loss = accumulate_gradients(model, leaf, examples, scaler)
+            loss = accumulate_gradients(model, leaf, examples, scaler, max_tokens)
 
             # An overflow of scaled fp16 gradients is the scaler's business: it skips the step and scales less.
             finite = loss.isfinite() & (leaf.grad.isfinite().all() | scaler.is_enabled())
@@ -151,39 +175,43 @@ def fit(
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf)
             learning_rate = scheduler.get_last_lr()[0]
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
-            scheduler.step()
+            if scaler.get_scale() >= scale:  # else fp16 gradients overflowed and the step was skipped
+                scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             losses += loss
             tokens += sum(len(example.input_ids) for example in examples)
             bar.update()
 
             logging = step % config.logging_steps == 0 or step == total_steps
-            evaluating = evaluator and (step % (config.eval_steps or steps_per_epoch) == 0 or step == total_steps)
+            evaluating = evaluator and step % (config.eval_steps or steps_per_epoch) == 0 and step < total_steps
             if not (logging or evaluating):
                 continue
+            next_prefix = encoder.bake()
+            bad_step = torch.where(next_prefix.isfinite().all(), bad_step, bad_step.clamp(max=step + 1))
             mean_loss, norm, first_bad = torch.stack((losses / (step - logged_step), grad_norm, bad_step)).tolist()
-            if first_bad <= step:
-                raise NotFinite(int(first_bad), good_prefix if first_bad > 1 else None)
             seconds += time.perf_counter() - started
             if logging:
                 speed = (tokens - logged_tokens) / (seconds - logged_seconds)
-                log(
+                metrics.write(
                     {
                         "step": step,
                         "epoch": round(step / steps_per_epoch, 4),
                         "loss": mean_loss,
                         "learning_rate": learning_rate,
-                        "grad_norm": norm if math.isfinite(norm) else None,  # fp16 that overflowed; JSON knows no infinity
+                        "grad_norm": norm,
                         "tokens_per_second": round(speed, 1),
                     }
                 )
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.2e}", tok_s=f"{speed:,.0f}", refresh=False)
                 losses.zero_()
                 logged_step, logged_seconds, logged_tokens = step, seconds, tokens
+            if first_bad < math.inf:
+                raise NotFinite(int(first_bad), good_prefix if first_bad > 1 else None)
             if evaluating:
-                log({"step": step, **evaluator(encoder.bake(), f"step {step}")})
+                metrics.write({"step": step, **evaluator(next_prefix, f"step {step}")})
             started = time.perf_counter()
     return {
         "summary": True,
@@ -197,14 +225,18 @@ def fit(
 
 
 def accumulate_gradients(
-    model: BloomForCausalLM, leaf: torch.Tensor, examples: list[Example], scaler: torch.amp.GradScaler
+    model: BloomForCausalLM,
+    leaf: torch.Tensor,
+    examples: list[Example],
+    scaler: torch.amp.GradScaler,
+    max_tokens: int,
 ) -> torch.Tensor:
     """Forward and backward for all rows of one optimizer step.
 
     leaf: the prefix (layers, 2, heads, tokens, head_dim); its .grad receives the (scaled) gradient of the loss. Returns the
-    loss, the mean over all labels of the step: a scalar on the model's device.
+    loss, the mean over all labels of the step: a scalar on the model's device. max_tokens bounds the memory of one pass.
     """
-    batches = list(pack(examples, MAX_TOKENS_PER_BATCH))
+    batches = list(pack(examples, max_tokens))
     labels = sum(len(batch.labels) for batch in batches)
     loss = torch.zeros((), device=model.device)
     for batch in batches:
@@ -246,13 +278,13 @@ class Evaluator:
 
     def __init__(self, config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Dataset):
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
-        self.answers_wanted = config.eval_exact_match
+        self.answers_wanted, self.max_tokens = config.eval_exact_match, max_tokens_per_batch(config, model)
         self.tokenized = tokenize_rows(config.eval_dataset or config.dataset, rows, tokenizer, config.max_length)
         self.answers: list[list[str]] = []
 
     def __call__(self, prefix: torch.Tensor | None, title: str) -> dict[str, float]:
         """Returns eval_loss, eval_perplexity and, if answers are wanted, eval_exact_match."""
-        figures = evaluate_loss(self.model, self.tokenized, prefix, MAX_TOKENS_PER_BATCH)
+        figures = evaluate_loss(self.model, self.tokenized, prefix, self.max_tokens)
         line = f"{title}: eval loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}"
         if self.answers_wanted:
             answers = answer_rows(self.model, self.tokenizer, self.rows, prefix)
@@ -286,6 +318,11 @@ def describe_run(
     for name in ("model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir"):
         if settings[name] is not None:
             settings[name] = portable_name(settings[name])
+    if config.prefix_from:
+        settings |= {
+            "prefix_init": None,
+            **{name: getattr(prefix_config, name) for name in settings if hasattr(prefix_config, name)},
+        }
     return {
         **settings,
         "prefix_config": dataclasses.asdict(prefix_config),

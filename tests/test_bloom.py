@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import examples_of, prefix_config, random_bloom
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prefix_tuning.bloom import (
@@ -151,6 +152,23 @@ def test_a_base_that_is_none_is_named(tmp_path, tokenizer):
         load_base(str(tmp_path), torch.float32, torch.device("cpu"))
 
 
+def test_a_base_with_broken_or_missing_weights_is_refused(tmp_path, tokenizer):
+    random_bloom().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}  # not a view of the file
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+    save_file({name: tensor for name, tensor in weights.items() if "h.1." not in name}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="of its weights"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+    save_file({name: tensor[:2].contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
 def test_device_and_precision():
     cpu = torch.device("cpu")
     assert resolve_dtype("auto", cpu) == torch.float32
@@ -158,8 +176,9 @@ def test_device_and_precision():
     with pytest.raises(UserError, match="fp16 needs CUDA"):
         resolve_dtype("fp16", cpu)
     assert resolve_device("cpu") == cpu
-    with pytest.raises(UserError, match="--device nonsense"):
-        resolve_device("nonsense")
+    for name in ("nonsense", "meta"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            resolve_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda"):
             resolve_device("cuda")

@@ -10,6 +10,7 @@ from prefix_tuning.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     ENCODER_FILE,
+    base_of,
     check_fits,
     load_encoder,
     load_prefix,
@@ -60,10 +61,14 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_names_in_files_hold_on_any_machine(tmp_path, monkeypatch):
     assert portable_name("Langboat/bloom-1b4-zh") == "Langboat/bloom-1b4-zh"
     assert portable_name(demo.MODEL) == demo.MODEL
-    assert portable_name(str(tmp_path)) == tmp_path.name
-    assert portable_name("/no/longer/there.jsonl") == "there.jsonl"
+    assert portable_name(str(tmp_path)) == f"local:{tmp_path.name}"
+    assert portable_name("/no/longer/there.jsonl") == "local:there.jsonl"
     monkeypatch.chdir(tmp_path)
-    assert portable_name(".") == tmp_path.name
+    assert portable_name(".") == f"local:{tmp_path.name}"
+    assert base_of("./chatbot", "Langboat/bloom-1b4-zh") == "Langboat/bloom-1b4-zh"
+    for noted in (f"local:{tmp_path.name}", None, ""):
+        with pytest.raises(UserError, match=r"\./chatbot: .*--model_name_or_path PATH"):
+            base_of("./chatbot", noted)
 
 
 def test_missing_or_broken_files_are_named(saved):

@@ -65,6 +65,7 @@ BAD_FLAGS = {
     "--prefix_from out --num_virtual_tokens 3": "leave out --num_virtual_tokens",
     "--max_steps one": "--max_steps",
     "--output_dir pyproject.toml": "is a file",
+    "--output_dir pyproject.toml/below": "is a file",
 }
 
 
@@ -73,6 +74,12 @@ def test_flags_that_make_no_sense_are_refused(flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         parse_train_config(flags.split())
+
+
+def test_prefix_from_drops_the_demos_prefix_settings(capsys):
+    config = parse_train_config(["--prefix_from", "out"])
+    assert config.num_virtual_tokens == TrainConfig.num_virtual_tokens
+    assert "--num_virtual_tokens" not in capsys.readouterr().out
 
 
 def test_flags_are_read_before_torch_is_imported():
@@ -120,7 +127,7 @@ def test_infer_answers_from_any_folder_and_repeats_itself(trained):
     sample = ["考试有哪些技巧？", "--max_length", "128", "--do_sample", "--temperature", "2"]
     first, again, other = (run("infer.py", *sample, "--seed", seed, cwd=trained).stdout for seed in "112")
     assert first == again != other
-    both = run("infer.py", "法国的首都是哪里？", "--compare", cwd=trained).stdout.splitlines()
+    both = run("infer.py", "--compare", "法国的首都是哪里？", cwd=trained).stdout.splitlines()
     assert both[0].startswith("frozen base") and both[-1] == f"with prefix  {greedy.stdout.strip()}"
 
 
@@ -129,6 +136,7 @@ def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tok
     prompt = len(tokenizer(f"Human: {question}\n\nAssistant: ").input_ids)
     one = run("infer.py", question, "--max_new_tokens", "1", cwd=trained).stdout
     assert run("infer.py", question, "--max_length", str(prompt + 1), cwd=trained).stdout == one
+    fails_with("leaves no room", "infer.py", question, "--max_length", str(prompt), cwd=trained)
 
 
 def test_a_prefix_for_another_base_is_refused(trained, tmp_path):
@@ -137,4 +145,4 @@ def test_a_prefix_for_another_base_is_refused(trained, tmp_path):
     encoder = PrefixEncoder(prefix_config(model))
     save_adapter(tmp_path, encoder.bake(), encoder.config, demo.MODEL)
     fails_with("a prefix for 3 layers", "infer.py", "你好", "--prefix", str(tmp_path))
-    fails_with("holds a finished run", "train.py", cwd=trained)
+    fails_with("holds a prefix already", "train.py", cwd=trained)

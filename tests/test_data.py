@@ -60,7 +60,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), "utf-8")
     (tmp_path / "bom.json").write_text("\ufeff" + json.dumps(rows), "utf-8")
     (tmp_path / "crlf.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\r\n\r\n"))
-    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)  # "8" must stay a text
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     Dataset.from_list(rows).save_to_disk(tmp_path / "folder")
     DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}).save_to_disk(tmp_path / "splits")
@@ -91,6 +91,8 @@ BAD_FILES = {
     "empty list": ("a.json", "[]", r"a\.json: holds no rows"),
     "empty csv": ("a.csv", "instruction,output\n", r"a\.csv: holds no rows"),
     "no JSON": ("a.jsonl", json.dumps(GOOD) + "\nhello", r"a\.jsonl, line 2: is not JSON"),
+    "half a character": ("a.jsonl", '{"instruction": "a\\ud83d", "output": "b"}', "line 1: 'instruction' holds half of a"),
+    "one object over lines": ("a.json", '{\n"data": []\n}', "is one object over several lines"),
     "broken JSON list": ("a.json", "[{", r"a\.json, as a whole: is not JSON"),
     "deeply nested": ("a.json", "[" * 100_000, "is not JSON"),
     "no CSV": ("a.csv", 'instruction,output\n"a', r"a\.csv, row 1: is not CSV"),

@@ -10,13 +10,13 @@ from conftest import REAL_ROWS, examples_of, needs_real_rows, prefix_config, ran
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_bloom import plain_loss, relative
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import BloomForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from prefix_tuning import demo
-from prefix_tuning.bloom import prefix_cache
+from prefix_tuning.bloom import load_base, packed_logits, prefix_cache
 from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, load_encoder, load_prefix, save_encoder
 from prefix_tuning.config import TrainConfig, UserError
-from prefix_tuning.data import IGNORED, load_rows, take, tokenize
+from prefix_tuning.data import IGNORED, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.training import METRICS_FILE, accumulate_gradients, load_splits, make_encoder, step_rows, train
 
@@ -72,7 +72,7 @@ def gradients(model, encoder, examples):
     """One step's gradients in the encoder, as the loop leaves them; returns the loss and the prefix that gave it."""
     prefix = encoder()
     leaf = prefix.detach().requires_grad_()
-    loss = accumulate_gradients(model, leaf, examples, NO_SCALER)
+    loss = accumulate_gradients(model, leaf, examples, NO_SCALER, max_tokens=1000)
     prefix.backward(leaf.grad)
     return loss.item(), leaf.detach()
 
@@ -86,19 +86,24 @@ def initial_encoder(config, tokenizer):
 # Against PEFT and Trainer
 
 
+def bundled_bloom():
+    return BloomForCausalLM.from_pretrained(demo.resolve(demo.MODEL)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("base", [random_bloom, bundled_bloom])
 @pytest.mark.parametrize("projection", [True, False])
-@pytest.mark.parametrize("lengths", [[9], [7, 12, 3, 30]])
-def test_logits_loss_and_encoder_gradients_equal_pefts(projection, lengths):
-    model = random_bloom()
+@pytest.mark.parametrize("lengths", [[9], [7, 12, 3, 30]], ids=["one row", "ragged rows"])
+def test_logits_loss_and_encoder_gradients_equal_pefts(base, projection, lengths):
+    model = base()
     torch.manual_seed(1)
     ours = PrefixEncoder(prefix_config(model, projection=projection))
-    theirs = peft_model(random_bloom(), ours)
+    theirs = peft_model(base(), ours).eval()
     examples = examples_of(lengths)
 
-    cache = prefix_cache(ours.bake(), 1, model.dtype)
-    ids = torch.tensor([examples[0].input_ids])
-    logits = model(ids, past_key_values=cache, attention_mask=torch.ones(1, 5 + ids.shape[1])).logits
-    assert relative(logits, theirs(input_ids=ids).logits) < 1e-5
+    for example in examples:
+        (batch,) = pack([example], 100)
+        logits = theirs(input_ids=torch.tensor([example.input_ids])).logits[0]
+        assert relative(packed_logits(model, batch, ours.bake()), logits[batch.label_positions]) < 1e-5
 
     loss, prefix = gradients(model, ours, examples)
     assert torch.equal(prefix, ours.bake())
@@ -183,18 +188,20 @@ def test_peft_loads_the_output_and_answers_the_same(settings, tokenizer):
 # The loop itself
 
 
-def test_the_base_keeps_every_bit(settings, random_base):
-    before = load_file(Path(random_base) / "model.safetensors")
-    model = random_bloom()
-    encoder = PrefixEncoder(prefix_config(model))
-    for _ in range(2):
-        gradients(model, encoder, examples_of([7, 12]))
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_the_base_keeps_every_bit(settings, monkeypatch):
+    """Over several optimizer steps, an evaluation and the answers to its questions."""
+    bases = []
+
+    def remember(*args):
+        bases.append(load_base(*args))
+        return bases[0]
+
+    monkeypatch.setattr("prefix_tuning.training.load_base", remember)
+    train(TrainConfig(**settings | {"eval_dataset": settings["dataset"], "eval_exact_match": True, "eval_steps": 2}))
+    ((model, _),) = bases
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
     fresh = random_bloom().state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
-    train(TrainConfig(**settings))
-    after = load_file(Path(random_base) / "model.safetensors")
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_the_loss_is_the_token_mean_over_the_step():
@@ -248,7 +255,7 @@ def test_metrics_and_files(settings, rows_file, tmp_path, random_base):
         for place in (random_base, str(rows_file), str(tmp_path), str(Path.home())):
             assert place.encode() not in content, (path.name, place)
     described = json.loads((folder / "training_config.json").read_text("utf-8"))
-    assert described["learning_rate"] == 1e-2 and described["dataset"] == rows_file.name
+    assert described["learning_rate"] == 1e-2 and described["dataset"] == f"local:{rows_file.name}"
 
 
 def test_evaluation_agrees_with_the_plain_forward(settings, tokenizer):
@@ -302,12 +309,42 @@ def test_a_finished_run_is_not_overwritten_silently(settings):
     assert before[ADAPTER_FILE] != (folder / ADAPTER_FILE).read_bytes()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_prefix(settings, tokenizer):
-    config = TrainConfig(**settings | {"learning_rate": 1e30})
-    with pytest.raises(UserError, match="no longer finite at step 2"):
+@pytest.mark.parametrize("max_steps, logging_steps", [(1, 1), (3, 1), (9, 4)])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_prefix(settings, tokenizer, max_steps, logging_steps):
+    """Also where the update of the very last step is the bad one, and where several steps pass before anyone looks."""
+    changed = {"learning_rate": 1e30, "max_steps": max_steps, "logging_steps": logging_steps}
+    config = TrainConfig(**settings | changed)
+    with pytest.raises(UserError, match="no longer finite at step 2; the last good prefix is saved"):
         train(config)
     initial = initial_encoder(config, tokenizer)  # step 1 was the last good one, its update the bad one
     assert torch.equal(load_prefix(settings["output_dir"])[0], initial.bake())
+    assert not (Path(settings["output_dir"]) / ENCODER_FILE).exists()
+    lines = (Path(settings["output_dir"]) / METRICS_FILE).read_text("utf-8").splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines]  # NaN and Infinity are no JSON
+
+
+def test_an_earlier_prefix_survives_a_run_that_fails(settings):
+    train(TrainConfig(**settings))
+    folder = Path(settings["output_dir"])
+    kept = {name: (folder / name).read_bytes() for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE)}
+    again = settings | {"prefix_from": settings["output_dir"], "overwrite_output_dir": True}
+    with pytest.raises(UserError):
+        train(TrainConfig(**again | {"logging_steps": 1, "max_length": 3}))
+    assert kept == {name: (folder / name).read_bytes() for name in kept}
+
+
+def test_how_rows_share_forward_passes_does_not_change_the_losses(settings, tmp_path):
+    train(TrainConfig(**settings))
+    for number, changed in enumerate(
+        (
+            {"max_tokens_per_batch": 1},
+            {"max_tokens_per_batch": 70},
+            {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1},
+        )
+    ):
+        train(TrainConfig(**settings | changed | {"output_dir": str(tmp_path / str(number))}))
+        for ours, other in zip(metrics_of(settings["output_dir"]), metrics_of(tmp_path / str(number)), strict=True):
+            assert "loss" not in ours or ours["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_every_row_comes_once_an_epoch_and_the_last_step_takes_the_rest(settings):

@@ -24,7 +24,6 @@ SETTINGS = {
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 6.0,
     "learning_rate": 5e-3,
-    "prefix_init": "zero",
     "num_virtual_tokens": 16,
     "eval_exact_match": True,
 }

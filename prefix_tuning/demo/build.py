@@ -148,24 +148,28 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
     return model.eval()
 
 
+def same_fact(subject: str, answer: str) -> str:
+    """A key that a fact shares with itself turned round: antonyms both ways, 3加5 and 5加3. They use the same characters."""
+    return "".join(sorted(subject + answer))
+
+
 def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
-    """Splits every relation's facts in two halves and writes the questions about them, in two styles of answer."""
+    """Splits every relation's facts in two halves and asks each fact twice, in two styles of answer."""
     rng = random.Random(seed)
     rows = {name: [] for name in ("short", "short-eval", "sentence", "sentence-eval")}
     for relation in relations:
-        facts = list(relation["facts"].items())
-        rng.shuffle(facts)
-        for number, (subject, answer) in enumerate(facts):
-            held_out = number < len(facts) // 2
-            # Two phrasings of a training question, one of an evaluation question, drawn at random.
-            for question in rng.sample(relation["questions"], 1 if held_out else 2):
-                for style, reply in (("short", answer), ("sentence", relation["sentence"].format(s=subject, o=answer))):
+        keys = sorted({same_fact(*fact) for fact in relation["facts"].items()})
+        held_out = set(rng.sample(keys, len(keys) // 2))
+        for subject, answer in relation["facts"].items():
+            suffix = "-eval" if same_fact(subject, answer) in held_out else ""
+            sentence = relation["sentence"].format(s=subject, o=answer)
+            for question in rng.sample(relation["questions"], 2):
+                for style, reply in (("short", answer), ("sentence", sentence)):
                     row = {"instruction": question.format(s=subject), "input": "", "output": reply}
-                    rows[style + ("-eval" if held_out else "")].append(row)
+                    rows[style + suffix].append(row)
     folder.mkdir(parents=True, exist_ok=True)
-    order = random.Random(seed)
     for name, questions in rows.items():
-        order.shuffle(questions)
+        rng.shuffle(questions)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in questions)
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
 
@@ -197,12 +201,15 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--only_data", action="store_true", help="write the questions and stop")
     args = parser.parse_args()
 
     relations = load_relations()
     facts = sum(len(relation["facts"]) for relation in relations)
     print(f"{facts} facts in {len(relations)} relations")
     write_questions(relations, args.seed, args.output_dir / "data")
+    if args.only_data:
+        return
     tokenizer = train_tokenizer(relations)
     start = time.perf_counter()
     model = pretrain(relations, tokenizer, args)
