@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import platform
 import sys
 import textwrap
@@ -62,7 +63,9 @@ def train(config: TrainConfig) -> dict:
     dtype = resolve_dtype(config.precision, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        torch.use_deterministic_algorithms(True, warn_only=True)  # the same seed gives the same bits
+        # The same seed gives the same bits; cuBLAS wants its part said before its first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     train_rows, eval_rows = load_splits(config)
     model, tokenizer = load_base(config.model_name_or_path, dtype, device)
     train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
