@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.models.bloom.modeling_bloom import BloomBlock, build_alibi_tensor
 
@@ -93,11 +94,14 @@ def text_prefix(
     return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]).float()
 
 
-def packed_logits(model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+def packed_logits(
+    model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, gradient_checkpointing: bool = False
+) -> torch.Tensor:
     """Logits (labels, vocab_size) at the labelled positions of a packed batch, in the model's dtype.
 
     prefix: (layers, 2, heads, tokens, head_dim), or None for the base without one. Same numbers as transformers' forward
-    with the prefix as past_key_values and the rows padded to one length.
+    with the prefix as past_key_values and the rows padded to one length. gradient_checkpointing keeps only each layer's
+    input for the backward pass and computes the layer again there: the same bits, less memory, a third more work.
     """
     body = model.transformer
     hidden = body.word_embeddings_layernorm(body.word_embeddings(batch.input_ids))
@@ -105,13 +109,21 @@ def packed_logits(model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | 
     bias = attention_bias(model.config.n_head, prefix_length, batch.max_length, hidden)
     for index, block in enumerate(body.h):
         prefix_pair = None if prefix is None else prefix[index].to(hidden.dtype)
-        hidden = _block(block, hidden, batch, bias, prefix_pair)
-    return model.lm_head(body.ln_f(hidden[batch.label_positions]))
+        # After the last attention no token looks at another: only positions with a label go on.
+        wanted = batch.label_positions if index == len(body.h) - 1 else None
+        arguments = (block, hidden, batch, bias, prefix_pair, wanted)
+        if gradient_checkpointing:
+            hidden = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = _block(*arguments)
+    return model.lm_head(body.ln_f(hidden))
 
 
-def loss_sum(model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+def loss_sum(
+    model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, gradient_checkpointing: bool = False
+) -> torch.Tensor:
     """Cross-entropy in nats, summed over the labels of the batch: a scalar, at least float32."""
-    logits = packed_logits(model, batch, prefix)
+    logits = packed_logits(model, batch, prefix, gradient_checkpointing)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, batch.labels, reduction="sum")
@@ -133,12 +145,22 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
 
 
 def _block(
-    block: BloomBlock, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix_pair: torch.Tensor | None
+    block: BloomBlock,
+    hidden: torch.Tensor,
+    batch: Batch,
+    bias: torch.Tensor,
+    prefix_pair: torch.Tensor | None,
+    wanted: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One decoder layer over packed tokens: (total_tokens, hidden) -> (total_tokens, hidden)."""
+    """One decoder layer over packed tokens: (total_tokens, hidden) -> (total_tokens, hidden).
+
+    wanted: the positions whose output is needed, if not all: the result is then (positions, hidden).
+    """
     normed = block.input_layernorm(hidden)
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
     context = _attention(block.self_attention, normed, batch, bias, prefix_pair)
+    if wanted is not None:
+        context, residual = context.index_select(0, wanted), residual.index_select(0, wanted)
     hidden = block.self_attention.dense(context) + residual
 
     normed = block.post_attention_layernorm(hidden)

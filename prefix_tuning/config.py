@@ -105,7 +105,10 @@ class LoopArguments:
     )
     num_train_epochs: float = _flag(1.0, "How often to go through the training rows; fractions are allowed.")
     max_tokens_per_batch: int | None = _flag(
-        None, "Tokens of one forward pass: less saves memory, the result stays the same; None: chosen by the model."
+        None, "Tokens of one forward pass: less saves memory, the result stays the same; None: chosen by device and model."
+    )
+    gradient_checkpointing: bool = _flag(
+        False, "Compute each layer twice instead of keeping its inner values: less memory, the same result."
     )
     max_steps: int = _flag(-1, "Stop after this many optimizer steps instead; 0 only saves the initial prefix.")
     learning_rate: float = _flag(

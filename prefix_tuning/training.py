@@ -92,7 +92,8 @@ def train(config: TrainConfig) -> dict:
             raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
         except torch.OutOfMemoryError as error:
             budget = max_tokens_per_batch(config, model)
-            raise UserError(f"{device} ran out of memory; lower --max_tokens_per_batch (it was {budget})") from error
+            hint = f"lower --max_tokens_per_batch (it was {budget}) or add --gradient_checkpointing"
+            raise UserError(f"{device} ran out of memory; {hint}") from error
         save_encoder(output_dir, encoder, config.model_name_or_path, model.config)
         save_adapter(output_dir, encoder.bake(), encoder.config, config.model_name_or_path)
         if evaluator:  # after the saving: nothing that happens here can lose the prefix
@@ -105,8 +106,13 @@ def train(config: TrainConfig) -> dict:
 
 
 def max_tokens_per_batch(config: TrainConfig, model: BloomForCausalLM) -> int:
-    """Tokens of one forward pass: the flag, or what keeps the float32 logits, the largest tensor, within 512 MiB."""
-    return config.max_tokens_per_batch or min(4096, 2**29 // (4 * model.config.vocab_size))
+    """Tokens of one forward pass: the flag, or a default for the device and the model.
+
+    A CPU is fastest while the values of a layer fit its caches (tests/benchmarks/NOTES.md). On any device the float32
+    logits, the largest tensor, stay within 512 MiB.
+    """
+    fastest = 512 if model.device.type == "cpu" else 4096
+    return config.max_tokens_per_batch or min(fastest, 2**29 // (4 * model.config.vocab_size))
 
 
 class MetricsFile:
@@ -167,7 +173,7 @@ def fit(
             examples = take(train_set, indices)
             prefix = encoder()  # once per step: it is the same for all rows
             leaf = prefix.detach().requires_grad_()  # where the gradients of all rows meet
-            loss = accumulate_gradients(model, leaf, examples, scaler, max_tokens)
+            loss = accumulate_gradients(model, leaf, examples, scaler, max_tokens, config.gradient_checkpointing)
 
             # An overflow of scaled fp16 gradients is the scaler's business: it skips the step and scales less.
             finite = loss.isfinite() & (leaf.grad.isfinite().all() | scaler.is_enabled())
@@ -233,6 +239,7 @@ def accumulate_gradients(
     examples: list[Example],
     scaler: torch.amp.GradScaler,
     max_tokens: int,
+    gradient_checkpointing: bool = False,
 ) -> torch.Tensor:
     """Forward and backward for all rows of one optimizer step.
 
@@ -243,7 +250,7 @@ def accumulate_gradients(
     labels = sum(len(batch.labels) for batch in batches)
     loss = torch.zeros((), device=model.device)
     for batch in batches:
-        part = loss_sum(model, batch.to(model.device), leaf) / labels
+        part = loss_sum(model, batch.to(model.device), leaf, gradient_checkpointing) / labels
         scaler.scale(part).backward()
         loss += part.detach()
     return loss

@@ -90,6 +90,18 @@ def test_without_a_prefix_it_is_the_base():
     assert loss.item() == pytest.approx(plain_loss(model, examples, None).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradient_checkpointing_gives_the_same_bits(options):
+    model, examples = random_bloom(**options), examples_of([7, 12, 30])
+    prefix, results = PrefixEncoder(prefix_config(model)).bake(), []
+    for checkpointing in (False, True):
+        leaf = prefix.clone().requires_grad_()
+        loss = sum(loss_sum(model, batch, leaf, checkpointing) for batch in pack(examples, 40))
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_bfloat16_stays_close_to_float32():
     model = random_bloom()
     examples, prefix = examples_of([7, 12, 30]), PrefixEncoder(prefix_config(model)).bake()

@@ -1,0 +1,236 @@
+"""Training speed: this loop, PEFT + Trainer as the notebook runs it, and the matrix products alone, on the same rows.
+
+    python tests/benchmarks/speed.py --shape mini --rows 400
+    python tests/benchmarks/speed.py --shape 1b4 --device cuda --rows 256
+
+Every measurement is a process of its own, and the contestants take turns, `--repeats` times. The models have random weights
+of a real shape; the rows are random tokens with the lengths of alpaca_zh at max_length 256 (5/25/50/75/95 % at
+41/77/149/242/256 tokens), the first 30 % of each without labels. Batch 1 x accumulation 8, 10 virtual tokens, projection.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+SHAPES = {
+    "mini": {"n_layer": 6, "hidden_size": 256, "n_head": 8, "vocab_size": 4096},
+    "389m": {"n_layer": 24, "hidden_size": 1024, "n_head": 16, "vocab_size": 46_145},
+    "560m": {"n_layer": 24, "hidden_size": 1024, "n_head": 16, "vocab_size": 250_880},
+    "1b4": {"n_layer": 24, "hidden_size": 2048, "n_head": 16, "vocab_size": 46_145},
+    "7b1": {"n_layer": 30, "hidden_size": 4096, "n_head": 32, "vocab_size": 250_880},
+}
+ROWS_PER_STEP = 8
+VIRTUAL_TOKENS = 10
+
+
+def make_rows(count: int, vocab_size: int) -> list[dict[str, list[int]]]:
+    """Rows as columns input_ids and labels; the same for every contestant."""
+    rng = random.Random(0)
+    shares, lengths = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1), (20, 41, 77, 149, 242, 256, 256)
+    rows = []
+    for _ in range(count):
+        share = rng.random()
+        place = max(index for index, least in enumerate(shares) if least <= share)
+        part = (share - shares[place]) / (shares[place + 1] - shares[place])
+        length = round(lengths[place] + part * (lengths[place + 1] - lengths[place]))
+        ids = [rng.randrange(4, vocab_size) for _ in range(length)]
+        prompt = max(1, length * 3 // 10)
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "attention_mask": [1] * length})
+    return rows
+
+
+def make_model(shape: str, device: str, dtype):
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return BloomForCausalLM(BloomConfig(pad_token_id=3, pretraining_tp=2, **SHAPES[shape])).to(dtype)
+
+
+def run_ours(args, rows) -> dict:
+    import torch
+    from datasets import Dataset
+
+    from prefix_tuning.config import PrefixConfig, TrainConfig
+    from prefix_tuning.encoder import PrefixEncoder
+    from prefix_tuning.training import MetricsFile, fit
+
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = make_model(args.shape, args.device, dtype).requires_grad_(False).eval()
+    shape = model.config
+    torch.manual_seed(1)
+    config = PrefixConfig(VIRTUAL_TOKENS, shape.n_layer, shape.n_head, shape.hidden_size, shape.hidden_size, True)
+    encoder = PrefixEncoder(config).to(args.device)
+    settings = TrainConfig(shuffle=False, num_train_epochs=1)
+    metrics, data = io.StringIO(), Dataset.from_list(rows)
+    fit(dataclasses.replace(settings, max_steps=args.warm_up), model, encoder, data, None, MetricsFile(io.StringIO()))
+    start = time.perf_counter()
+    fit(settings, model, encoder, data, None, MetricsFile(metrics))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "losses": [json.loads(line)["loss"] for line in metrics.getvalue().splitlines()]}
+
+
+def run_peft(args, rows) -> dict:
+    import torch
+    from datasets import Dataset
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    from prefix_tuning import demo
+
+    base = make_model(args.shape, args.device, torch.float32)
+    torch.manual_seed(1)
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, prefix_projection=True)
+    model = get_peft_model(base, prefix)
+    tokenizer = AutoTokenizer.from_pretrained(demo.resolve(demo.MODEL))
+    losses = []
+
+    class Record(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            losses.extend([float(logs["loss"])] if "loss" in logs else [])
+
+    def trainer(max_steps):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=ROWS_PER_STEP,
+                logging_steps=10,
+                num_train_epochs=1,
+                max_steps=max_steps,
+                train_sampling_strategy="sequential",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                bf16=args.worker == "peft-bf16",
+                use_cpu=args.device == "cpu",
+            )
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True),
+            callbacks=[Record()] if max_steps < 0 else [],
+        )
+
+    if args.warm_up:
+        trainer(args.warm_up).train()
+    timed = trainer(-1)
+    start = time.perf_counter()
+    timed.train()
+    return {"seconds": time.perf_counter() - start, "losses": losses}
+
+
+def run_floor(args, rows) -> dict:
+    """Forward and backward-to-the-input products of all linear layers over the rows of each step, and of the lm_head over
+    their labels: 4 x block parameters x tokens + 4 x vocab x hidden x labels operations."""
+    import torch
+
+    shape = SHAPES[args.shape]
+    hidden, dtype = shape["hidden_size"], torch.bfloat16 if args.device == "cuda" else torch.float32
+    sizes = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)]
+    weights = [[torch.randn(size, device=args.device, dtype=dtype) for size in sizes] for _ in range(shape["n_layer"])]
+    head = torch.randn(shape["vocab_size"], hidden, device=args.device, dtype=dtype)
+    values = torch.randn(ROWS_PER_STEP * 256, 4 * hidden, device=args.device, dtype=dtype)
+    inputs = {width: values[:, :width].contiguous() for width in (hidden, 3 * hidden, 4 * hidden)}
+    logits = torch.randn(ROWS_PER_STEP * 256, shape["vocab_size"], device=args.device, dtype=dtype)
+
+    def step(tokens: int, labels: int) -> None:
+        for layer in weights:
+            for weight in layer:
+                inputs[weight.shape[1]][:tokens] @ weight.T
+        inputs[hidden][:labels] @ head.T
+        logits[:labels] @ head
+        for layer in weights:
+            for weight in layer:
+                inputs[weight.shape[0]][:tokens] @ weight
+
+    steps = [rows[start : start + ROWS_PER_STEP] for start in range(0, len(rows), ROWS_PER_STEP)]
+    sizes = [
+        (sum(len(row["input_ids"]) for row in part), sum(label != -100 for row in part for label in row["labels"][1:]))
+        for part in steps
+    ]
+    operations = sum(
+        4 * 12 * hidden**2 * shape["n_layer"] * tokens + 4 * shape["vocab_size"] * hidden * labels
+        for tokens, labels in sizes
+    )
+    for tokens, labels in sizes[: args.warm_up]:
+        step(tokens, labels)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for tokens, labels in sizes:
+        step(tokens, labels)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "gflops_per_second": round(operations / seconds / 1e9, 1)}
+
+
+def worker(args) -> None:
+    """Runs one contestant in this process and prints its figures as the last line."""
+    rows = make_rows(args.rows, SHAPES[args.shape]["vocab_size"])
+    contestant = {"ours": run_ours, "floor": run_floor}.get(args.worker, run_peft)
+    figures = contestant(args, rows)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    if args.device == "cuda":
+        import torch
+
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({**figures, "tokens_per_second": tokens / figures["seconds"], "peak_memory_mb": round(peak)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="mini")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm_up", type=int, default=1, help="optimizer steps before the clock starts")
+    parser.add_argument("--output", help="write all figures to this JSON file")
+    parser.add_argument("--worker", choices=("ours", "peft", "peft-bf16", "floor"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    names = ["peft", "ours", "floor"] + (["peft-bf16"] if args.device == "cuda" else [])
+    runs = {name: [] for name in names}
+    for _ in range(args.repeats):
+        for name in names:
+            command = [sys.executable, __file__, "--worker", name]
+            for flag in ("shape", "device", "rows", "warm_up"):
+                command += [f"--{flag}", str(getattr(args, flag))]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                sys.exit(f"{name} failed:\n{result.stderr}")
+            runs[name].append(json.loads(result.stdout.splitlines()[-1]))
+    speed = {name: statistics.median(run["tokens_per_second"] for run in runs[name]) for name in names}
+    print(f"shape {args.shape}, {args.rows} rows, {args.device}, {args.repeats} repeats, medians")
+    print("| | tokens/s | spread | ours is | share of the floor | peak memory, MB |\n|---|---|---|---|---|---|")
+    for name in names:
+        each = [run["tokens_per_second"] for run in runs[name]]
+        peak = statistics.median(run["peak_memory_mb"] for run in runs[name])
+        print(
+            f"| {name} | {speed[name]:,.0f} | {min(each):,.0f}-{max(each):,.0f} | {speed['ours'] / speed[name]:.2f}x "
+            f"| {speed[name] / speed['floor']:.0%} | {peak:,.0f} |"
+        )
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as file:
+            json.dump({"arguments": vars(args), "machine": platform.processor(), "runs": runs}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
