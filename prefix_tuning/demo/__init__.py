@@ -1,4 +1,4 @@
-"""The bundled demo: a mini Bloom that knows some 2,000 facts, and questions about them. `build.py` is the recipe of both.
+"""The bundled demo: a mini Bloom that knows 3,203 facts, and questions about them. `build.py` is the recipe of both.
 
 Bundled things go by names that hold on any machine: `bundled:mini-bloom` is the model; `bundled:short` and
 `bundled:sentence` are training questions, answered by a bare answer or by a full sentence; with `-eval` behind, questions
