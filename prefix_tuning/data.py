@@ -77,7 +77,7 @@ def _open_dataset(name: str, splits: tuple[str, ...]) -> Dataset:
             found = load_dataset(name)
     except (OSError, ValueError, RuntimeError) as error:
         kind = "a folder, but not one written by save_to_disk" if Path(name).is_dir() else "no file, folder or hub name"
-        raise UserError(f"{name}: {kind} that can be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{name}: {kind} that can be loaded: {str(error).strip()[:300]}") from error
     if isinstance(found, DatasetDict):
         split = next((split for split in splits if split in found), None)
         if split is None:
@@ -121,16 +121,14 @@ def _read_jsonl(name: str, path: str) -> Iterator[tuple[str, object]]:
 
 
 def _read_json(name: str, path: str) -> Iterator[tuple[str, object]]:
-    text = "".join(_lines(name, path))
-    if text.lstrip().startswith("["):
-        rows = _parse_json(name, "as a whole", text)
-    elif text.lstrip().startswith("{") and text.split("\n", 1)[0].strip() == "{":
+    first = next((line.strip() for line in _lines(name, path) if line.strip()), "")
+    if first == "{":
         raise UserError(f"{name}: is one object over several lines; it must be a list of rows, or one object per line")
+    if first.startswith("["):
+        rows = _parse_json(name, "as a whole", "".join(_lines(name, path)))
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
     else:  # often a .json file holds one object per line
         yield from _read_jsonl(name, path)
-        return
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
 
 
 def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
@@ -151,7 +149,7 @@ def _read_parquet(name: str, path: str) -> Iterator[tuple[str, object]]:
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
             yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name}: is not a Parquet file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name}: is not a Parquet file: {str(error).strip()[:300]}") from error
 
 
 def _read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, object]]:

@@ -145,7 +145,7 @@ def fit(
 ) -> dict:
     """The loop: trains `encoder` in place, writes to `metrics` as it goes and returns the summary. Raises NotFinite.
 
-    Nothing here waits for the device but the reading of the figures, once per --logging_steps.
+    Nothing here waits for the device but the reading of the figures, once per --logging_steps, and fp16's loss scale.
     """
     device = model.device
     optimizer = make_optimizer(encoder, config)

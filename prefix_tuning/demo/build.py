@@ -21,6 +21,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast,
 
 from prefix_tuning.bloom import loss_sum
 from prefix_tuning.data import Example, pack
+from prefix_tuning.generation import generate
 
 HERE = Path(__file__).parent
 # How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.
@@ -174,16 +175,13 @@ def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
 
 
-@torch.no_grad()
 def recall(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, relations: list[dict]) -> dict[str, float]:
     """Share of facts per relation that the base completes greedily from one of its own quiz forms: does it know them?"""
     shares = {}
     for relation in relations:
         question = relation["questions"][0]
         prompts = [f"问：{question.format(s=subject)}答：" for subject in relation["facts"]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        replies = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        replies = generate(model, tokenizer, prompts, prefix=None, max_new_tokens=24, do_sample=False)
         facts = relation["facts"].items()
         known = [
             reply.rstrip("。") in (answer, relation["sentence"].format(s=subject, o=answer).rstrip("。"))
