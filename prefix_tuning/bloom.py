@@ -1,9 +1,9 @@
 """The frozen base: loading Bloom, and the forward pass that training runs through it.
 
 transformers' Bloom computes every position of a padded batch, attention included, and logits for all of them. Training a
-prefix needs less: no padding in the linear layers, and logits only where there is a label. `packed_logits` runs the frozen
+prefix needs less: no padding in the linear layers, and logits only where there is a label. `packed_hidden` runs the frozen
 layers' own weights over *packed* tokens, all rows of a batch end to end in one (total_tokens, hidden) matrix. Only attention
-needs to know where a row begins, so only there the tokens are laid out as a padded (rows, max_length) grid.
+needs to know where a row begins (attention.py), and the loss never holds all its logits at once.
 
 Generation uses transformers' own forward and `generate`, with the prefix as `past_key_values`.
 """
@@ -11,12 +11,13 @@ Generation uses transformers' own forward and `generate`, with the prefix as `pa
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, DynamicCache, PreTrainedTokenizerBase
-from transformers.models.bloom.modeling_bloom import BloomBlock, build_alibi_tensor
+from transformers.models.bloom.modeling_bloom import BloomBlock
 
 from prefix_tuning import demo
+from prefix_tuning.attention import attend, attention_bias
 from prefix_tuning.config import UserError
 from prefix_tuning.data import Batch
 
@@ -94,91 +95,84 @@ def text_prefix(
     return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]).float()
 
 
-def packed_logits(
+def packed_hidden(
     model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, gradient_checkpointing: bool = False
 ) -> torch.Tensor:
-    """Logits (labels, vocab_size) at the labelled positions of a packed batch, in the model's dtype.
+    """What the lm_head reads at the labelled positions of a packed batch: (labels, hidden), in the model's dtype.
 
     prefix: (layers, 2, heads, tokens, head_dim), or None for the base without one. Same numbers as transformers' forward
     with the prefix as past_key_values and the rows padded to one length. gradient_checkpointing keeps only each layer's
     input for the backward pass and computes the layer again there: the same bits, less memory, a third more work.
     """
-    body = model.transformer
+    body, shape = model.transformer, model.config
     hidden = body.word_embeddings_layernorm(body.word_embeddings(batch.input_ids))
-    prefix_length = 0 if prefix is None else prefix.shape[3]
-    bias = attention_bias(model.config.n_head, prefix_length, batch.max_length, hidden)
+    if prefix is None:
+        prefix = hidden.new_empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
+    bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
     for index, block in enumerate(body.h):
-        prefix_pair = None if prefix is None else prefix[index].to(hidden.dtype)
         # After the last attention no token looks at another: only positions with a label go on.
-        wanted = batch.label_positions if index == len(body.h) - 1 else None
-        arguments = (block, hidden, batch, bias, prefix_pair, wanted)
+        arguments = (block, hidden, batch, bias, prefix[index], index == len(body.h) - 1)
         if gradient_checkpointing:
             hidden = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             hidden = _block(*arguments)
-    return model.lm_head(body.ln_f(hidden))
+    return body.ln_f(hidden)
 
 
 def loss_sum(
     model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, gradient_checkpointing: bool = False
 ) -> torch.Tensor:
     """Cross-entropy in nats, summed over the labels of the batch: a scalar, at least float32."""
-    logits = packed_logits(model, batch, prefix, gradient_checkpointing)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits, batch.labels, reduction="sum")
+    hidden = packed_hidden(model, batch, prefix, gradient_checkpointing)
+    return _FrozenHeadLoss.apply(hidden, model.lm_head.weight, batch.labels)
 
 
-def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
-    """ALiBi and the causal mask as one additive bias (1, heads, max_length, prefix_length + max_length), typed as `like`.
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden (labels, hidden) @ weight (vocab_size, hidden).T against labels (labels,).
 
-    Query i stands at position prefix_length + i and sees keys up to its own position; a key `d` positions back is
-    penalised by slope * d. Bloom itself adds slope * key position; softmax cannot tell the difference, and distances stay
-    small where bfloat16 is exact. Rows need no mask of their own: padding stands right of the tokens, so causality hides it.
+    The weight is frozen, so the only gradient is that of `hidden`, and it can be had slice by slice as soon as a slice's
+    logits are known: a whole (labels, vocab_size) tensor never exists. (The idea is Liger Kernel's.)
     """
-    keys = torch.arange(prefix_length + max_length, device=like.device)
-    distance = keys - keys[prefix_length:, None]
-    # Two positions are enough to read the slopes off transformers' own table.
-    slopes = build_alibi_tensor(torch.ones(1, 2, device=like.device), num_heads, torch.float32)[:, :, 1:]
-    bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(like.dtype)
-    return bias.unsqueeze(0)  # of three axes only, CPU attention takes its slow path
+
+    LABELS_AT_ONCE = 256  # enough to keep the matrix products busy
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for start in range(0, len(labels), _FrozenHeadLoss.LABELS_AT_ONCE):
+            part = slice(start, start + _FrozenHeadLoss.LABELS_AT_ONCE)
+            log_probabilities = F.linear(hidden[part], weight).to(loss.dtype).log_softmax(-1)
+            label = labels[part].unsqueeze(1)
+            loss -= log_probabilities.gather(1, label).sum()
+            if grad is not None:
+                error = log_probabilities.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=loss.dtype))
+                grad[part] = error.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss.to(grad.dtype), None, None
 
 
 def _block(
-    block: BloomBlock,
-    hidden: torch.Tensor,
-    batch: Batch,
-    bias: torch.Tensor,
-    prefix_pair: torch.Tensor | None,
-    wanted: torch.Tensor | None,
+    block: BloomBlock, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, only_labels: bool
 ) -> torch.Tensor:
-    """One decoder layer over packed tokens: (total_tokens, hidden) -> (total_tokens, hidden).
-
-    wanted: the positions whose output is needed, if not all: the result is then (positions, hidden).
-    """
+    """One decoder layer over packed tokens: (total_tokens, hidden) -> (total_tokens, hidden), or (labels, hidden) if only
+    the labelled positions are wanted. prefix: (2, heads, tokens, head_dim)."""
+    attention, mlp = block.self_attention, block.mlp
     normed = block.input_layernorm(hidden)
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    context = _attention(block.self_attention, normed, batch, bias, prefix_pair)
-    if wanted is not None:
-        context, residual = context.index_select(0, wanted), residual.index_select(0, wanted)
-    hidden = block.self_attention.dense(context) + residual
+    qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim)
+    context = attend(qkv, prefix, batch, bias, only_labels).flatten(1)
+    if only_labels:
+        context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
+    hidden = attention.dense(context) + residual
 
     normed = block.post_attention_layernorm(hidden)
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    inner = F.gelu(block.mlp.dense_h_to_4h(normed), approximate="tanh")  # Bloom's GELU, in one kernel
-    return block.mlp.dense_4h_to_h(inner) + residual
-
-
-def _attention(
-    attention: nn.Module, normed: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix_pair: torch.Tensor | None
-) -> torch.Tensor:
-    """Attention of every row over [prefix; row]: (total_tokens, hidden) -> (total_tokens, hidden)."""
-    grid = batch.to_grid(attention.query_key_value(normed))
-    rows, length, _ = grid.shape
-    grid = grid.view(rows, length, attention.num_heads, 3, attention.head_dim)
-    query, key, value = grid.permute(3, 0, 2, 1, 4)  # each (rows, heads, length, head_dim)
-    if prefix_pair is not None:
-        prefix_key, prefix_value = prefix_pair.unsqueeze(1).expand(-1, rows, -1, -1, -1)
-        key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return batch.from_grid(context.transpose(1, 2).reshape(rows, length, -1))
+    inner = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")  # Bloom's GELU, in one kernel
+    return mlp.dense_4h_to_h(inner) + residual

@@ -4,6 +4,7 @@ source row {instruction, input, output}  ->  Example(input_ids, labels)  ->  Bat
 """
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -223,16 +224,25 @@ class Batch:
     input_ids:        (total_tokens,)
     label_positions:  (labels,) the packed position whose output predicts the label, one before the labelled token
     labels:           (labels,) the token ids to predict
-    rows, max_length: the shape of the padded grid that attention sees
-    slots:            (total_tokens,) place of each token in the flattened grid; None where the grid has no padding
+    lengths:          tokens of each row
+    first_labels:     of each row, the first place in it whose output predicts a label; its length if there is none
+    slots:            (total_tokens,) place of each token in the flattened (rows, max_length) grid; None if it has no padding
     """
 
     input_ids: torch.Tensor
     label_positions: torch.Tensor
     labels: torch.Tensor
-    rows: int
-    max_length: int
+    lengths: list[int]
+    first_labels: list[int]
     slots: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
 
     def to(self, device: torch.device) -> "Batch":
         """This batch on `device`. From pinned memory, so that a CUDA copy waits for nothing that is still computing."""
@@ -245,45 +255,47 @@ class Batch:
         return Batch(**{name: move(value) for name, value in vars(self).items()})
 
     def to_grid(self, packed: torch.Tensor) -> torch.Tensor:
-        """(total_tokens, width) -> (rows, max_length, width), zeros where a row is shorter."""
+        """(total_tokens, ...) -> (rows, max_length, ...), zeros where a row is shorter."""
         if self.slots is not None:
-            grid = packed.new_zeros(self.rows * self.max_length, packed.shape[1])
+            grid = packed.new_zeros(self.rows * self.max_length, *packed.shape[1:])
             packed = grid.index_copy(0, self.slots, packed)
-        return packed.view(self.rows, self.max_length, -1)
+        return packed.unflatten(0, (self.rows, self.max_length))
 
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
-        """(rows, max_length, width) -> (total_tokens, width): `to_grid` undone."""
+        """(rows, max_length, ...) -> (total_tokens, ...): `to_grid` undone."""
         flat = grid.flatten(0, 1)
         return flat if self.slots is None else flat.index_select(0, self.slots)
 
 
 def pack(examples: list[Example], max_tokens: int) -> Iterator[Batch]:
-    """Packs the examples into as few batches as keep the padded grid of each within `max_tokens`.
+    """Packs the examples into batches of up to `max_tokens` tokens, rows of similar length together.
 
-    Rows of similar length go together. A row that is longer than `max_tokens` makes a batch of its own.
+    A row that is longer than `max_tokens` makes a batch of its own.
     """
     rows: list[Example] = []
+    tokens = 0
     for example in sorted(examples, key=lambda example: len(example.input_ids)):
-        if rows and (len(rows) + 1) * len(example.input_ids) > max_tokens:
+        if rows and tokens + len(example.input_ids) > max_tokens:
             yield _batch(rows)
-            rows = []
+            rows, tokens = [], 0
         rows.append(example)
+        tokens += len(example.input_ids)
     if rows:
         yield _batch(rows)
 
 
 def _batch(rows: list[Example]) -> Batch:
-    lengths = torch.tensor([len(row.input_ids) for row in rows])
+    lengths = [len(row.input_ids) for row in rows]
     # Position i predicts token i + 1: shift the labels to where their prediction is made.
-    shifted = torch.tensor([label for row in rows for label in [*row.labels[1:], IGNORED]])
-    label_positions = (shifted != IGNORED).nonzero().flatten()
-    max_length = int(lengths.max())
-    in_row = torch.arange(max_length) < lengths[:, None]
+    shifted = [[*row.labels[1:], IGNORED] for row in rows]
+    flat = torch.tensor(list(itertools.chain(*shifted)))
+    label_positions = (flat != IGNORED).nonzero().flatten()
+    in_row = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return Batch(
-        input_ids=torch.tensor([token for row in rows for token in row.input_ids]),
+        input_ids=torch.tensor(list(itertools.chain(*(row.input_ids for row in rows)))),
         label_positions=label_positions,
-        labels=shifted[label_positions],
-        rows=len(rows),
-        max_length=max_length,
+        labels=flat[label_positions],
+        lengths=lengths,
+        first_labels=[next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in shifted],
         slots=None if bool(in_row.all()) else in_row.flatten().nonzero().flatten(),
     )

@@ -106,13 +106,16 @@ def train(config: TrainConfig) -> dict:
 
 
 def max_tokens_per_batch(config: TrainConfig, model: BloomForCausalLM) -> int:
-    """Tokens of one forward pass: the flag, or a default for the device and the model.
+    """Tokens of one forward pass: the flag, or what the device and the model suggest (tests/benchmarks/NOTES.md).
 
-    A CPU is fastest while the values of a layer fit its caches (tests/benchmarks/NOTES.md). On any device the float32
-    logits, the largest tensor, stay within 512 MiB.
+    A layer holds about ten numbers per token and hidden unit for the backward pass: four before the GELU, query, key and
+    value, what attention returns, and what each of the two layer norms is given. On a CPU these stay within half a GiB, and
+    more than 640 tokens gain little; elsewhere they stay within two GiB.
     """
-    fastest = 512 if model.device.type == "cpu" else 4096
-    return config.max_tokens_per_batch or min(fastest, 2**29 // (4 * model.config.vocab_size))
+    shape, on_cpu = model.config, model.device.type == "cpu"
+    held_per_token = 10 * shape.hidden_size * shape.n_layer * model.dtype.itemsize
+    fitting = max(1, 2 ** (29 if on_cpu else 31) // held_per_token)
+    return config.max_tokens_per_batch or (min(640, fitting) if on_cpu else fitting)
 
 
 class MetricsFile:

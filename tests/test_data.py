@@ -1,4 +1,5 @@
 import json
+from itertools import accumulate
 
 import pytest
 import torch
@@ -151,12 +152,15 @@ def test_tokenising_is_cached(rows_file, tokenizer):
 def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
     examples = examples_of(lengths)
     batches = list(pack(examples, max_tokens))
-    assert all(batch.rows == 1 or batch.rows * batch.max_length <= max_tokens for batch in batches)
+    assert all(batch.rows == 1 or len(batch.input_ids) <= max_tokens for batch in batches)
     packed = [token for batch in batches for token in batch.input_ids.tolist()]
     assert sorted(packed) == sorted(token for example in examples for token in example.input_ids)
     for batch in batches:
         # A label is predicted one position before the token itself.
         assert torch.equal(batch.input_ids[batch.label_positions + 1], batch.labels)
+        for first, start, length in zip(batch.first_labels, accumulate([0, *batch.lengths]), batch.lengths, strict=False):
+            in_row = [place - start for place in batch.label_positions.tolist() if start <= place < start + length]
+            assert first == min(in_row, default=length)
         values = torch.randn(len(batch.input_ids), 4)
         grid = batch.to_grid(values)
         assert grid.shape == (batch.rows, batch.max_length, 4)

@@ -13,7 +13,7 @@ from test_bloom import plain_loss, relative
 from transformers import BloomForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from prefix_tuning import demo
-from prefix_tuning.bloom import load_base, packed_logits, prefix_cache
+from prefix_tuning.bloom import load_base, packed_hidden, prefix_cache
 from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, load_encoder, load_prefix, save_encoder
 from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.data import IGNORED, load_rows, pack, take, tokenize
@@ -103,7 +103,7 @@ def test_logits_loss_and_encoder_gradients_equal_pefts(base, projection, lengths
     for example in examples:
         (batch,) = pack([example], 100)
         logits = theirs(input_ids=torch.tensor([example.input_ids])).logits[0]
-        assert relative(packed_logits(model, batch, ours.bake()), logits[batch.label_positions]) < 1e-5
+        assert relative(model.lm_head(packed_hidden(model, batch, ours.bake())), logits[batch.label_positions]) < 1e-5
 
     loss, prefix = gradients(model, ours, examples)
     assert torch.equal(prefix, ours.bake())
