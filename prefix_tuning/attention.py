@@ -1,8 +1,8 @@
 """Attention of packed rows, each over [prefix; row], with ALiBi and the causal mask as one additive bias.
 
-Two forms of one thing, equal but for rounding. `attend_grid` lays the rows out as a padded grid, for the kernels that a GPU
-has. `attend_rows` goes through them one by one, which is what a CPU is good at: no padding, no work for keys that lie in a
-query's future, and nothing kept for the backward pass but what went in and what came out.
+Two forms of one thing, equal but for rounding. `attend_grid` lays the rows out as a padded grid and leaves it to torch:
+few kernels, as suits a GPU and short rows. `attend_rows` goes through them one by one, as suits a CPU and long rows: no
+padding, less work for keys in a query's future, and nothing kept for the backward pass but what went in and what came out.
 """
 
 import torch
@@ -17,6 +17,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 QUERIES_AT_ONCE = 128  # fewer skip more of the future, more waste less time between kernels
+SHORT_ROW = 48  # tokens; below, a CPU takes longer to start a row's kernels than to run them (tests/benchmarks/NOTES.md)
 
 
 def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
@@ -35,13 +36,14 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
     return bias.unsqueeze(0)  # of three axes only, CPU attention takes its slow path
 
 
+@torch.compiler.disable  # every batch has other lengths: compiled, it would be compiled anew each time
 def attend(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, only_labels: bool) -> torch.Tensor:
     """Attention of every row over [prefix; row]: (total_tokens, heads, head_dim).
 
     qkv: (total_tokens, heads, 3, head_dim), as Bloom's query_key_value emits it. prefix: (2, heads, tokens, head_dim).
     only_labels: the result is used at label positions only; elsewhere it may hold anything.
     """
-    if qkv.device.type == "cpu":
+    if qkv.device.type == "cpu" and len(qkv) >= SHORT_ROW * batch.rows:
         return attend_rows(qkv, prefix, batch, bias, only_labels)
     return attend_grid(qkv, prefix, batch, bias)
 

@@ -8,6 +8,9 @@ needs to know where a row begins (attention.py), and the loss never holds all it
 Generation uses transformers' own forward and `generate`, with the prefix as `past_key_values`.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -95,14 +98,46 @@ def text_prefix(
     return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]).float()
 
 
+def run_block(
+    block: BloomBlock, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, only_labels: bool
+) -> torch.Tensor:
+    """One decoder layer over packed tokens: (total_tokens, hidden) -> (total_tokens, hidden), or (labels, hidden) if only
+    the labelled positions are wanted. prefix: (2, heads, tokens, head_dim)."""
+    attention, mlp = block.self_attention, block.mlp
+    normed = block.input_layernorm(hidden)
+    residual = normed if block.apply_residual_connection_post_layernorm else hidden
+    qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim)
+    context = attend(qkv, prefix, batch, bias, only_labels).flatten(1)
+    if only_labels:
+        context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
+    hidden = attention.dense(context) + residual
+
+    normed = block.post_attention_layernorm(hidden)
+    residual = normed if block.apply_residual_connection_post_layernorm else hidden
+    inner = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")  # Bloom's GELU, in one kernel
+    return mlp.dense_4h_to_h(inner) + residual
+
+
+def block_runner(gradient_checkpointing: bool = False, torch_compile: bool = False) -> Callable[..., torch.Tensor]:
+    """`run_block`, or what behaves like it.
+
+    gradient_checkpointing keeps only a layer's input for the backward pass and computes the layer again there: the same
+    bits, less memory, a third more work. torch_compile fuses what lies between the matrix products, once for all layers and
+    all lengths; it starts to compile at its first call.
+    """
+    run = torch.compile(run_block, dynamic=True) if torch_compile else run_block
+    if gradient_checkpointing:
+        return functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    return run
+
+
 def packed_hidden(
-    model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, gradient_checkpointing: bool = False
+    model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, run: Callable[..., torch.Tensor] = run_block
 ) -> torch.Tensor:
     """What the lm_head reads at the labelled positions of a packed batch: (labels, hidden), in the model's dtype.
 
-    prefix: (layers, 2, heads, tokens, head_dim), or None for the base without one. Same numbers as transformers' forward
-    with the prefix as past_key_values and the rows padded to one length. gradient_checkpointing keeps only each layer's
-    input for the backward pass and computes the layer again there: the same bits, less memory, a third more work.
+    prefix: (layers, 2, heads, tokens, head_dim), or None for the base without one. run: a `block_runner`. Same numbers as
+    transformers' forward with the prefix as past_key_values and the rows padded to one length.
     """
     body, shape = model.transformer, model.config
     hidden = body.word_embeddings_layernorm(body.word_embeddings(batch.input_ids))
@@ -111,19 +146,15 @@ def packed_hidden(
     bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
     for index, block in enumerate(body.h):
         # After the last attention no token looks at another: only positions with a label go on.
-        arguments = (block, hidden, batch, bias, prefix[index], index == len(body.h) - 1)
-        if gradient_checkpointing:
-            hidden = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            hidden = _block(*arguments)
+        hidden = run(block, hidden, batch, bias, prefix[index], only_labels=index == len(body.h) - 1)
     return body.ln_f(hidden)
 
 
 def loss_sum(
-    model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, gradient_checkpointing: bool = False
+    model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, run: Callable[..., torch.Tensor] = run_block
 ) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the labels of the batch: a scalar, at least float32."""
-    hidden = packed_hidden(model, batch, prefix, gradient_checkpointing)
+    """Cross-entropy in nats, summed over the labels of the batch: a scalar, at least float32. Arguments: `packed_hidden`."""
+    hidden = packed_hidden(model, batch, prefix, run)
     return _FrozenHeadLoss.apply(hidden, model.lm_head.weight, batch.labels)
 
 
@@ -156,23 +187,3 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         (grad,) = ctx.saved_tensors
         return grad * grad_loss.to(grad.dtype), None, None
-
-
-def _block(
-    block: BloomBlock, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, only_labels: bool
-) -> torch.Tensor:
-    """One decoder layer over packed tokens: (total_tokens, hidden) -> (total_tokens, hidden), or (labels, hidden) if only
-    the labelled positions are wanted. prefix: (2, heads, tokens, head_dim)."""
-    attention, mlp = block.self_attention, block.mlp
-    normed = block.input_layernorm(hidden)
-    residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim)
-    context = attend(qkv, prefix, batch, bias, only_labels).flatten(1)
-    if only_labels:
-        context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
-    hidden = attention.dense(context) + residual
-
-    normed = block.post_attention_layernorm(hidden)
-    residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    inner = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")  # Bloom's GELU, in one kernel
-    return mlp.dense_4h_to_h(inner) + residual

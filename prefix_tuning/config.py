@@ -110,6 +110,9 @@ class LoopArguments:
     gradient_checkpointing: bool = _flag(
         False, "Compute each layer twice instead of keeping its inner values: less memory, the same result."
     )
+    torch_compile: bool = _flag(
+        False, "Compile the layers with torch.compile before training. On a CPU it gains nothing; on a GPU, try it."
+    )
     max_steps: int = _flag(-1, "Stop after this many optimizer steps instead; 0 only saves the initial prefix.")
     learning_rate: float = _flag(
         5e-5, "AdamW's peak learning rate. Narrow encoders need larger ones: 5e-3 suits the mini Bloom."

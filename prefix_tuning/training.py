@@ -14,7 +14,7 @@ import platform
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -24,7 +24,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
-from prefix_tuning.bloom import load_base, loss_sum, resolve_device, resolve_dtype, text_prefix
+from prefix_tuning.bloom import block_runner, load_base, loss_sum, resolve_device, resolve_dtype, run_block, text_prefix
 from prefix_tuning.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ENCODER_FILE,
@@ -160,7 +160,11 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
     print(f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters, {model.dtype} on {device}")
-    max_tokens = max_tokens_per_batch(config, model)
+    max_tokens, run = max_tokens_per_batch(config, model), block_runner(config.gradient_checkpointing, config.torch_compile)
+    compile_seconds = 0.0
+    if config.torch_compile:
+        first_rows = next(step_rows(config, len(train_set), rows_per_step, 1))
+        compile_seconds = compile_for(model, encoder.bake(), take(train_set, first_rows), max_tokens, run)
 
     if evaluator:
         metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
@@ -176,7 +180,7 @@ def fit(
             examples = take(train_set, indices)
             prefix = encoder()  # once per step: it is the same for all rows
             leaf = prefix.detach().requires_grad_()  # where the gradients of all rows meet
-            loss = accumulate_gradients(model, leaf, examples, scaler, max_tokens, config.gradient_checkpointing)
+            loss = accumulate_gradients(model, leaf, examples, scaler, max_tokens, run)
 
             # An overflow of scaled fp16 gradients is the scaler's business: it skips the step and scales less.
             finite = loss.isfinite() & (leaf.grad.isfinite().all() | scaler.is_enabled())
@@ -231,6 +235,7 @@ def fit(
         "train_seconds": round(seconds, 3),
         "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+        "compile_seconds": round(compile_seconds, 3),
         "peak_memory_mb": peak_memory_mb(device),
         "trainable_parameters": trainable,
     }
@@ -242,21 +247,41 @@ def accumulate_gradients(
     examples: list[Example],
     scaler: torch.amp.GradScaler,
     max_tokens: int,
-    gradient_checkpointing: bool = False,
+    run: Callable[..., torch.Tensor] = run_block,
 ) -> torch.Tensor:
     """Forward and backward for all rows of one optimizer step.
 
     leaf: the prefix (layers, 2, heads, tokens, head_dim); its .grad receives the (scaled) gradient of the loss. Returns the
-    loss, the mean over all labels of the step: a scalar on the model's device. max_tokens bounds the memory of one pass.
+    loss, the mean over all labels of the step: a scalar on the model's device. max_tokens bounds the memory of one pass;
+    run: a `block_runner`.
     """
     batches = list(pack(examples, max_tokens))
     labels = sum(len(batch.labels) for batch in batches)
     loss = torch.zeros((), device=model.device)
     for batch in batches:
-        part = loss_sum(model, batch.to(model.device), leaf, gradient_checkpointing) / labels
+        part = loss_sum(model, batch.to(model.device), leaf, run) / labels
         scaler.scale(part).backward()
         loss += part.detach()
     return loss
+
+
+def compile_for(
+    model: BloomForCausalLM, prefix: torch.Tensor, examples: list[Example], max_tokens: int, run: Callable[..., torch.Tensor]
+) -> float:
+    """Lets a compiling `run` compile, by computing gradients that are thrown away. Returns the seconds this took.
+
+    Raises UserError where torch has no compiler to work with.
+    """
+    started = time.perf_counter()
+    try:
+        scaler = torch.amp.GradScaler(model.device.type, enabled=False)
+        accumulate_gradients(model, prefix.clone().requires_grad_(), examples, scaler, max_tokens, run)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--torch_compile does not work here: {reason}; leave the flag out") from error
+    seconds = time.perf_counter() - started
+    print(f"compiled in {seconds:.1f} s, which no figure below includes")
+    return seconds
 
 
 def step_rows(config: TrainConfig, rows: int, rows_per_step: int, total_steps: int) -> Iterator[list[int]]:

@@ -11,6 +11,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from prefix_tuning import attention, bloom
 from prefix_tuning.bloom import (
+    block_runner,
     load_base,
     loss_sum,
     packed_hidden,
@@ -93,11 +94,11 @@ def relative(ours, theirs):
 
 @pytest.fixture(params=["rows", "rows in pieces", "grid"])
 def attention_form(request, monkeypatch):
-    """Every form of attention: a CPU's, the same where rows are long, and a GPU's."""
+    """Every form of attention: row by row, the same where rows are long, and as a padded grid."""
     if request.param == "rows in pieces":
         monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 4)
-    if request.param == "grid":
-        monkeypatch.setattr(bloom, "attend", lambda *arguments: attention.attend_grid(*arguments[:-1]))
+    grid = request.param == "grid"
+    monkeypatch.setattr(bloom, "attend", (lambda *x: attention.attend_grid(*x[:-1])) if grid else attention.attend_rows)
 
 
 def loss_and_gradient(loss_of, prefix):
@@ -156,7 +157,7 @@ def test_gradient_checkpointing_gives_the_same_bits(attention_form, options):
     prefix, results = PrefixEncoder(prefix_config(model)).bake(), []
     for checkpointing in (False, True):
         leaf = prefix.clone().requires_grad_()
-        loss = sum(loss_sum(model, batch, leaf, checkpointing) for batch in pack(examples, 40))
+        loss = sum(loss_sum(model, batch, leaf, block_runner(checkpointing)) for batch in pack(examples, 40))
         loss.backward()
         results.append((loss.detach(), leaf.grad))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

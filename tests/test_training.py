@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -403,3 +404,15 @@ def test_real_rows_on_the_bundled_base(tmp_path):
         )
     base, *_, last = [line["eval_loss"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line]
     assert last < 0.8 * base
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_give_the_same_losses(settings, tmp_path, checkpointing):
+    train(TrainConfig(**settings))
+    changed = {"torch_compile": True, "gradient_checkpointing": checkpointing, "output_dir": str(tmp_path / "compiled")}
+    train(TrainConfig(**settings | changed))
+    *plain, plain_summary = metrics_of(settings["output_dir"])
+    *compiled, summary = metrics_of(tmp_path / "compiled")
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+    assert plain_summary["compile_seconds"] == 0 < summary["compile_seconds"]

@@ -1,0 +1,145 @@
+"""Time to quality on the bundled demo: seconds of training until held-out exact match reaches 90 %.
+
+    python tests/benchmarks/quality.py
+
+This loop against PEFT + Trainer: the same initial weights, rows in the same order, optimizer, learning rate, schedule and
+batch of 32; every 20 steps the clock stands still, and both prefixes are measured by the same code. Each in a process of
+its own, in turn.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+EPOCHS, EVAL_STEPS, GOAL = 3, 20, 0.9
+
+
+class Reached(Exception):
+    """Held-out exact match is where it should be."""
+
+
+class Clock:
+    """Seconds of training; stands still while a prefix is measured."""
+
+    def __init__(self, evaluator):
+        self.evaluator, self.seconds, self.curve = evaluator, 0.0, []
+        self.started = time.perf_counter()
+
+    def __call__(self, prefix, title: str) -> dict:
+        self.seconds += time.perf_counter() - self.started
+        figures = {} if prefix is None else self.evaluator(prefix, title)
+        if figures:
+            self.curve.append((title, round(self.seconds, 2), figures["eval_exact_match"], figures["eval_loss"]))
+            if figures["eval_exact_match"] >= GOAL:
+                raise Reached
+        self.started = time.perf_counter()
+        return figures
+
+
+def worker(name: str) -> None:
+    import torch
+    from datasets import concatenate_datasets
+
+    from prefix_tuning import demo
+    from prefix_tuning.bloom import load_base
+    from prefix_tuning.config import TrainConfig
+    from prefix_tuning.training import Evaluator, MetricsFile, fit, load_splits, make_encoder, tokenize_rows
+
+    settings = demo.SETTINGS | {
+        "num_train_epochs": 1,
+        "eval_dataset": "bundled:short-eval",
+        "eval_steps": EVAL_STEPS,
+        "shuffle": False,
+    }
+    config = TrainConfig(**settings)
+    train_rows, eval_rows = load_splits(config)
+    model, tokenizer = load_base(config.model_name_or_path, torch.float32, torch.device("cpu"))
+    rows = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
+    rows = concatenate_datasets([rows.shuffle(seed=epoch) for epoch in range(EPOCHS)])
+    evaluator = Evaluator(config, model, tokenizer, eval_rows)
+    torch.manual_seed(config.seed)
+    encoder = make_encoder(config, model, tokenizer)
+    with contextlib.suppress(Reached):
+        if name == "ours":
+            clock = Clock(evaluator)
+            fit(config, model, encoder, rows, clock, MetricsFile(io.StringIO()))
+        else:
+            clock = run_peft(config, model, tokenizer, encoder, rows, evaluator)
+    print(json.dumps(clock.curve))
+
+
+def run_peft(config, model, tokenizer, encoder, rows, evaluator) -> Clock:
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens, prefix_projection=True)
+    wrapped = get_peft_model(model, prefix)
+    theirs = wrapped.prompt_encoder["default"]
+    theirs.load_state_dict(encoder.state_dict())
+    clock = Clock(evaluator)
+
+    class Measure(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            clock.started = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % EVAL_STEPS == 0:
+                # Ours has the same keys and shapes: measured through it, both prefixes take the same way.
+                encoder.load_state_dict(theirs.state_dict())
+                clock(encoder.bake(), f"step {state.global_step}")
+            return control
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            learning_rate=config.learning_rate,
+            logging_steps=config.logging_steps,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+    collator = DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True)
+    trainer = Trainer(
+        model=wrapped, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collator,
+        callbacks=[Measure()],
+    )  # fmt: skip
+    with contextlib.suppress(Reached):
+        trainer.train()
+    return clock
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", choices=("ours", "peft"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker)
+        return
+    seconds = {"peft": [], "ours": []}
+    for _ in range(args.repeats):
+        for name in seconds:
+            result = subprocess.run([sys.executable, __file__, "--worker", name], capture_output=True, text=True)
+            if result.returncode:
+                sys.exit(f"{name} failed:\n{result.stderr}")
+            curve = json.loads(result.stdout.splitlines()[-1])
+            for title, at, exact, loss in curve:
+                print(f"{name:5s} {title:9s} {at:7.2f} s  exact match {exact:6.1%}  eval loss {loss:.4f}")
+            seconds[name].append(curve[-1][1])
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    print(f"seconds to {GOAL:.0%}: {medians}, ours is {medians['peft'] / medians['ours']:.2f}x as fast")
+
+
+if __name__ == "__main__":
+    main()
