@@ -9,6 +9,8 @@ Generation uses transformers' own forward and `generate`, with the prefix as `pa
 """
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable
 
 import torch
@@ -71,6 +73,25 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Bloo
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | str | None]:
+    """What tells one base from another: its shape, a hash over 64 weights of every tensor, and one over the tokenizer.
+
+    The weights are rounded to bfloat16 first, so that the hash does not depend on the compute type; those that were rounded
+    to float16 could not be compared, and get None.
+    """
+    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "hidden_size", "vocab_size")}
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sample = tensor.flatten()[:: tensor.numel() // 64 | 1]  # an odd stride passes through all columns
+        weights.update(name.encode() + sample.bfloat16().float().cpu().numpy().tobytes())
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        **shape,
+        "weights": None if model.dtype == torch.float16 else weights.hexdigest(),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+    }
 
 
 def prefix_cache(prefix: torch.Tensor, rows: int, dtype: torch.dtype) -> DynamicCache:

@@ -3,19 +3,21 @@
 prefix_encoder.safetensors   the trainable weights, for `--prefix_from`; shape and base in the metadata
 adapter_model.safetensors    the baked prefix, as PEFT stores it
 adapter_config.json          its description, as PEFT reads it
+checkpoint-STEP.safetensors  all that a killed run needs to go on: tensors, the rest as JSON in the metadata, a checksum
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import BloomConfig
 
 from prefix_tuning.config import PrefixConfig, UserError
 from prefix_tuning.encoder import PrefixEncoder, flatten, unflatten
@@ -23,19 +25,43 @@ from prefix_tuning.encoder import PrefixEncoder, flatten, unflatten
 ENCODER_FILE = "prefix_encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+_DRAFT = ".draft"  # marks a file that is being written
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` when the block ends well: the file appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
+    """Yields a path to write to, which becomes `path` when the block ends well: the file appears whole or not at all.
+
+    Raises UserError where the system refuses, because the disk is full, say.
+    """
+    draft = path.with_name(f".{path.name}{_DRAFT}")
     try:
         yield draft
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+        _flush_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename in `folder` outlast a power cut. Windows cannot, and need not."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what killed runs left half-written in `folder`."""
+    for draft in folder.glob(f".*{_DRAFT}"):
+        draft.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -60,27 +86,27 @@ def base_of(prefix_name: str, noted: str | None) -> str:
     return noted
 
 
-def save_encoder(folder: Path, encoder: PrefixEncoder, base_name: str, base_config: BloomConfig) -> None:
-    """Writes the trainable weights, with the shape of the prefix and of its base in the metadata."""
-    base = {key: getattr(base_config, key) for key in ("hidden_size", "n_layer", "n_head", "vocab_size")}
+def save_encoder(folder: Path, encoder: PrefixEncoder, base: dict) -> None:
+    """Writes the trainable weights, with the shape of the prefix and the `fingerprint` of its base in the metadata."""
     metadata = {
         "format": "pt",
         "prefix_config": json.dumps(dataclasses.asdict(encoder.config)),
-        "base_model": json.dumps({"name_or_path": portable_name(base_name), **base}),
+        "base_model": json.dumps(base),
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     with replacing(folder / ENCODER_FILE) as draft:
         save_file(weights, draft, metadata)
 
 
-def save_adapter(folder: Path, prefix: torch.Tensor, config: PrefixConfig, base_name: str) -> None:
-    """Writes a baked prefix (layers, 2, heads, tokens, head_dim) as PEFT stores it."""
+def save_adapter(folder: Path, prefix: torch.Tensor, config: PrefixConfig, base: dict) -> None:
+    """Writes a baked prefix (layers, 2, heads, tokens, head_dim) as PEFT stores it, with the `fingerprint` of its base."""
+    metadata = {"format": "pt", "base_model": json.dumps(base)}
     with replacing(folder / ADAPTER_FILE) as draft:
-        save_file({"prompt_embeddings": flatten(prefix).cpu().contiguous()}, draft, {"format": "pt"})
+        save_file({"prompt_embeddings": flatten(prefix).cpu().contiguous()}, draft, metadata)
     description = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": portable_name(base_name),
+        "base_model_name_or_path": base["name_or_path"],
         "inference_mode": True,
         "num_transformer_submodules": 1,
         **dataclasses.asdict(config),
@@ -88,8 +114,11 @@ def save_adapter(folder: Path, prefix: torch.Tensor, config: PrefixConfig, base_
     write_json(folder / ADAPTER_CONFIG_FILE, description)
 
 
-def load_encoder(folder: str) -> PrefixEncoder:
-    """Reads the trainable weights that a run saved in `folder`. Raises UserError if they are not there or broken."""
+def load_encoder(folder: str) -> tuple[PrefixEncoder, dict]:
+    """Reads the trainable weights that a run saved in `folder`, and the `fingerprint` of their base.
+
+    Raises UserError if they are not there or broken.
+    """
     path = Path(folder) / ENCODER_FILE
     with _opened(path) as file:
         try:
@@ -101,14 +130,15 @@ def load_encoder(folder: str) -> PrefixEncoder:
         expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
         if "text_prefix" in file.keys():  # noqa: SIM118 (safe_open has no __contains__)
             expected["text_prefix"] = (config.num_virtual_tokens, config.num_layers * 2 * config.token_dim)
-        weights = _read_tensors(path, file, expected)
+        weights, base = _read_tensors(path, file, expected), _noted_base(path, file)
     encoder.text_prefix = weights.pop("text_prefix", None)
     encoder.load_state_dict(weights, strict=False, assign=True)
-    return encoder.requires_grad_()
+    return encoder.requires_grad_(), base
 
 
-def load_prefix(folder: str) -> tuple[torch.Tensor, str | None]:
-    """Reads a baked prefix, ours or PEFT's: (layers, 2, heads, tokens, head_dim) in float32, and the base model it notes.
+def load_prefix(folder: str) -> tuple[torch.Tensor, dict]:
+    """Reads a baked prefix, ours or PEFT's: (layers, 2, heads, tokens, head_dim) in float32, and what it notes of its base:
+    a `fingerprint`, or for PEFT's the name alone.
 
     Raises UserError if the folder holds none, or one that is no prefix for a causal language model.
     """
@@ -132,18 +162,100 @@ def load_prefix(folder: str) -> tuple[torch.Tensor, str | None]:
     expected = {"prompt_embeddings": (shape.num_virtual_tokens, shape.num_layers * 2 * shape.token_dim)}
     with _opened(path) as file:
         flat = _read_tensors(path, file, expected)["prompt_embeddings"].float()
-    return unflatten(flat, shape.num_layers, shape.num_attention_heads), config.get("base_model_name_or_path")
+        base = _noted_base(path, file)
+    base["name_or_path"] = config.get("base_model_name_or_path")
+    return unflatten(flat, shape.num_layers, shape.num_attention_heads), base
 
 
-def check_fits(prefix_shape: tuple[int, ...], base_config: BloomConfig, prefix_name: str, base_name: str) -> None:
-    """Raises UserError unless a prefix (layers, 2, heads, tokens, head_dim) has the shape that the base needs."""
+def _noted_base(path: Path, file) -> dict:
+    try:
+        base = json.loads((file.metadata() or {}).get("base_model", "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: holds no valid base_model: {error}") from error
+    if not isinstance(base, dict):
+        raise UserError(f"{path}: holds no valid base_model: {base!r}")
+    return base
+
+
+def check_base(prefix_shape: tuple[int, ...], noted: dict, base: dict, prefix_name: str, force: bool) -> None:
+    """Raises UserError unless a prefix (layers, 2, heads, tokens, head_dim) can be used on a base.
+
+    noted, base: the `fingerprint` of the base that it was trained on, and of the one at hand. The shape must be right. Other
+    weights, or another tokenizer, are refused unless `force`. A prefix without a fingerprint passes, with a note on stderr.
+    """
     layers, _, heads, _, head_dim = prefix_shape
-    needed = (base_config.n_layer, base_config.n_head, base_config.hidden_size // base_config.n_head)
+    needed = (base["n_layer"], base["n_head"], base["hidden_size"] // base["n_head"])
     if (layers, heads, head_dim) != needed:
         raise UserError(
-            f"{prefix_name}: a prefix for {layers} layers of {heads} x {head_dim}, but {base_name} has "
+            f"{prefix_name}: a prefix for {layers} layers of {heads} x {head_dim}, but {base['name_or_path']} has "
             "{} layers of {} x {}; use the base that it was trained on".format(*needed)
         )
+    name = noted.get("name_or_path")
+    if "tokenizer" not in noted:
+        print(f"{prefix_name}: does not say by a fingerprint which base it belongs to; it names {name}", file=sys.stderr)
+        return
+    # Weights that were rounded to float16 have no hash to compare.
+    differing = [key for key in ("weights", "tokenizer") if noted.get(key) and base[key] and noted[key] != base[key]]
+    message = f"{prefix_name}: was trained on {name}; {base['name_or_path']} has the same shape, but another "
+    if differing and not force:
+        raise UserError(f"{message}{' and another '.join(differing)}; use the right base, or add --force to go on")
+    if differing or name != base["name_or_path"]:
+        print(f"{message}{' and another '.join(differing) or 'name'}", file=sys.stderr)
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int | None) -> None:
+    """Writes checkpoint-STEP.safetensors, then removes all but the `keep` newest; None keeps all. state: anything JSON."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(state)
+    with replacing(folder / f"checkpoint-{step}.safetensors") as draft:
+        save_file(tensors, draft, {"format": "pt", "state": text, "sha256": _checksum(tensors, text)})
+    for path in find_checkpoints(folder)[: -keep if keep else 0]:
+        path.unlink()
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first, intact or not."""
+    found = {path: path.stem.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*.safetensors")}
+    return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and the state of one checkpoint. Raises UserError if it is missing or damaged."""
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if metadata.get("sha256") != _checksum(tensors, metadata.get("state", "")):
+        raise UserError(f"{path}: is damaged, or no checkpoint (its checksum does not match its content)")
+    return tensors, json.loads(metadata["state"])
+
+
+def newest_checkpoint(where: str, output_dir: Path) -> tuple[Path, dict[str, torch.Tensor], dict] | None:
+    """The checkpoint that --resume_from_checkpoint names: its path, tensors and state.
+
+    where: a checkpoint; a folder, of which the newest intact one is taken; or "latest" for those in `output_dir`, and None
+    if the run was killed before it had one. Damaged ones are named on stderr and passed over. Raises UserError if `where`
+    holds none.
+    """
+    folder = output_dir if where == "latest" else Path(where)
+    if folder.is_file():
+        return folder, *load_checkpoint(folder)
+    for path in reversed(find_checkpoints(folder)):
+        try:
+            return path, *load_checkpoint(path)
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    if where != "latest":
+        raise UserError(f"--resume_from_checkpoint {where}: no such checkpoint, nor a folder that holds an intact one")
+    print(f"{output_dir} holds no checkpoint to go on from: starting from the beginning")
+    return None
+
+
+def _checksum(tensors: dict[str, torch.Tensor], state: str) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from prefix_tuning import demo
 from prefix_tuning.config import (
     DataArguments,
     InferConfig,
+    Interrupted,
     LoopArguments,
     ModelArguments,
     OutputArguments,
@@ -64,6 +65,9 @@ def _run(command: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -18,6 +18,14 @@ class UserError(Exception):
     """Something that the user can mend. Its message is one line that names the file, row or flag, and the way out."""
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has saved itself. `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 @dataclass(frozen=True)
 class PrefixConfig:
     """The shape of a prefix and of the encoder that learns it; PEFT's names for them.
@@ -47,6 +55,9 @@ def _flag(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+_FORCE = "Use a prefix even if the base has other weights or another tokenizer than the one that it was trained on."
+
+
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
@@ -60,6 +71,7 @@ class ModelArguments:
         "fp32 elsewhere. The encoder and the optimizer are always fp32.",
     )
     device: str = _flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
+    force: bool = _flag(False, _FORCE)
 
 
 @dataclass
@@ -135,6 +147,13 @@ class OutputArguments:
     overwrite_output_dir: bool = _flag(False, "Replace the finished run that --output_dir holds.")
     logging_steps: int = _flag(10, "Write a line of metrics.jsonl every this many steps.")
     eval_steps: int | None = _flag(None, "Evaluate every this many steps; None: at the end of each epoch.")
+    save_steps: int = _flag(500, "Write a checkpoint every this many steps; 0: only when a signal stops the run.")
+    save_total_limit: int | None = _flag(2, "Keep this many of the newest checkpoints; None: all.")
+    resume_from_checkpoint: str | None = _flag(
+        None, "Go on where a run stopped: latest (of those in --output_dir), a checkpoint, or a folder that holds some."
+    )
+    save_best: bool = _flag(False, "Save the prefix with the lowest eval loss instead of the last one.")
+    early_stopping_patience: int | None = _flag(None, "Stop after this many evaluations in a row without a lower eval loss.")
 
 
 @dataclass
@@ -146,7 +165,7 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             "num_virtual_tokens": 1, "max_length": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
             "max_steps": -1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "logging_steps": 1, "seed": 0,
             "learning_rate": 0, "eval_fraction": 0, "encoder_hidden_size": 1, "eval_steps": 1, "num_train_epochs": 0,
-            "max_tokens_per_batch": 1,
+            "max_tokens_per_batch": 1, "save_steps": 0, "save_total_limit": 1, "early_stopping_patience": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -158,6 +177,9 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             raise UserError(f"--eval_fraction must be below 1, not {self.eval_fraction}")
         if self.eval_fraction and self.eval_dataset:
             raise UserError("--eval_fraction and --eval_dataset exclude each other; choose one")
+        for name in ("save_best", "early_stopping_patience"):
+            if getattr(self, name) and not (self.eval_fraction or self.eval_dataset):
+                raise UserError(f"--{name} needs held-out rows: --eval_dataset or --eval_fraction")
         if self.prefix_init == "text" and not self.init_text:
             raise UserError("--prefix_init text needs a text: --init_text '...'")
         if self.init_text and self.prefix_init != "text":
@@ -179,6 +201,7 @@ class InferConfig:
     model_name_or_path: str | None = _flag(None, "The base, where it is not found under the name that the prefix notes.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "Compute type, as for train.py.")
     device: str = _flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
+    force: bool = _flag(False, _FORCE)
     max_new_tokens: int | None = _flag(None, "Longest answer, in tokens; None: 128.")
     max_length: int | None = _flag(None, "Longest question and answer together, in tokens, instead of --max_new_tokens.")
     do_sample: bool = _flag(False, "Draw tokens at random instead of always taking the likeliest.")

@@ -3,8 +3,8 @@
 import torch
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase, TextStreamer
 
-from prefix_tuning.bloom import load_base, prefix_cache, resolve_device, resolve_dtype
-from prefix_tuning.checkpoint import base_of, check_fits, load_prefix
+from prefix_tuning.bloom import fingerprint, load_base, prefix_cache, resolve_device, resolve_dtype
+from prefix_tuning.checkpoint import base_of, check_base, load_prefix, portable_name
 from prefix_tuning.config import InferConfig, UserError
 from prefix_tuning.data import prompt_of
 
@@ -45,9 +45,10 @@ def answer(config: InferConfig, question: str) -> None:
     """Streams the answer to one question to stdout, by the frozen base as well if `config.compare`."""
     device = resolve_device(config.device)
     prefix, noted = load_prefix(config.prefix)
-    base_name = config.model_name_or_path or base_of(config.prefix, noted)
+    base_name = config.model_name_or_path or base_of(config.prefix, noted["name_or_path"])
     model, tokenizer = load_base(base_name, resolve_dtype(config.precision, device), device)
-    check_fits(prefix.shape, model.config, config.prefix, base_name)
+    base = {"name_or_path": portable_name(base_name), **fingerprint(model, tokenizer)}
+    check_base(prefix.shape, noted, base, config.prefix, config.force)
     prompt = prompt_of(question)
     prompt_length = len(tokenizer(prompt).input_ids)
     if config.max_length and config.max_length <= prompt_length:

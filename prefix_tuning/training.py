@@ -11,10 +11,13 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -22,23 +25,38 @@ import torch
 import transformers
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import BloomForCausalLM, PreTrainedTokenizerBase, get_scheduler
+from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
-from prefix_tuning.bloom import block_runner, load_base, loss_sum, resolve_device, resolve_dtype, run_block, text_prefix
+from prefix_tuning.bloom import (
+    block_runner,
+    fingerprint,
+    load_base,
+    loss_sum,
+    resolve_device,
+    resolve_dtype,
+    run_block,
+    text_prefix,
+)
 from prefix_tuning.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ENCODER_FILE,
-    check_fits,
+    check_base,
+    find_checkpoints,
     load_encoder,
+    newest_checkpoint,
     portable_name,
+    remove_drafts,
+    replacing,
     save_adapter,
+    save_checkpoint,
     save_encoder,
     write_json,
 )
-from prefix_tuning.config import PrefixConfig, TrainConfig, UserError
-from prefix_tuning.data import Example, load_rows, pack, take, tokenize
+from prefix_tuning.config import Interrupted, PrefixConfig, TrainConfig, UserError
+from prefix_tuning.data import Example, digest, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
+from prefix_tuning.state import Progress, TrainingState, check_same_run, identity
 
 try:
     import resource
@@ -52,13 +70,20 @@ CONFIG_FILE = "training_config.json"
 def train(config: TrainConfig) -> dict:
     """Runs the training that `config` describes, writes its output folder and returns the summary of metrics.jsonl.
 
-    Raises UserError for a mistake in the settings or the data, and for a loss that stops being finite.
+    Raises UserError for a mistake in the settings or the data, for a disk that is full, and for a loss that stops being
+    finite; Interrupted after a signal.
     """
     output_dir = Path(config.output_dir)
-    if (output_dir / ADAPTER_CONFIG_FILE).exists() and not config.overwrite_output_dir:
-        raise UserError(
-            f"{config.output_dir} holds a prefix already; add --overwrite_output_dir or name another --output_dir"
-        )
+    resumed = None
+    if config.resume_from_checkpoint:
+        resumed = newest_checkpoint(config.resume_from_checkpoint, output_dir)
+    elif not config.overwrite_output_dir:
+        if (output_dir / ADAPTER_CONFIG_FILE).exists():
+            hint = "add --overwrite_output_dir or name another --output_dir"
+            raise UserError(f"{config.output_dir} holds a prefix already; {hint}")
+        if find_checkpoints(output_dir):
+            hint = "go on with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
+            raise UserError(f"{config.output_dir} holds checkpoints of a run that did not finish; {hint}")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     if device.type == "cuda":
@@ -68,41 +93,149 @@ def train(config: TrainConfig) -> dict:
         torch.use_deterministic_algorithms(True, warn_only=True)
     train_rows, eval_rows = load_splits(config)
     model, tokenizer = load_base(config.model_name_or_path, dtype, device)
+    base = {"name_or_path": portable_name(config.model_name_or_path), **fingerprint(model, tokenizer)}
     train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
     evaluator = None
     if eval_rows is not None and config.max_steps != 0:
         evaluator = Evaluator(config, model, tokenizer, eval_rows)
     torch.manual_seed(config.seed)
-    encoder = make_encoder(config, model, tokenizer).to(device)
+    encoder = make_encoder(config, model, tokenizer, base).to(device)
+    checkpoints = Checkpoints(config, identity(config, base, digest(train_set), dtype), resumed)
 
     output_dir.mkdir(parents=True, exist_ok=True)
+    remove_drafts(output_dir)
+    if resumed is None:
+        for old in find_checkpoints(output_dir):
+            old.unlink()
     write_json(output_dir / CONFIG_FILE, describe_run(config, encoder.config, device, dtype, len(train_set)))
+    with replacing(output_dir / METRICS_FILE) as draft:
+        draft.write_bytes(checkpoints.metrics_so_far())
     # An earlier prefix stays in place until the new one is whole.
-    with open(output_dir / METRICS_FILE, "w", encoding="utf-8") as file:
+    with open(output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
         metrics = MetricsFile(file)
         try:
-            summary = fit(config, model, encoder, train_set, evaluator, metrics)
+            with checkpoints.listening():
+                state = fit(config, model, encoder, train_set, evaluator, metrics, checkpoints)
         except NotFinite as error:
             kept = "there is no good prefix to keep"
             if error.good_prefix is not None:
-                save_adapter(output_dir, error.good_prefix, encoder.config, config.model_name_or_path)
+                save_adapter(output_dir, error.good_prefix, encoder.config, base)
                 (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # of an earlier run; this one's weights are past help
                 kept = f"the last good prefix is saved in {config.output_dir} (for infer.py; it cannot be trained further)"
             hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
             raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            # CUDA has a class for it; a CPU's is a plain RuntimeError.
+            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+                raise
             budget = max_tokens_per_batch(config, model)
             hint = f"lower --max_tokens_per_batch (it was {budget}) or add --gradient_checkpointing"
-            raise UserError(f"{device} ran out of memory; {hint}") from error
-        save_encoder(output_dir, encoder, config.model_name_or_path, model.config)
-        save_adapter(output_dir, encoder.bake(), encoder.config, config.model_name_or_path)
-        if evaluator:  # after the saving: nothing that happens here can lose the prefix
-            metrics.write({"step": summary["steps"], **evaluator(encoder.bake(), f"step {summary['steps']}")})
+            raise UserError(f"{device} ran out of memory; {hint}{checkpoints.how_to_go_on()}") from error
+        save_output(output_dir, encoder, base)
+        progress = state.progress
+        if evaluator and progress.evaluated_step != progress.step:
+            # After the saving: nothing that happens here can lose the prefix.
+            figures = evaluator(encoder.bake(), f"step {progress.step}")
+            metrics.write({"step": progress.step, **figures})
+            state.note_evaluation(figures["eval_loss"], config.save_best)
+        if config.save_best and progress.best_step != progress.step:
+            encoder.load_state_dict(state.best_weights)
+            save_output(output_dir, encoder, base)
+            print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
+        summary = summarise(state)
         metrics.write(summary)
     if evaluator:
         evaluator.show_answers()
     print(f"{summary['steps']} steps in {summary['train_seconds']:.1f} s; the prefix is saved in {config.output_dir}")
     return summary
+
+
+def save_output(output_dir: Path, encoder: PrefixEncoder, base: dict) -> None:
+    """What a run is for: the trainable weights and the baked prefix."""
+    save_encoder(output_dir, encoder, base)
+    save_adapter(output_dir, encoder.bake(), encoder.config, base)
+
+
+def summarise(state: TrainingState) -> dict:
+    """The last line of metrics.jsonl."""
+    progress = state.progress
+    return {
+        "summary": True,
+        "steps": progress.step,
+        "train_seconds": round(progress.seconds, 3),
+        "tokens": progress.tokens,
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
+        "compile_seconds": round(state.compile_seconds, 3),
+        "peak_memory_mb": peak_memory_mb(state.losses.device),
+        "trainable_parameters": sum(parameter.numel() for parameter in state.encoder.parameters()),
+    }
+
+
+class Checkpoints:
+    """When a run is saved, and from where it goes on.
+
+    resumed: path, tensors and state of the checkpoint to go on from, or None. Raises UserError if it is another run's.
+    """
+
+    def __init__(self, config: TrainConfig, run: dict, resumed: tuple[Path, dict, dict] | None):
+        self.config, self.folder, self.run, self.resumed = config, Path(config.output_dir), run, resumed
+        self.signal: int | None = None
+        if resumed:
+            check_same_run(resumed[2].get("run", {}), run, str(resumed[0]))
+
+    def metrics_so_far(self) -> bytes:
+        """What metrics.jsonl held when the checkpoint was written; later lines will be written again."""
+        if not self.resumed:
+            return b""
+        path, _, numbers = self.resumed
+        file = path.with_name(METRICS_FILE)
+        return file.read_bytes()[: numbers["metrics_bytes"]] if file.exists() else b""
+
+    def restore(self, state: TrainingState) -> bool:
+        """Brings `state` to where the checkpoint was written. Returns False if there is none."""
+        if not self.resumed:
+            return False
+        path, tensors, numbers = self.resumed
+        try:
+            state.restore(tensors, numbers)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: is no checkpoint of this run: {error}") from error
+        self.resumed = None  # its tensors are in the state now
+        print(f"going on after step {state.progress.step}, from {path}")
+        return True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGINT and SIGTERM let the step end and be saved; a second one stops the process at once."""
+
+        def note(number: int, frame) -> None:
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, note) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def due(self, step: int) -> bool:
+        save_steps = self.config.save_steps
+        return self.signal is not None or (save_steps > 0 and step % save_steps == 0)
+
+    def save(self, state: TrainingState, metrics: "MetricsFile") -> None:
+        """Writes a checkpoint. Raises Interrupted if a signal was the reason."""
+        numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
+        save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.config.save_total_limit)
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            raise Interrupted(f"{name}: stopped after step {state.progress.step}{self.how_to_go_on()}", self.signal)
+
+    def how_to_go_on(self) -> str:
+        """The way back to work, if there is a checkpoint: part of a message."""
+        found = find_checkpoints(self.folder)
+        return f"; {found[-1]} is intact, go on with --resume_from_checkpoint latest" if found else ""
 
 
 def max_tokens_per_batch(config: TrainConfig, model: BloomForCausalLM) -> int:
@@ -119,7 +252,7 @@ def max_tokens_per_batch(config: TrainConfig, model: BloomForCausalLM) -> int:
 
 
 class MetricsFile:
-    """metrics.jsonl: a JSON object per line, readable while the run goes on."""
+    """metrics.jsonl: a JSON object per line, readable while the run goes on. Raises UserError where it cannot be written."""
 
     def __init__(self, file: TextIO):
         self.file = file
@@ -127,8 +260,16 @@ class MetricsFile:
     def write(self, record: dict) -> None:
         # JSON has no infinity and no NaN.
         record = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{METRICS_FILE}: cannot be written: {error}") from error
+
+    def flushed_bytes(self) -> int:
+        """The length of the file, all of which is on the disk now."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
 
 
 class NotFinite(Exception):
@@ -145,38 +286,37 @@ def fit(
     train_set: Dataset,
     evaluator: "Evaluator | None",
     metrics: MetricsFile,
-) -> dict:
-    """The loop: trains `encoder` in place, writes to `metrics` as it goes and returns the summary. Raises NotFinite.
+    checkpoints: "Checkpoints | None" = None,
+) -> TrainingState:
+    """The loop: trains `encoder` in place, from where `checkpoints` says, and writes to `metrics` as it goes.
 
-    Nothing here waits for the device but the reading of the figures, once per --logging_steps, and fp16's loss scale.
+    Raises NotFinite, and Interrupted where a signal asks to stop. Nothing here waits for the device but the reading of the
+    figures, once per --logging_steps, and fp16's loss scale.
     """
-    device = model.device
-    optimizer = make_optimizer(encoder, config)
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
-    total_steps = config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps)
-    # Only fp16 needs its loss scaled; where it is off, the scaler passes everything through.
-    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
+    total_steps = planned_steps(config, len(train_set))
+    state = TrainingState(config, encoder, total_steps, model.dtype)
+    scaler = state.scaler
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
-    print(f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters, {model.dtype} on {device}")
-    max_tokens, run = max_tokens_per_batch(config, model), block_runner(config.gradient_checkpointing, config.torch_compile)
-    compile_seconds = 0.0
+    size = f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters"
+    print(f"{size}, {model.dtype} on {model.device}")
+    max_tokens = max_tokens_per_batch(config, model)
+    run = block_runner(config.gradient_checkpointing, config.torch_compile)
     if config.torch_compile:
         first_rows = next(step_rows(config, len(train_set), rows_per_step, 1))
-        compile_seconds = compile_for(model, encoder.bake(), take(train_set, first_rows), max_tokens, run)
+        examples = take(train_set, first_rows)
+        state.compile_seconds = compile_for(model, encoder.bake(), examples, max_tokens, run)
 
-    if evaluator:
+    if not (checkpoints and checkpoints.restore(state)) and evaluator:
         metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
-    # Kept on the device, so that the loop need not wait for it: the sum of the losses since the last line of metrics, the
-    # first step whose loss or gradient was not finite, and the prefix of the last step before that.
-    losses = torch.zeros((), device=device)
-    bad_step = torch.full((), math.inf, device=device)
-    good_prefix = encoder.bake()
-    seconds, tokens, logged_step, logged_seconds, logged_tokens = 0.0, 0, 0, 0.0, 0
+    progress = state.progress
+    todo = itertools.islice(step_rows(config, len(train_set), rows_per_step, total_steps), progress.step, None)
+    if stops_early(config, progress):
+        todo = iter(())
     started = time.perf_counter()
-    with tqdm(total=total_steps, unit="step", desc="training") as bar:
-        for step, indices in enumerate(step_rows(config, len(train_set), rows_per_step, total_steps), start=1):
+    with tqdm(total=total_steps, initial=progress.step, unit="step", desc="training") as bar:
+        for step, indices in enumerate(todo, start=progress.step + 1):
             examples = take(train_set, indices)
             prefix = encoder()  # once per step: it is the same for all rows
             leaf = prefix.detach().requires_grad_()  # where the gradients of all rows meet
@@ -184,33 +324,36 @@ def fit(
 
             # An overflow of scaled fp16 gradients is the scaler's business: it skips the step and scales less.
             finite = loss.isfinite() & (leaf.grad.isfinite().all() | scaler.is_enabled())
-            bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step))
-            good_prefix = torch.where(bad_step > step, leaf.detach(), good_prefix)
+            state.bad_step = torch.where(finite, state.bad_step, state.bad_step.clamp(max=step))
+            state.good_prefix = torch.where(state.bad_step > step, leaf.detach(), state.good_prefix)
             prefix.backward(torch.where(finite, leaf.grad, 0))  # once through the encoder
 
-            scaler.unscale_(optimizer)
+            scaler.unscale_(state.optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf)
-            learning_rate = scheduler.get_last_lr()[0]
+            learning_rate = state.scheduler.get_last_lr()[0]
             scale = scaler.get_scale()
-            scaler.step(optimizer)
+            scaler.step(state.optimizer)
             scaler.update()
             if scaler.get_scale() >= scale:  # else fp16 gradients overflowed and the step was skipped
-                scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses += loss
-            tokens += sum(len(example.input_ids) for example in examples)
+                state.scheduler.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.losses += loss
+            progress.step = step
+            progress.tokens += sum(len(example.input_ids) for example in examples)
             bar.update()
 
             logging = step % config.logging_steps == 0 or step == total_steps
             evaluating = evaluator and step % (config.eval_steps or steps_per_epoch) == 0 and step < total_steps
-            if not (logging or evaluating):
+            saving = checkpoints and checkpoints.due(step)
+            if not (logging or evaluating or saving):
                 continue
             next_prefix = encoder.bake()
-            bad_step = torch.where(next_prefix.isfinite().all(), bad_step, bad_step.clamp(max=step + 1))
-            mean_loss, norm, first_bad = torch.stack((losses / (step - logged_step), grad_norm, bad_step)).tolist()
-            seconds += time.perf_counter() - started
+            bad_step = torch.where(next_prefix.isfinite().all(), state.bad_step, state.bad_step.clamp(max=step + 1))
+            mean_loss = state.losses / max(1, step - progress.logged_step)
+            mean_loss, norm, first_bad = torch.stack((mean_loss, grad_norm, bad_step)).tolist()
+            progress.seconds += time.perf_counter() - started
             if logging:
-                speed = (tokens - logged_tokens) / (seconds - logged_seconds)
+                speed = (progress.tokens - progress.logged_tokens) / (progress.seconds - progress.logged_seconds)
                 metrics.write(
                     {
                         "step": step,
@@ -222,23 +365,38 @@ def fit(
                     }
                 )
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.2e}", tok_s=f"{speed:,.0f}", refresh=False)
-                losses.zero_()
-                logged_step, logged_seconds, logged_tokens = step, seconds, tokens
+                state.losses.zero_()
+                progress.logged_step, progress.logged_seconds, progress.logged_tokens = (
+                    step,
+                    progress.seconds,
+                    progress.tokens,
+                )
             if first_bad < math.inf:
-                raise NotFinite(int(first_bad), good_prefix if first_bad > 1 else None)
+                raise NotFinite(int(first_bad), state.good_prefix if first_bad > 1 else None)
             if evaluating:
-                metrics.write({"step": step, **evaluator(next_prefix, f"step {step}")})
+                figures = evaluator(next_prefix, f"step {step}")
+                metrics.write({"step": step, **figures})
+                state.note_evaluation(figures["eval_loss"], config.save_best)
+            if saving:
+                checkpoints.save(state, metrics)
+            if evaluating and stops_early(config, progress):
+                tqdm.write(f"step {step}: no lower eval loss since step {progress.best_step}; stopping early")
+                break
             started = time.perf_counter()
-    return {
-        "summary": True,
-        "steps": total_steps,
-        "train_seconds": round(seconds, 3),
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-        "compile_seconds": round(compile_seconds, 3),
-        "peak_memory_mb": peak_memory_mb(device),
-        "trainable_parameters": trainable,
-    }
+    return state
+
+
+def stops_early(config: TrainConfig, progress: Progress) -> bool:
+    patience = config.early_stopping_patience
+    return patience is not None and progress.evaluations_since_best >= patience
+
+
+def planned_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of a whole run."""
+    if config.max_steps >= 0:
+        return config.max_steps
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return math.ceil(config.num_train_epochs * math.ceil(rows / rows_per_step))
 
 
 def accumulate_gradients(
@@ -296,17 +454,6 @@ def step_rows(config: TrainConfig, rows: int, rows_per_step: int, total_steps: i
                 return
             steps += 1
             yield list(order[start : start + rows_per_step])
-
-
-def make_optimizer(encoder: PrefixEncoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW as transformers' Trainer sets it up: its betas and eps, no decay for biases."""
-    parameters = list(encoder.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
 class Evaluator:
@@ -409,20 +556,25 @@ def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     return rows, None
 
 
-def make_encoder(config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase) -> PrefixEncoder:
-    """The encoder at its starting point: an earlier run's, or a new one for this base. On the CPU, float32."""
-    base = model.config
+def make_encoder(
+    config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, base: dict
+) -> PrefixEncoder:
+    """The encoder at its starting point: an earlier run's, or a new one for this base. On the CPU, float32.
+
+    base: the `fingerprint` of the model, which an earlier run's must match.
+    """
+    shape = model.config
     if config.prefix_from:
-        encoder = load_encoder(config.prefix_from)
-        check_fits(encoder.bake().shape, base, config.prefix_from, config.model_name_or_path)
+        encoder, noted = load_encoder(config.prefix_from)
+        check_base(encoder.bake().shape, noted, base, config.prefix_from, config.force)
         return encoder
     encoder = PrefixEncoder(
         PrefixConfig(
             num_virtual_tokens=config.num_virtual_tokens,
-            num_layers=base.n_layer,
-            num_attention_heads=base.n_head,
-            token_dim=base.hidden_size,
-            encoder_hidden_size=config.encoder_hidden_size or base.hidden_size,
+            num_layers=shape.n_layer,
+            num_attention_heads=shape.n_head,
+            token_dim=shape.hidden_size,
+            encoder_hidden_size=config.encoder_hidden_size or shape.hidden_size,
             prefix_projection=config.prefix_projection,
         )
     )

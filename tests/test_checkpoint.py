@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -6,21 +7,27 @@ from conftest import prefix_config, random_bloom
 from safetensors.torch import load_file, save_file
 
 from prefix_tuning import demo
+from prefix_tuning.bloom import fingerprint
 from prefix_tuning.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     ENCODER_FILE,
     base_of,
-    check_fits,
+    check_base,
+    find_checkpoints,
     load_encoder,
     load_prefix,
+    newest_checkpoint,
     portable_name,
     replacing,
     save_adapter,
+    save_checkpoint,
     save_encoder,
 )
 from prefix_tuning.config import UserError
 from prefix_tuning.encoder import PrefixEncoder
+
+BASE = {"name_or_path": demo.MODEL, "weights": "abc"}
 
 
 @pytest.fixture(params=["projection", "no projection", "projection and text"])
@@ -29,20 +36,21 @@ def saved(request, tmp_path):
     encoder = PrefixEncoder(prefix_config(model, projection=request.param != "no projection", width=20))
     if "text" in request.param:
         encoder.initialize("text", torch.randn(3, 2, 6, 5, 8))
-    save_encoder(tmp_path, encoder, demo.MODEL, model.config)
-    save_adapter(tmp_path, encoder.bake(), encoder.config, demo.MODEL)
+    save_encoder(tmp_path, encoder, BASE)
+    save_adapter(tmp_path, encoder.bake(), encoder.config, BASE)
     return tmp_path, encoder
 
 
 def test_what_is_saved_is_read_back(saved):
     folder, encoder = saved
-    again = load_encoder(str(folder))
+    again, base = load_encoder(str(folder))
+    assert base == BASE
     assert again.config == encoder.config
     assert again.state_dict().keys() == encoder.state_dict().keys()
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in encoder.state_dict().items())
     assert all(parameter.requires_grad for parameter in again.parameters())
     prefix, base = load_prefix(str(folder))
-    assert base == demo.MODEL
+    assert base == BASE
     assert torch.equal(prefix, encoder.bake())
 
 
@@ -118,9 +126,74 @@ def test_shapes_and_values_are_checked(saved):
             load_encoder(str(folder))
 
 
-def test_a_prefix_for_another_shape_is_refused():
-    config = random_bloom().config
-    check_fits((3, 2, 6, 5, 8), config, "./chatbot", "base")
-    for shape in ((2, 2, 6, 5, 8), (3, 2, 3, 5, 16), (3, 2, 6, 5, 16)):
+def test_a_prefix_is_used_on_its_own_base_only(tokenizer, capsys):
+    model = random_bloom()
+    base = {"name_or_path": "base", **fingerprint(model, tokenizer)}
+    shape = (3, 2, 6, 5, 8)
+    check_base(shape, base, base, "./chatbot", force=False)
+    assert not capsys.readouterr().err
+    for other in ((2, 2, 6, 5, 8), (3, 2, 3, 5, 16), (3, 2, 6, 5, 16)):
         with pytest.raises(UserError, match=r"\./chatbot: a prefix for .* but base has 3 layers of 6 x 8"):
-            check_fits(shape, config, "./chatbot", "base")
+            check_base(other, base, base, "./chatbot", force=True)
+    # Of another name only: said, but used.
+    check_base(shape, base | {"name_or_path": "old"}, base, "./chatbot", force=False)
+    assert "was trained on old; base has the same shape, but another name" in capsys.readouterr().err
+    # Made elsewhere.
+    check_base(shape, {"name_or_path": "old"}, base, "./chatbot", force=False)
+    assert "it names old" in capsys.readouterr().err
+    for changed in ("weights", "tokenizer"):
+        with pytest.raises(UserError, match=f"another {changed}; use the right base, or add --force"):
+            check_base(shape, base | {changed: "other"}, base, "./chatbot", force=False)
+        check_base(shape, base | {changed: "other"}, base, "./chatbot", force=True)
+        assert f"another {changed}" in capsys.readouterr().err
+
+
+def test_a_fingerprint_knows_weights_and_tokenizer_but_not_the_compute_type(tokenizer):
+    model = random_bloom()
+    base = fingerprint(model, tokenizer)
+    assert fingerprint(random_bloom(dtype=torch.bfloat16), tokenizer) == base
+    assert fingerprint(random_bloom(dtype=torch.float16), tokenizer) == base | {"weights": None}
+    assert fingerprint(random_bloom(seed=1), tokenizer)["weights"] != base["weights"]
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["乐山大佛"])
+    assert fingerprint(model, other) == base | {"tokenizer": fingerprint(model, other)["tokenizer"]} != base
+
+
+def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": torch.tensor(2.5), "c": torch.arange(5, dtype=torch.uint8)}
+    for step in (2, 10, 9, 100):
+        save_checkpoint(tmp_path, step, tensors | {"a": tensors["a"] + step}, {"step": step}, keep=2)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-10.safetensors", "checkpoint-100.safetensors"]
+    path, found, state = newest_checkpoint("latest", tmp_path)
+    assert path.name == "checkpoint-100.safetensors" and state == {"step": 100}
+    assert torch.equal(found["a"], tensors["a"] + 100) and torch.equal(found["b"], tensors["b"])
+    path, _, _ = newest_checkpoint(str(tmp_path / "checkpoint-10.safetensors"), tmp_path / "elsewhere")
+    assert path.name == "checkpoint-10.safetensors"
+    for step in (200, 300):
+        save_checkpoint(tmp_path, step, tensors, {}, keep=None)
+    assert len(find_checkpoints(tmp_path)) == 4
+    with pytest.raises(UserError, match="nowhere"):
+        newest_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_every_damage_to_a_checkpoint_is_noticed(tmp_path, capsys):
+    """Truncated anywhere, empty, or with any bit flipped: named, and the one before it is taken."""
+    state = {"progress": {"step": 1}}
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"a": torch.randn(3), "b": torch.tensor(2.5)}, state, keep=None)
+    path = tmp_path / "checkpoint-2.safetensors"
+    whole = path.read_bytes()
+    damaged = [whole[:size] for size in range(0, len(whole), 7)]
+    damaged += [whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :] for i in range(len(whole))]
+    for content in damaged:
+        path.write_bytes(content)
+        found, tensors, kept = newest_checkpoint("latest", tmp_path)
+        if found == path:  # a flipped bit in what nobody reads, such as the space that pads the header
+            assert kept == state and tensors.keys() == {"a", "b"}
+        else:
+            assert found.name == "checkpoint-1.safetensors"
+            assert str(path) in capsys.readouterr().err
+    path.with_name("checkpoint-1.safetensors").write_bytes(b"")
+    path.write_bytes(b"")
+    assert newest_checkpoint("latest", tmp_path) is None
+    assert "starting from the beginning" in capsys.readouterr().out

@@ -143,6 +143,6 @@ def test_a_prefix_for_another_base_is_refused(trained, tmp_path):
     model = random_bloom()
     torch.manual_seed(0)
     encoder = PrefixEncoder(prefix_config(model))
-    save_adapter(tmp_path, encoder.bake(), encoder.config, demo.MODEL)
+    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
     fails_with("a prefix for 3 layers", "infer.py", "你好", "--prefix", str(tmp_path))
     fails_with("holds a prefix already", "train.py", cwd=trained)

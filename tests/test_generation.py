@@ -18,7 +18,7 @@ def test_greedy_text_equals_pefts_for_the_saved_prefix(tmp_path, tokenizer, proj
     model = random_bloom()
     torch.manual_seed(1)
     encoder = PrefixEncoder(prefix_config(model, projection=projection))
-    save_adapter(tmp_path, encoder.bake(), encoder.config, demo.MODEL)
+    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
     ours = generate(model, tokenizer, PROMPTS, encoder.bake(), max_new_tokens=12, do_sample=False)
     theirs = PeftModel.from_pretrained(model, tmp_path).eval()
     for prompt, answer in zip(PROMPTS, ours, strict=True):

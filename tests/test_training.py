@@ -81,7 +81,7 @@ def gradients(model, encoder, examples):
 def initial_encoder(config, tokenizer):
     model = random_bloom()
     torch.manual_seed(config.seed)
-    return make_encoder(config, model, tokenizer)
+    return make_encoder(config, model, tokenizer, {})
 
 
 # Against PEFT and Trainer
@@ -136,7 +136,7 @@ def test_twenty_steps_equal_trainers(settings, tmp_path, tokenizer, random_base,
     torch.manual_seed(1)
     encoder = PrefixEncoder(prefix_config(model, tokens=10))
     (tmp_path / "start").mkdir()
-    save_encoder(tmp_path / "start", encoder, random_base, model.config)
+    save_encoder(tmp_path / "start", encoder, {"name_or_path": random_base})
     schedule = {"lr_scheduler_type": scheduler, "warmup_steps": warmup, "weight_decay": 0.1, "max_steps": 20}
     train(TrainConfig(**settings | schedule | {"shuffle": False, "prefix_from": str(tmp_path / "start")}))
     ours = [line for line in metrics_of(settings["output_dir"]) if "loss" in line]
@@ -246,7 +246,7 @@ def test_metrics_and_files(settings, rows_file, tmp_path, random_base):
             assert 0 <= line["eval_exact_match"] <= 1
     assert lines[-1] == summary
     assert summary["summary"] is True and summary["steps"] == steps
-    assert summary["trainable_parameters"] == sum(p.numel() for p in load_encoder(str(folder)).parameters())
+    assert summary["trainable_parameters"] == sum(p.numel() for p in load_encoder(str(folder))[0].parameters())
     assert {"train_seconds", "tokens", "tokens_per_second", "peak_memory_mb"} <= summary.keys()
     # Nothing in the folder tells where on this machine it was made.
     files = {path.name for path in folder.iterdir()}

@@ -64,7 +64,7 @@ def worker(name: str) -> None:
     rows = concatenate_datasets([rows.shuffle(seed=epoch) for epoch in range(EPOCHS)])
     evaluator = Evaluator(config, model, tokenizer, eval_rows)
     torch.manual_seed(config.seed)
-    encoder = make_encoder(config, model, tokenizer)
+    encoder = make_encoder(config, model, tokenizer, {})
     with contextlib.suppress(Reached):
         if name == "ours":
             clock = Clock(evaluator)
