@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from prefix_tuning.encoder import PrefixEncoder, flatten, unflatten
 ENCODER_FILE = "prefix_encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-_DRAFT = ".draft"  # marks a file that is being written
+_DRAFT = ".draft"  # marks the folder of a file that is being written
 
 
 @contextmanager
@@ -34,8 +35,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises UserError where the system refuses, because the disk is full, say.
     """
-    draft = path.with_name(f".{path.name}{_DRAFT}")
+    # A folder of its own, because safetensors, too, writes to a file of another name first.
+    folder = path.with_name(f".{path.name}{_DRAFT}")
+    draft = folder / path.name
     try:
+        folder.mkdir(exist_ok=True)
         yield draft
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
@@ -44,8 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
     finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -61,7 +64,7 @@ def _flush_folder(folder: Path) -> None:
 def remove_drafts(folder: Path) -> None:
     """Removes what killed runs left half-written in `folder`."""
     for draft in folder.glob(f".*{_DRAFT}"):
-        draft.unlink()
+        shutil.rmtree(draft)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,0 +1,89 @@
+"""Kills a training again and again (SIGKILL at random moments) and checks that it always ends with the same bits.
+
+    python tests/benchmarks/faults.py --kills 100
+
+A small random Bloom, 40 rows, 42 steps with a checkpoint after every step and evaluations between them. After each kill the
+run goes on with --resume_from_checkpoint latest; what it ends with is compared with a run that was never killed.
+"""
+
+import argparse
+import collections
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from conftest import random_bloom
+from test_faults import assert_same_run, seconds_of_a_run, start
+from transformers import AutoTokenizer
+
+from prefix_tuning import demo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), random.Random(args.seed), args.kills)
+
+
+def run(folder: Path, chance: random.Random, wanted: int) -> None:
+    random_bloom().save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(demo.resolve(demo.MODEL)).save_pretrained(folder / "base")
+    lines = Path(demo.resolve("bundled:sentence")).read_text("utf-8").splitlines(True)[:40]
+    (folder / "rows.jsonl").write_text("".join(lines), "utf-8")
+    settings = {
+        "model_name_or_path": str(folder / "base"),
+        "dataset": str(folder / "rows.jsonl"),
+        "eval_dataset": str(folder / "rows.jsonl"),
+        "output_dir": str(folder / "whole"),
+        "device": "cpu",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "num_train_epochs": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 4,
+        "eval_steps": 3,
+        "save_steps": 1,
+        "save_best": True,
+    }
+    seconds_of_a_run(settings | {"max_steps": 1, "output_dir": str(folder / "first")})
+    lifetime = seconds_of_a_run(settings)
+    print(f"a run lives for {lifetime:.2f} s")
+    kills = runs = drafts = 0
+    met = collections.Counter()
+    started = time.perf_counter()
+    killed = settings | {"output_dir": str(folder / "killed"), "resume_from_checkpoint": "latest"}
+    while kills < wanted:
+        process = start(killed)
+        process.join(chance.uniform(0, lifetime))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            left = sorted(path.name for path in (folder / "killed").glob("*")) if (folder / "killed").exists() else []
+            drafts += any((folder / "killed").glob(".*.draft"))
+            steps = [int(step) for step in re.findall(r"checkpoint-(\d+)", " ".join(left))]
+            met["before the first checkpoint" if not steps else "finished" if 42 in steps else "between"] += 1
+            continue
+        assert process.exitcode == 0
+        assert_same_run(killed["output_dir"], settings["output_dir"])
+        shutil.rmtree(killed["output_dir"])
+        runs += 1
+    process = start(killed)
+    process.join()
+    assert process.exitcode == 0
+    assert_same_run(killed["output_dir"], settings["output_dir"])
+    print(f"{kills} kills over {runs + 1} runs in {time.perf_counter() - started:.0f} s, all ended with the same bits")
+    print(f"kills that came: {dict(met)}; in the middle of writing a file: {drafts}")
+
+
+if __name__ == "__main__":
+    main()
