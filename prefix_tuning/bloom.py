@@ -11,15 +11,16 @@ Generation uses transformers' own forward and `generate`, with the prefix as `pa
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.models.bloom.modeling_bloom import BloomBlock
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from prefix_tuning import demo
 from prefix_tuning.attention import attend, attention_bias
@@ -55,21 +56,30 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+# For a look at which files of a model are here.
+_ONLY_LOOK = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+
+
 def load_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[BloomForCausalLM, PreTrainedTokenizerBase]:
     """Loads a Bloom model and its tokenizer by bundled name, hub name or path, and freezes the model.
 
     Returns the model in `dtype` on `device`, in eval mode, with no parameter requiring a gradient, and its tokenizer with
-    left padding. Raises UserError if there is no such model or if it is no Bloom.
+    left padding. Code that comes with a model is never run, and a pickled checkpoint is read only the way that runs none.
+    Raises UserError if there is no such model, if it is broken, or if it is no Bloom.
     """
     path = demo.resolve(name)
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if kind != "bloom":
             raise UserError(f"--model_name_or_path {name} is a {kind} model; this program tunes Bloom")
         model, report = BloomForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a broken file can make transformers and tokenizers raise anything
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip()[:300]}") from error
+    if not any(cached_file(path, file, **_ONLY_LOOK) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        print(f"{name}: its weights are a pickled .bin file; safetensors is the safer format", file=sys.stderr)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model.requires_grad_(False).eval().to(device), tokenizer
@@ -111,7 +121,7 @@ def text_prefix(
 
     A text of fewer tokens is repeated, a longer one cut. Raises UserError if the text has no token at all.
     """
-    ids = tokenizer(text).input_ids
+    ids = tokenizer(text, split_special_tokens=True).input_ids
     if not ids:
         raise UserError("--init_text is empty; --prefix_init text needs a text of at least one token")
     ids = (ids * -(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]

@@ -229,7 +229,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if metadata.get("sha256") != _checksum(tensors, metadata.get("state", "")):
         raise UserError(f"{path}: is damaged, or no checkpoint (its checksum does not match its content)")
-    return tensors, json.loads(metadata["state"])
+    state = json.loads(metadata["state"])
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: is no checkpoint of this program")
+    return tensors, state
 
 
 def newest_checkpoint(where: str, output_dir: Path) -> tuple[Path, dict[str, torch.Tensor], dict] | None:

@@ -34,19 +34,25 @@ PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {
 class _Parser(HfArgumentParser):
     """Dataclasses to flags, with mistakes as UserError."""
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.add_argument("--debug", action="store_true", help="Show where in the program an error was raised.")
+
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")
 
     def parse(self, argv: list[str]) -> tuple[dict, set[str]]:
         """Returns the value of every flag by name, and the names of those that the command line gives."""
         # A bare `--compare` before a question must not take the question for its value.
-        switches = {name for action in self._actions if action.const is True for name in action.option_strings}
+        switches = {
+            name for action in self._actions if action.nargs == "?" and action.const for name in action.option_strings
+        }
         argv = [
             f"{part}=true" if part in switches and after.lower() not in ("true", "false") else part
             for part, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
         ]
         *parts, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-        values = {name: value for part in parts for name, value in vars(part).items()}
+        values = {name: value for part in parts for name, value in vars(part).items() if name != "debug"}
         if unknown:
             known = {name for action in self._actions for name in action.option_strings}
             close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
@@ -63,6 +69,8 @@ def _run(command: Callable[[list[str]], None]) -> None:
     try:
         command(sys.argv[1:])
     except UserError as error:
+        if "--debug" in sys.argv:
+            raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:

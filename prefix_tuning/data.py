@@ -170,9 +170,18 @@ def _lines(name: str, path: str) -> Iterator[str]:
 
 def _parse_json(name: str, place: str, text: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}, {place}: is not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. Python would silently keep the last of two values with one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return found
 
 
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -189,14 +198,16 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
     """Rows of `load_rows` as columns input_ids and labels, in the same order, cut at max_length.
 
     Prompt and answer are tokenised by separate calls, as in the notebook that this re-creates, so no token spans their
-    border. Rows whose prompt leaves no room for any label are left out: their loss would be 0 / 0.
+    border. Rows whose prompt leaves no room for any label are left out: their loss would be 0 / 0. What looks like a special
+    token in a row, "</s>" say, stays plain text: only the end of the answer gets a real one.
     """
 
     def encode(columns: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        prompts = tokenizer([prompt_of(*row) for row in zip(columns["instruction"], columns["input"], strict=True)])
-        answers = tokenizer([output + tokenizer.eos_token for output in columns["output"]])
+        prompts = [prompt_of(*row) for row in zip(columns["instruction"], columns["input"], strict=True)]
+        prompts, answers = (tokenizer(texts, split_special_tokens=True) for texts in (prompts, columns["output"]))
         encoded = {"input_ids": [], "labels": []}
         for prompt, answer in zip(prompts.input_ids, answers.input_ids, strict=True):
+            answer.append(tokenizer.eos_token_id)
             if len(prompt) < max_length:
                 encoded["input_ids"].append((prompt + answer)[:max_length])
                 encoded["labels"].append(([IGNORED] * len(prompt) + answer)[:max_length])

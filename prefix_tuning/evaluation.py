@@ -30,7 +30,7 @@ def answer_rows(
 ) -> list[str]:
     """Greedy answers to the questions of `rows` (columns instruction and input), long enough to match their output."""
     prompts = [prompt_of(row["instruction"], row["input"]) for row in rows]
-    longest = max(len(ids) for ids in tokenizer(list(rows["output"])).input_ids)
+    longest = max(len(ids) for ids in tokenizer(list(rows["output"]), split_special_tokens=True).input_ids)
     return generate(model, tokenizer, prompts, prefix, max_new_tokens=longest + 1, do_sample=False)
 
 

@@ -26,7 +26,8 @@ def generate(
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        inputs = tokenizer([prompts[index] for index in indices], return_tensors="pt", padding=True, padding_side="left")
+        texts = [prompts[index] for index in indices]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", split_special_tokens=True)
         input_ids, mask, cache = inputs.input_ids.to(model.device), inputs.attention_mask.to(model.device), None
         if prefix is not None:
             # The prefix stands before the padding; ALiBi counts only attended positions, so nothing shifts.
@@ -50,7 +51,7 @@ def answer(config: InferConfig, question: str) -> None:
     base = {"name_or_path": portable_name(base_name), **fingerprint(model, tokenizer)}
     check_base(prefix.shape, noted, base, config.prefix, config.force)
     prompt = prompt_of(question)
-    prompt_length = len(tokenizer(prompt).input_ids)
+    prompt_length = len(tokenizer(prompt, split_special_tokens=True).input_ids)
     if config.max_length and config.max_length <= prompt_length:
         raise UserError(f"--max_length {config.max_length} leaves no room for an answer; the question takes {prompt_length}")
     options = {"max_length": config.max_length} if config.max_length else {"max_new_tokens": config.max_new_tokens or 128}

@@ -89,6 +89,9 @@ class TrainingState:
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict) -> None:
         """Becomes the state that `tensors` and `numbers` describe. Raises KeyError or ValueError if they describe none."""
         self.progress = Progress(**numbers["progress"])
+        for name, value in vars(self.progress).items():
+            if not isinstance(value, (int, float)) and not (name == "best_loss" and value is None):
+                raise ValueError(f"{name} is no number, but {value!r}")
         device = self.losses.device
         for name in ("losses", "bad_step", "good_prefix"):
             setattr(self, name, tensors[name].to(device))

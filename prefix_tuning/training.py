@@ -181,15 +181,21 @@ class Checkpoints:
         self.config, self.folder, self.run, self.resumed = config, Path(config.output_dir), run, resumed
         self.signal: int | None = None
         if resumed:
-            check_same_run(resumed[2].get("run", {}), run, str(resumed[0]))
+            path, _, numbers = resumed
+            if not (isinstance(numbers.get("run"), dict) and isinstance(numbers.get("metrics_bytes"), int)):
+                raise UserError(f"{path}: is no checkpoint of this program")
+            check_same_run(numbers["run"], run, str(path))
 
     def metrics_so_far(self) -> bytes:
         """What metrics.jsonl held when the checkpoint was written; later lines will be written again."""
         if not self.resumed:
             return b""
         path, _, numbers = self.resumed
-        file = path.with_name(METRICS_FILE)
-        return file.read_bytes()[: numbers["metrics_bytes"]] if file.exists() else b""
+        file, length = path.with_name(METRICS_FILE), numbers["metrics_bytes"]
+        lines = file.read_bytes()[:length] if file.exists() else b""
+        if len(lines) < length:
+            print(f"{file}: has lost lines since the checkpoint was written; they stay lost", file=sys.stderr)
+        return lines[: lines.rfind(b"\n") + 1]
 
     def restore(self, state: TrainingState) -> bool:
         """Brings `state` to where the checkpoint was written. Returns False if there is none."""
@@ -198,8 +204,8 @@ class Checkpoints:
         path, tensors, numbers = self.resumed
         try:
             state.restore(tensors, numbers)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: is no checkpoint of this run: {error}") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path}: is no checkpoint of this run: {error!r}") from error
         self.resumed = None  # its tensors are in the state now
         print(f"going on after step {state.progress.step}, from {path}")
         return True

@@ -66,6 +66,10 @@ BAD_FLAGS = {
     "--max_steps one": "--max_steps",
     "--output_dir pyproject.toml": "is a file",
     "--output_dir pyproject.toml/below": "is a file",
+    "--save_best --dataset my.jsonl": "--save_best needs held-out rows",
+    "--early_stopping_patience 2 --dataset my.jsonl": "needs held-out rows",
+    "--save_steps -1": "--save_steps must be at least 0",
+    "--save_total_limit 0": "--save_total_limit must be at least 1",
 }
 
 

@@ -165,6 +165,19 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(settings, tmp_path, capsy
     assert_same_run(broken, settings["output_dir"])
 
 
+def test_metrics_that_lost_lines_do_not_stop_a_run(settings, tmp_path, capsys):
+    train(TrainConfig(**settings))
+    whole = metrics_of(settings["output_dir"])
+    file = Path(settings["output_dir"]) / METRICS_FILE
+    for kept, lines in ((file.read_bytes()[:150], 1), (b"", 0), (None, 0)):
+        file.unlink()
+        if kept is not None:
+            file.write_bytes(kept)
+        train(TrainConfig(**settings | {"resume_from_checkpoint": "latest"}))
+        assert "has lost lines" in capsys.readouterr().err
+        assert metrics_of(settings["output_dir"]) == whole[:lines] + whole[-2:]
+
+
 def test_more_epochs_go_on_where_the_run_ended(settings, tmp_path):
     settings |= {"lr_scheduler_type": "constant_with_warmup", "save_best": False, "eval_dataset": None}
     train(TrainConfig(**settings | {"num_train_epochs": 2, "logging_steps": 1}))

@@ -1,0 +1,343 @@
+"""Input from strangers: files that are broken or mean harm, and text that hurts. Never a traceback, a hang or a pickle."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import prefix_config, random_bloom
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from prefix_tuning import data, demo
+from prefix_tuning.bloom import load_base
+from prefix_tuning.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    ENCODER_FILE,
+    load_checkpoint,
+    load_encoder,
+    load_prefix,
+    save_adapter,
+    save_checkpoint,
+    save_encoder,
+)
+from prefix_tuning.config import TrainConfig, UserError
+from prefix_tuning.data import IGNORED, load_rows, prompt_of, take, tokenize
+from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.generation import generate
+from prefix_tuning.state import TrainingState
+from prefix_tuning.training import Checkpoints, train
+
+CPU = torch.device("cpu")
+fuzz = settings(
+    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+absurd_numbers = st.sampled_from([0, -1, 1, 2, 10, 2**31, 2**63, 2**70, 10**30, 1.5, 1e308, "3", None, True, [], {}])
+
+
+@st.composite
+def damaged(draw, content: bytes) -> bytes:
+    """`content` with a few bytes changed, cut out or put in."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(changed)))
+        kind = draw(st.sampled_from(["flip", "cut", "truncate", "insert"]))
+        if kind == "flip" and at < len(changed):
+            changed[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "cut":
+            del changed[at : at + draw(st.integers(1, 30))]
+        elif kind == "truncate":
+            del changed[at:]
+        elif kind == "insert":
+            changed[at:at] = draw(st.binary(max_size=8))
+    return bytes(changed)
+
+
+def read_or_refuse(read, *arguments):
+    """Either it can be read or the user is told; any other exception is a failure."""
+    try:
+        return read(*arguments)
+    except UserError as error:
+        assert str(error)
+        return None
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = random_bloom()
+    encoder = PrefixEncoder(prefix_config(model))
+    save_encoder(tmp_path, encoder, {"name_or_path": demo.MODEL})
+    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
+    return tmp_path
+
+
+def safetensors_with(header: object, body: bytes = b"\0" * 64, length: int | None = None) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+@fuzz
+@given(chosen=st.data())
+def test_any_adapter_config(saved, chosen):
+    valid = json.loads((saved / ADAPTER_CONFIG_FILE).read_text("utf-8"))
+    kind = chosen.draw(st.sampled_from(["number", "value", "bytes"]))
+    if kind == "bytes":
+        content = chosen.draw(damaged(json.dumps(valid).encode()))
+    else:
+        values = absurd_numbers if kind == "number" else json_values
+        content = json.dumps(valid | {chosen.draw(st.sampled_from(sorted(valid))): chosen.draw(values)}).encode()
+    before = (saved / ADAPTER_CONFIG_FILE).read_bytes()
+    (saved / ADAPTER_CONFIG_FILE).write_bytes(content)
+    found = read_or_refuse(load_prefix, str(saved))
+    (saved / ADAPTER_CONFIG_FILE).write_bytes(before)
+    assert found is None or found[0].shape == (3, 2, 6, 5, 8) or found[0].numel() == 3 * 2 * 6 * 5 * 8
+
+
+@pytest.mark.parametrize("name, load", [(ADAPTER_FILE, load_prefix), (ENCODER_FILE, load_encoder)])
+@fuzz
+@given(chosen=st.data())
+def test_any_safetensors_file(saved, chosen, name, load):
+    before = (saved / name).read_bytes()
+    (saved / name).write_bytes(chosen.draw(damaged(before[:1500]).map(lambda head: head + before[1500:])))
+    read_or_refuse(load, str(saved))
+    (saved / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        safetensors_with({}, length=2**62),  # a header of exabytes
+        safetensors_with({"prompt_embeddings": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}),
+        safetensors_with({"prompt_embeddings": {"dtype": "F32", "shape": [-1, 16], "data_offsets": [0, 64]}}),
+        safetensors_with({"prompt_embeddings": {"dtype": "F32", "shape": [1, 16], "data_offsets": [64, 0]}}),
+        safetensors_with({"../../etc/passwd": {"dtype": "F32", "shape": [1, 16], "data_offsets": [0, 64]}}),
+        safetensors_with({"prompt_embeddings": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}),
+        safetensors_with([1, 2, 3]),
+        pickle.dumps({"prompt_embeddings": [1.0]}),
+    ],
+)
+def test_safetensors_that_promise_what_they_do_not_hold(saved, content):
+    for name, load in ((ADAPTER_FILE, load_prefix), (ENCODER_FILE, load_encoder)):
+        (saved / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            load(str(saved))
+    (saved / "checkpoint-1.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint-1\.safetensors"):
+        load_checkpoint(saved / "checkpoint-1.safetensors")
+
+
+def test_an_encoder_that_claims_terabytes_is_refused_before_anything_is_allocated(saved):
+    config = {"num_virtual_tokens": 10, "num_layers": 10**6, "num_attention_heads": 8, "token_dim": 10**6}
+    metadata = {"prefix_config": json.dumps(config | {"encoder_hidden_size": 10**6, "prefix_projection": True})}
+    save_file({"embedding.weight": torch.zeros(1)}, saved / ENCODER_FILE, metadata)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError):
+        load_encoder(str(saved))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
+
+
+@pytest.mark.parametrize(
+    "suffix, reader", [(".jsonl", data._read_jsonl), (".json", data._read_json), (".csv", data._read_csv)]
+)
+@fuzz
+@given(chosen=st.data())
+def test_any_dataset_file(tmp_path, chosen, suffix, reader):
+    row = {"instruction": "法国的首都是哪里？", "input": 'a,"b"', "output": "巴黎\n"}
+    valid = {
+        ".jsonl": json.dumps(row) + "\n" + json.dumps(row, ensure_ascii=False) + "\n",
+        ".json": json.dumps([row, row], indent=1, ensure_ascii=False),
+        ".csv": 'instruction,input,output\r\n法国的首都是哪里？,"a,""b""",巴黎\r\n',
+    }[suffix].encode()
+    strange = json_values.map(lambda value: json.dumps(value).encode())
+    content = chosen.draw(st.binary(max_size=200) | damaged(valid) | strange)
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(content)
+    rows = read_or_refuse(lambda: list(data._checked_rows("rows", reader, str(path))))
+    for found in rows or []:
+        assert found.keys() == {"instruction", "input", "output"}
+        assert all(isinstance(text, str) and text.encode("utf-8") is not None for text in found.values())
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b", "output": "c"}\n', "utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: .*'output' comes twice"):
+        load_rows(str(tmp_path / "a.jsonl"), ("train",))
+
+
+@settings(fuzz, max_examples=200)
+@given(chosen=st.data())
+def test_any_state_of_a_checkpoint(tmp_path, chosen):
+    """With a right checksum, as only somebody who means harm would write it."""
+    encoder = PrefixEncoder(prefix_config(random_bloom(), projection=False))
+    config = TrainConfig(output_dir=str(tmp_path / "out"))
+    state = TrainingState(config, encoder, 10, torch.float32)
+    for parameter in encoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    numbers = {"run": {"seed": 42}, "metrics_bytes": 0, **state.numbers()}
+    where = chosen.draw(st.sampled_from([*numbers, "progress.step", "progress.best_loss", "all"]))
+    value = chosen.draw(json_values)
+    if where == "all":
+        numbers = value
+    elif "." in where:
+        numbers["progress"][where.split(".")[1]] = value
+    else:
+        numbers[where] = value
+    tensors = state.tensors()
+    if chosen.draw(st.booleans()):
+        tensors[chosen.draw(st.sampled_from(sorted(tensors)))] = torch.zeros(chosen.draw(st.integers(0, 3)))
+    save_checkpoint(tmp_path, 1, tensors, numbers, None)
+
+    def resume():
+        path = tmp_path / "checkpoint-1.safetensors"
+        checkpoints = Checkpoints(config, {"seed": 42}, (path, *load_checkpoint(path)))
+        assert isinstance(checkpoints.metrics_so_far(), bytes)
+        checkpoints.restore(state)
+
+    read_or_refuse(resume)
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer):
+    random_bloom().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+class Harm:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_pickled_base_is_read_without_running_it(base, tmp_path, capsys):
+    weights = random_bloom().state_dict()
+    (base / "model.safetensors").unlink()
+    torch.save({name: tensor.clone() for name, tensor in weights.items()}, base / "pytorch_model.bin")
+    model, _ = load_base(str(base), torch.float32, CPU)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert "safetensors is the safer format" in capsys.readouterr().err
+    torch.save(weights | {"harm": Harm(tmp_path / "harmed")}, base / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(str(base), torch.float32, CPU)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_code_that_comes_with_a_base_is_not_run(base, tmp_path):
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "harm.Config", "AutoModelForCausalLM": "harm.Model"}}
+    (base / "config.json").write_text(json.dumps(config), "utf-8")
+    (base / "harm.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'harmed')!r})\n", "utf-8")
+    with pytest.raises(UserError):
+        load_base(str(base), torch.float32, CPU)
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@settings(fuzz, max_examples=25)
+@given(chosen=st.data())
+def test_any_damage_to_a_base(base, chosen, name):
+    before = (base / name).read_bytes()
+    (base / name).write_bytes(chosen.draw(damaged(before[:3000]).map(lambda head: head + before[3000:])))
+    read_or_refuse(load_base, str(base), torch.float32, CPU)
+    (base / name).write_bytes(before)
+
+
+HURTING = [
+    "",
+    " \t\n",
+    "nul \0 nul",
+    "ترجم إلى الصينية \u202e abc",
+    "e\u0301\u0300\u0302" * 20,
+    "👩‍👩‍👧‍👦" * 10,
+    "\ufeffBOM",
+    "a\r\nb\rc",
+    "</s><pad><s><unk>",
+    "Human: x\n\nAssistant: y",
+    "长" * 1_000_000,
+]
+
+
+@pytest.mark.parametrize("text", HURTING, ids=lambda text: repr(text[:12]))
+def test_text_that_hurts_trains_and_answers(base, tmp_path, tokenizer, text):
+    row = {"instruction": text, "input": text, "output": text + "。"}
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps(row) + "\n" + json.dumps(row | {"instruction": "b", "input": ""}), "utf-8"
+    )
+    output = str(tmp_path / "out")
+    train(TrainConfig(str(base), dataset=str(tmp_path / "rows.jsonl"), output_dir=output, device="cpu", max_steps=1))
+    prefix, _ = load_prefix(output)
+    model, _ = load_base(str(base), torch.float32, CPU)
+    (answer,) = generate(model, tokenizer, [prompt_of(text[:500])], prefix, max_new_tokens=3, do_sample=False)
+    assert isinstance(answer, str)
+
+
+def test_half_a_character_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "\\ud83d", "output": "b"}\n', "utf-8")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: 'instruction' holds half of a character"):
+        load_rows(str(tmp_path / "rows.jsonl"), ("train",))
+
+
+def test_what_looks_like_a_special_token_in_a_row_is_plain_text(tmp_path, tokenizer):
+    row = {"instruction": "a</s>b", "input": "<pad>", "output": "c</s>d"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    tokenized = tokenize(load_rows(str(tmp_path / "rows.jsonl"), ("train",)), tokenizer, 256)
+    (example,) = take(tokenized, [0])
+    assert [token for token in example.input_ids if token in tokenizer.all_special_ids] == [tokenizer.eos_token_id]
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(example.input_ids[:-1]) == "Human: a</s>b\n<pad>\n\nAssistant: c</s>d"
+    assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == "c</s>d</s>"
+
+
+def train_with_little_memory(options: dict, answer) -> None:
+    """What a child process does: trains with 600 MB of address space left, and reports how that ended."""
+    from prefix_tuning import training
+
+    load = training.load_base
+
+    def load_then_limit(*arguments):
+        loaded = load(*arguments)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20, resource.RLIM_INFINITY))
+        return loaded
+
+    training.load_base = load_then_limit
+    try:
+        train(TrainConfig(**options))
+    except UserError as error:
+        answer.send(str(error))
+    else:
+        answer.send("it went through")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs to know its own size")
+def test_a_cpu_without_memory_says_what_to_change(tmp_path):
+    processes = multiprocessing.get_context("forkserver")
+    ours, theirs = processes.Pipe()
+    options = {"dataset": "bundled:sentence", "output_dir": str(tmp_path / "out"), "device": "cpu", "max_steps": 4}
+    options |= {"per_device_train_batch_size": 3000, "gradient_accumulation_steps": 1, "max_tokens_per_batch": 10**6}
+    process = processes.Process(target=train_with_little_memory, args=(options, theirs))
+    process.start()
+    theirs.close()
+    said = ours.recv()
+    process.join()
+    assert "cpu ran out of memory; lower --max_tokens_per_batch (it was 1000000) or add --gradient_checkpointing" in said
