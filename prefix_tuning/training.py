@@ -138,7 +138,7 @@ def train(config: TrainConfig) -> dict:
             figures = evaluator(encoder.bake(), f"step {progress.step}")
             metrics.write({"step": progress.step, **figures})
             state.note_evaluation(figures["eval_loss"], config.save_best)
-        if config.save_best and progress.best_step != progress.step:
+        if state.best_weights and progress.best_step != progress.step:
             encoder.load_state_dict(state.best_weights)
             save_output(output_dir, encoder, base)
             print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
@@ -471,7 +471,7 @@ class Evaluator:
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.answers_wanted, self.max_tokens = config.eval_exact_match, max_tokens_per_batch(config, model)
         self.tokenized = tokenize_rows(config.eval_dataset or config.dataset, rows, tokenizer, config.max_length)
-        self.answers: list[list[str]] = []
+        self.answers: dict[str, list[str]] = {}
 
     def __call__(self, prefix: torch.Tensor | None, title: str) -> dict[str, float]:
         """Returns eval_loss, eval_perplexity and, if answers are wanted, eval_exact_match."""
@@ -479,24 +479,21 @@ class Evaluator:
         line = f"{title}: eval loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}"
         if self.answers_wanted:
             answers = answer_rows(self.model, self.tokenizer, self.rows, prefix)
-            self.answers.append(answers)
+            self.answers["frozen base" if prefix is None else "with prefix"] = answers
             figures["eval_exact_match"] = exact_match(answers, self.rows)
             line += f", exact match {figures['eval_exact_match']:.1%} of {len(self.rows)} held-out questions"
         tqdm.write(line)
         return figures
 
     def show_answers(self) -> None:
-        """Prints a handful of questions with the answers of the first and of the last evaluation."""
+        """Prints a handful of questions with the answers of the frozen base, if this run asked it, and the last ones."""
         if not self.answers:
             return
-        answers = zip(self.rows, self.answers[0], self.answers[-1], strict=True)
-        for row, before, after in itertools.islice(answers, self.SHOWN):
-            for title, text in (
-                ("question", f"{row['instruction']} {row['input']}"),
-                ("frozen base", before),
-                ("with prefix", after),
-                ("expected", row["output"]),
-            ):
+        for index in range(min(self.SHOWN, len(self.rows))):
+            row = self.rows[index]
+            texts = {"question": f"{row['instruction']} {row['input']}"}
+            texts |= {title: answers[index] for title, answers in self.answers.items()}
+            for title, text in (texts | {"expected": row["output"]}).items():
                 print(f"  {title:12s} {textwrap.shorten(text, 80, placeholder=' ...')}")
             print()
 
@@ -506,7 +503,7 @@ def describe_run(
 ) -> dict:
     """All that is needed to repeat a run, without any path of this machine."""
     settings = dataclasses.asdict(config)
-    for name in ("model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir"):
+    for name in ("model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint"):
         if settings[name] is not None:
             settings[name] = portable_name(settings[name])
     if config.prefix_from:

@@ -154,6 +154,20 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(settings, tmp_pat
     assert_same_run(fresh["output_dir"], settings["output_dir"])
 
 
+def test_saving_the_best_of_no_steps_saves_the_start(settings):
+    assert train(TrainConfig(**settings | {"max_steps": 0}))["steps"] == 0
+    assert load_prefix(settings["output_dir"])[0].shape == (3, 2, 6, 10, 8)
+
+
+def test_a_run_that_went_on_shows_no_answers_of_the_base_that_it_did_not_ask(settings, capsys):
+    settings |= {"eval_exact_match": True}
+    train(TrainConfig(**settings))
+    assert capsys.readouterr().out.count("\n  frozen base") == 5
+    train(TrainConfig(**settings | {"resume_from_checkpoint": "latest", "num_train_epochs": 2}))
+    out = capsys.readouterr().out
+    assert out.count("\n  with prefix") == 5 and "\n  frozen base" not in out
+
+
 def test_a_damaged_checkpoint_is_named_and_passed_over(settings, tmp_path, capsys):
     train(TrainConfig(**settings))
     broken = tmp_path / "broken"
