@@ -77,11 +77,11 @@ def train(config: TrainConfig) -> dict:
     resumed = None
     if config.resume_from_checkpoint:
         resumed = newest_checkpoint(config.resume_from_checkpoint, output_dir)
-    elif not config.overwrite_output_dir:
+    if resumed is None and not config.overwrite_output_dir:
         if (output_dir / ADAPTER_CONFIG_FILE).exists():
             hint = "add --overwrite_output_dir or name another --output_dir"
             raise UserError(f"{config.output_dir} holds a prefix already; {hint}")
-        if find_checkpoints(output_dir):
+        if find_checkpoints(output_dir) and not config.resume_from_checkpoint:
             hint = "go on with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
             raise UserError(f"{config.output_dir} holds checkpoints of a run that did not finish; {hint}")
     device = resolve_device(config.device)
@@ -125,8 +125,8 @@ def train(config: TrainConfig) -> dict:
             hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
             raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
         except (MemoryError, RuntimeError) as error:
-            # CUDA has a class for it; a CPU's is a plain RuntimeError.
-            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            classes = (MemoryError, torch.OutOfMemoryError)  # a CPU's is a plain RuntimeError
+            if not isinstance(error, classes) and "can't allocate memory" not in str(error):
                 raise
             budget = max_tokens_per_batch(config, model)
             hint = f"lower --max_tokens_per_batch (it was {budget}) or add --gradient_checkpointing"

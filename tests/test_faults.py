@@ -154,6 +154,12 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(settings, tmp_pat
     assert_same_run(fresh["output_dir"], settings["output_dir"])
 
 
+def test_latest_does_not_overwrite_a_finished_run_that_has_no_checkpoint(settings):
+    train(TrainConfig(**settings | {"save_steps": 0}))
+    with pytest.raises(UserError, match="holds a prefix already"):
+        train(TrainConfig(**settings | {"save_steps": 0, "resume_from_checkpoint": "latest"}))
+
+
 def test_saving_the_best_of_no_steps_saves_the_start(settings):
     assert train(TrainConfig(**settings | {"max_steps": 0}))["steps"] == 0
     assert load_prefix(settings["output_dir"])[0].shape == (3, 2, 6, 10, 8)
