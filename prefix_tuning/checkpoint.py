@@ -41,6 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         folder.mkdir(exist_ok=True)
         yield draft
+        draft.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files for their owner alone
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)

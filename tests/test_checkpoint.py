@@ -197,3 +197,9 @@ def test_every_damage_to_a_checkpoint_is_noticed(tmp_path, capsys):
     path.write_bytes(b"")
     assert newest_checkpoint("latest", tmp_path) is None
     assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_others_may_read_what_they_may_read_of_any_file(saved):
+    folder, _ = saved
+    (folder / "plain").write_text("as the user's umask has it")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
