@@ -185,7 +185,10 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
         if self.init_text and self.prefix_init != "text":
             raise UserError("--init_text is used by --prefix_init text only; add that flag or leave the text out")
         folder = Path(self.output_dir).absolute()
-        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        try:
+            existing = next(place for place in (folder, *folder.parents) if place.exists())
+        except OSError as error:
+            raise UserError(f"--output_dir {self.output_dir}: {error.strerror}; name another folder") from error
         if not existing.is_dir():
             raise UserError(f"--output_dir {self.output_dir}: {existing.name} is a file; name a folder")
         if not os.access(existing, os.W_OK):

@@ -102,7 +102,12 @@ def train(config: TrainConfig) -> dict:
     encoder = make_encoder(config, model, tokenizer, base).to(device)
     checkpoints = Checkpoints(config, identity(config, base, digest(train_set), dtype), resumed)
 
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {config.output_dir}: cannot be made: {error.strerror}; name another folder"
+        ) from error
     remove_drafts(output_dir)
     if resumed is None:
         for old in find_checkpoints(output_dir):

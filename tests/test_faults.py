@@ -154,6 +154,11 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(settings, tmp_pat
     assert_same_run(fresh["output_dir"], settings["output_dir"])
 
 
+def test_a_folder_that_cannot_be_made_is_named(settings, tmp_path):
+    with pytest.raises(UserError, match="--output_dir .*: File name too long; name another folder"):
+        train(TrainConfig(**settings | {"output_dir": str(tmp_path / ("x" * 300))}))
+
+
 def test_latest_does_not_overwrite_a_finished_run_that_has_no_checkpoint(settings):
     train(TrainConfig(**settings | {"save_steps": 0}))
     with pytest.raises(UserError, match="holds a prefix already"):
