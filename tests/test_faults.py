@@ -155,7 +155,7 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(settings, tmp_pat
 
 
 def test_a_folder_that_cannot_be_made_is_named(settings, tmp_path):
-    with pytest.raises(UserError, match="--output_dir .*: File name too long; name another folder"):
+    with pytest.raises(UserError, match=r"--output_dir .*: File name too long; name another folder"):
         train(TrainConfig(**settings | {"output_dir": str(tmp_path / ("x" * 300))}))
 
 
