@@ -101,6 +101,7 @@ def train(config: TrainConfig) -> dict:
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, model, tokenizer, base).to(device)
     checkpoints = Checkpoints(config, identity(config, base, digest(train_set), dtype), resumed)
+    del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def train(config: TrainConfig) -> dict:
             f"--output_dir {config.output_dir}: cannot be made: {error.strerror}; name another folder"
         ) from error
     remove_drafts(output_dir)
-    if resumed is None:
+    if checkpoints.resumed is None:
         for old in find_checkpoints(output_dir):
             old.unlink()
     write_json(output_dir / CONFIG_FILE, describe_run(config, encoder.config, device, dtype, len(train_set)))
@@ -306,7 +307,7 @@ def fit(
     """
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
-    total_steps = planned_steps(config, len(train_set))
+    total_steps = config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
     state = TrainingState(config, encoder, total_steps, model.dtype)
     scaler = state.scaler
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
@@ -377,11 +378,8 @@ def fit(
                 )
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.2e}", tok_s=f"{speed:,.0f}", refresh=False)
                 state.losses.zero_()
-                progress.logged_step, progress.logged_seconds, progress.logged_tokens = (
-                    step,
-                    progress.seconds,
-                    progress.tokens,
-                )
+                progress.logged_step, progress.logged_seconds = step, progress.seconds
+                progress.logged_tokens = progress.tokens
             if first_bad < math.inf:
                 raise NotFinite(int(first_bad), state.good_prefix if first_bad > 1 else None)
             if evaluating:
@@ -400,14 +398,6 @@ def fit(
 def stops_early(config: TrainConfig, progress: Progress) -> bool:
     patience = config.early_stopping_patience
     return patience is not None and progress.evaluations_since_best >= patience
-
-
-def planned_steps(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of a whole run."""
-    if config.max_steps >= 0:
-        return config.max_steps
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return math.ceil(config.num_train_epochs * math.ceil(rows / rows_per_step))
 
 
 def accumulate_gradients(
