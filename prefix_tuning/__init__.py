@@ -1,1 +1,16 @@
-"""Prefix tuning for Bloom, by hand: start reading in encoder.py, then bloom.py and training.py."""
+"""Prefix tuning for Bloom, by hand: start reading in encoder.py, then bloom.py and training.py.
+
+As a library: `load_prefix` reads what train.py or PEFT has saved, `PrefixBloom` uses it on a Bloom that you have loaded.
+"""
+
+import importlib
+
+_HOME = {"load_prefix": "prefix_tuning.checkpoint", "PrefixBloom": "prefix_tuning.generation"}
+__all__ = ["PrefixBloom", "load_prefix"]
+
+
+def __getattr__(name: str):
+    """Imports what is asked for when it is: `--help` need not wait for torch."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

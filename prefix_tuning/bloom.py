@@ -5,7 +5,7 @@ prefix needs less: no padding in the linear layers, and logits only where there 
 layers' own weights over *packed* tokens, all rows of a batch end to end in one (total_tokens, hidden) matrix. Only attention
 needs to know where a row begins (attention.py), and the loss never holds all its logits at once.
 
-Generation uses transformers' own forward and `generate`, with the prefix as `past_key_values`.
+Generation (generation.py) uses transformers' own forward and `generate`, with the prefix as `past_key_values`.
 """
 
 import functools
@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from prefix_tuning import demo
 from prefix_tuning.attention import attend, attention_bias
+from prefix_tuning.checkpoint import portable_name
 from prefix_tuning.config import UserError
 from prefix_tuning.data import Batch
 
@@ -85,32 +86,55 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Bloo
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 
-def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | str | None]:
-    """What tells one base from another: its shape, a hash over 64 weights of every tensor, and one over the tokenizer.
+def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int | str | None]:
+    """What tells one base from another: its name, its shape, a hash over 64 weights of every tensor, one over the tokenizer.
 
     The weights are rounded to bfloat16 first, so that the hash does not depend on the compute type; those that were rounded
-    to float16 could not be compared, and get None.
+    to float16 could not be compared, and get None. So does the tokenizer where none is given.
     """
     shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "hidden_size", "vocab_size")}
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sample = tensor.flatten()[:: tensor.numel() // 64 | 1]  # an odd stride passes through all columns
         weights.update(name.encode() + sample.bfloat16().float().cpu().numpy().tobytes())
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if tokenizer else ""
     return {
+        "name_or_path": portable_name(model.name_or_path),
         **shape,
         "weights": None if model.dtype == torch.float16 else weights.hexdigest(),
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest() if tokenizer else None,
     }
 
 
-def prefix_cache(prefix: torch.Tensor, rows: int, dtype: torch.dtype) -> DynamicCache:
-    """The prefix as transformers' past_key_values, the same for all `rows` of a batch.
+def prefix_cache(prefixes: list[torch.Tensor]) -> tuple[DynamicCache, torch.Tensor]:
+    """Prefixes, one for each row of a batch, as transformers' past_key_values, and the attention mask that goes with them.
 
-    prefix: (layers, 2, heads, tokens, head_dim). A forward pass extends the cache in place: make a new one for each call.
+    prefixes: each (layers, 2, heads, tokens, head_dim); shorter ones are padded on the left. The mask is (rows, longest),
+    int64, 0 where there is padding; the text's own mask belongs behind it. A forward pass extends the cache in place: make a
+    new one for each call.
     """
-    pairs = prefix.to(dtype).unsqueeze(2).expand(-1, -1, rows, -1, -1, -1)
-    return DynamicCache([(key, value) for key, value in pairs])
+    longest = max(prefix.shape[3] for prefix in prefixes)
+    mask = torch.tensor([[0] * (longest - prefix.shape[3]) + [1] * prefix.shape[3] for prefix in prefixes])
+    rows = torch.stack([F.pad(prefix, (0, 0, longest - prefix.shape[3], 0)) for prefix in prefixes], dim=2)
+    return DynamicCache([(key, value) for key, value in rows]), mask.to(rows.device)
+
+
+def max_tokens_per_batch(model: BloomForCausalLM, wanted: int | None = None) -> int:
+    """Tokens of one forward pass: those wanted, or what the device and the model suggest (tests/benchmarks/NOTES.md).
+
+    A layer holds about ten numbers per token and hidden unit for the backward pass: four before the GELU, query, key and
+    value, what attention returns, and what each of the two layer norms is given. On a CPU these stay within half a GiB, and
+    more than 640 tokens gain little; elsewhere they stay within two GiB.
+    """
+    shape, on_cpu = model.config, model.device.type == "cpu"
+    held_per_token = 10 * shape.hidden_size * shape.n_layer * model.dtype.itemsize
+    fitting = max(1, 2 ** (29 if on_cpu else 31) // held_per_token)
+    return wanted or (min(640, fitting) if on_cpu else fitting)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    classes = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, classes) or "can't allocate memory" in str(error)  # a CPU's is a plain RuntimeError
 
 
 @torch.no_grad()
@@ -181,16 +205,16 @@ def packed_hidden(
     return body.ln_f(hidden)
 
 
-def loss_sum(
+def label_losses(
     model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, run: Callable[..., torch.Tensor] = run_block
 ) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the labels of the batch: a scalar, at least float32. Arguments: `packed_hidden`."""
+    """Cross-entropy in nats of every label of the batch: (labels,), at least float32. Arguments: `packed_hidden`."""
     hidden = packed_hidden(model, batch, prefix, run)
     return _FrozenHeadLoss.apply(hidden, model.lm_head.weight, batch.labels)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden (labels, hidden) @ weight (vocab_size, hidden).T against labels (labels,).
+    """Cross-entropy of hidden (labels, hidden) @ weight (vocab_size, hidden).T against labels (labels,), label by label.
 
     The weight is frozen, so the only gradient is that of `hidden`, and it can be had slice by slice as soon as a slice's
     logits are known: a whole (labels, vocab_size) tensor never exists. (The idea is Liger Kernel's.)
@@ -200,21 +224,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
+        if ctx.needs_input_grad[1]:
+            raise ValueError("the lm_head must be frozen: this loss has no gradient for it")
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for start in range(0, len(labels), _FrozenHeadLoss.LABELS_AT_ONCE):
             part = slice(start, start + _FrozenHeadLoss.LABELS_AT_ONCE)
-            log_probabilities = F.linear(hidden[part], weight).to(loss.dtype).log_softmax(-1)
+            log_probabilities = F.linear(hidden[part], weight).to(losses.dtype).log_softmax(-1)
             label = labels[part].unsqueeze(1)
-            loss -= log_probabilities.gather(1, label).sum()
+            losses[part] = -log_probabilities.gather(1, label).squeeze(1)
             if grad is not None:
-                error = log_probabilities.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=loss.dtype))
+                error = log_probabilities.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=losses.dtype))
                 grad[part] = error.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
-        return loss
+        return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_losses):
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None
+        return grad * grad_losses.unsqueeze(1).to(grad.dtype), None, None

@@ -15,11 +15,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import cached_file
 
+from prefix_tuning import demo
 from prefix_tuning.config import PrefixConfig, UserError
 from prefix_tuning.encoder import PrefixEncoder, flatten, unflatten
 
@@ -79,7 +82,9 @@ LOCAL = "local:"  # marks a name that only its owner can resolve
 def portable_name(name: str) -> str:
     """How files refer to a model or dataset: bundled and hub names as they are, a local path by its last part, marked."""
     path = Path(name)
-    return LOCAL + path.resolve().name if path.exists() or path.is_absolute() else name
+    if name and (path.exists() or path.is_absolute()):
+        return demo.name_of(path.resolve()) or LOCAL + path.resolve().name
+    return name
 
 
 def base_of(prefix_name: str, noted: str | None) -> str:
@@ -118,12 +123,29 @@ def save_adapter(folder: Path, prefix: torch.Tensor, config: PrefixConfig, base:
     write_json(folder / ADAPTER_CONFIG_FILE, description)
 
 
-def load_encoder(folder: str) -> tuple[PrefixEncoder, dict]:
-    """Reads the trainable weights that a run saved in `folder`, and the `fingerprint` of their base.
+class Prefix(NamedTuple):
+    """A baked prefix, (layers, 2, heads, tokens, head_dim) in float32, and what it notes of the base it was trained on: a
+    `fingerprint`, or for PEFT's the name alone."""
 
-    Raises UserError if they are not there or broken.
+    tensor: torch.Tensor
+    base: dict
+
+
+def load_encoder(name: str) -> tuple[PrefixEncoder, dict]:
+    """Reads the trainable weights that a run saved, and the `fingerprint` of their base.
+
+    name: an output folder, a PEFT adapter's folder, or the name of either on the hub. Where there is only a baked prefix, as
+    PEFT saves it, the encoder is one without projection that emits it. Raises UserError if there is neither, or if it is
+    broken.
     """
-    path = Path(folder) / ENCODER_FILE
+    path = _locate(name, ENCODER_FILE)
+    if path is None:
+        tensor, base = load_prefix(name)
+        layers, _, heads, tokens, head_dim = tensor.shape
+        encoder = PrefixEncoder(PrefixConfig(tokens, layers, heads, heads * head_dim, heads * head_dim, False))
+        encoder.initialize("text", tensor)
+        print(f"{name}: holds a baked prefix and no encoder; its numbers are trained directly, without a projection")
+        return encoder, base
     with _opened(path) as file:
         try:
             config = PrefixConfig(**json.loads(file.metadata()["prefix_config"]))
@@ -140,17 +162,21 @@ def load_encoder(folder: str) -> tuple[PrefixEncoder, dict]:
     return encoder.requires_grad_(), base
 
 
-def load_prefix(folder: str) -> tuple[torch.Tensor, dict]:
-    """Reads a baked prefix, ours or PEFT's: (layers, 2, heads, tokens, head_dim) in float32, and what it notes of its base:
-    a `fingerprint`, or for PEFT's the name alone.
+def load_prefix(name: str) -> Prefix:
+    """Reads a baked prefix, ours or PEFT's.
 
-    Raises UserError if the folder holds none, or one that is no prefix for a causal language model.
+    name: an output folder of train.py, a PEFT adapter's folder, or the name of either on the hub. Raises UserError if there
+    is none, or one that is no prefix for a causal language model.
     """
-    config_path, path = Path(folder) / ADAPTER_CONFIG_FILE, Path(folder) / ADAPTER_FILE
+    config_path, path = _locate(name, ADAPTER_CONFIG_FILE), _locate(name, ADAPTER_FILE)
+    if config_path is None:
+        raise UserError(f"{name}: holds no prefix ({ADAPTER_CONFIG_FILE} is missing); train one with train.py")
+    if path is None:
+        pickled = _locate(name, "adapter_model.bin") is not None
+        hint = "adapter_model.bin is a pickled file, which is never read; have PEFT save it as safetensors"
+        raise UserError(f"{name}: {ADAPTER_FILE} is missing" + (f"; {hint}" if pickled else ""))
     try:
         config = json.loads(config_path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: holds no prefix ({ADAPTER_CONFIG_FILE} is missing); train one with train.py") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{config_path}: cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "PREFIX_TUNING":
@@ -168,7 +194,21 @@ def load_prefix(folder: str) -> tuple[torch.Tensor, dict]:
         flat = _read_tensors(path, file, expected)["prompt_embeddings"].float()
         base = _noted_base(path, file)
     base["name_or_path"] = config.get("base_model_name_or_path")
-    return unflatten(flat, shape.num_layers, shape.num_attention_heads), base
+    return Prefix(unflatten(flat, shape.num_layers, shape.num_attention_heads), base)
+
+
+def _locate(name: str, file: str) -> Path | None:
+    """A file of a folder, or of a repository on the hub; None if that has no such file. Raises UserError without either."""
+    path = Path(name)
+    if path.is_dir():
+        return path / file if (path / file).exists() else None
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise UserError(f"{name}: no such folder; train a prefix with train.py")
+    try:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise UserError(f"{name}: no such folder, nor a repository of the hub that can be reached: {error}") from error
+    return Path(found) if found else None
 
 
 def _noted_base(path: Path, file) -> dict:

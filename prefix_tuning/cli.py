@@ -12,7 +12,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from prefix_tuning import demo
 from prefix_tuning.config import (
+    AskArguments,
+    BaseArguments,
     DataArguments,
+    DecodingArguments,
     InferConfig,
     Interrupted,
     LoopArguments,
@@ -109,15 +112,27 @@ def _train(argv: list[str]) -> None:
     train(config)
 
 
-def _infer(argv: list[str]) -> None:
-    parser = _Parser(InferConfig, prog="infer.py", description="Ask a frozen Bloom with a prefix.", allow_abbrev=False)
-    parser.add_argument("question", help="The question, e.g. 法国的首都是哪里？")
+def parse_infer_config(argv: list[str]) -> InferConfig:
+    """Turns infer.py's command line into its settings. Raises UserError for what makes no sense."""
+    groups = (AskArguments, BaseArguments, DecodingArguments)
+    parser = _Parser(groups, prog="infer.py", description="Ask a frozen Bloom with a prefix.", allow_abbrev=False)
+    parser.add_argument("question", nargs="?", help="The question, e.g. 法国的首都是哪里？")
+    parser.add_argument(
+        "--prefix",
+        action="append",
+        metavar="[NAME=]DIR",
+        help="A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be given "
+        "several times; the first answers where none is named (default: ./chatbot).",
+    )
     values, _ = parser.parse(argv)
-    question = values.pop("question")
-    config = InferConfig(**values)
-    from prefix_tuning.generation import answer
+    return InferConfig(**{name: value for name, value in values.items() if value is not None})
 
-    answer(config, question)
+
+def _infer(argv: list[str]) -> None:
+    config = parse_infer_config(argv)
+    from prefix_tuning.inference import infer
+
+    infer(config)
 
 
 def train_command() -> None:

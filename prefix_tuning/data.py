@@ -47,9 +47,7 @@ def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
     """
     path = Path(demo.resolve(name))
     if path.is_file():
-        reader, source = _READERS.get(path.suffix.lower()), str(path.resolve())
-        if reader is None:
-            raise UserError(f"{name}: unknown kind of file; known are {', '.join(_READERS)}")
+        reader, source = _reader_for(name, path), str(path.resolve())
         version = (source, path.stat().st_mtime_ns, path.stat().st_size)
     else:
         reader, source = _read_dataset, _open_dataset(name, splits)
@@ -88,28 +86,65 @@ def _open_dataset(name: str, splits: tuple[str, ...]) -> Dataset:
     return found
 
 
+def read_questions(name: str, prefixes: list[str]) -> Iterator[tuple[dict, str, str | None]]:
+    """Reads a file of questions: each row as it is, its prompt, and the prefix that it names in the column prefix, if any.
+
+    name: a .json, .jsonl, .csv or .parquet file. Raises UserError naming the row for one that has no text as instruction,
+    that names none of `prefixes`, or that has a response already.
+    """
+    path = Path(demo.resolve(name))
+    for place, row in _numbered(name, _reader_for(name, path)(name, str(path))):
+        texts = _texts(name, place, row, required=("instruction",))
+        prefix = row.get("prefix") or None
+        if prefix is not None and prefix not in prefixes:
+            raise UserError(f"{name}, {place}: names the prefix {prefix!r}; there are {', '.join(prefixes)}")
+        if "response" in row:
+            raise UserError(f"{name}, {place}: has a column 'response' already; the answer would replace it")
+        yield row, prompt_of(texts["instruction"], texts["input"]), prefix
+
+
+def _reader_for(name: str, path: Path):
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{name}: unknown kind of file; known are {', '.join(_READERS)}")
+    return reader
+
+
 def _checked_rows(name: str, reader, source) -> Iterator[dict[str, str]]:
     """The rows of one source, each with all COLUMNS as strings."""
+    for place, row in _numbered(name, reader(name, source)):
+        texts = _texts(name, place, row, required=("instruction", "output"))
+        if not texts["output"].strip():
+            raise UserError(f"{name}, {place}: 'output' is empty; every row needs an answer")
+        yield texts
+
+
+def _numbered(name: str, rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, dict]]:
+    """The rows of a reader. Raises UserError for one that is no object, and if there is none at all."""
     place = None
-    for place, row in reader(name, source):
+    for place, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{name}, {place}: is no object with the columns instruction, input and output")
-        for column in ("instruction", "output"):
-            if column not in row:
-                raise UserError(f"{name}, {place}: has no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
-        values = {column: row.get(column) for column in COLUMNS}
-        if values["input"] is None:
-            values["input"] = ""
-        for column, value in values.items():
-            if not isinstance(value, str):
-                raise UserError(f"{name}, {place}: {column!r} must be a text, not {json.dumps(value, default=str)[:80]}")
-            if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
-                raise UserError(f"{name}, {place}: {column!r} holds half of a character (a lone surrogate)")
-        if not values["output"].strip():
-            raise UserError(f"{name}, {place}: 'output' is empty; every row needs an answer")
-        yield values
+        yield place, row
     if place is None:
         raise UserError(f"{name}: holds no rows")
+
+
+def _texts(name: str, place: str, row: dict, required: tuple[str, ...]) -> dict[str, str]:
+    """All COLUMNS of a row as strings, "" for those that need not be there. Raises UserError for what is no text."""
+    texts = {}
+    for column in COLUMNS:
+        if column in required and column not in row:
+            raise UserError(f"{name}, {place}: has no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
+        value = row.get(column)
+        if value is None and column not in required:
+            value = ""
+        if not isinstance(value, str):
+            raise UserError(f"{name}, {place}: {column!r} must be a text, not {json.dumps(value, default=str)[:80]}")
+        if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{name}, {place}: {column!r} holds half of a character (a lone surrogate)")
+        texts[column] = value
+    return texts
 
 
 # Each reader yields (place for messages, row). Plain readers keep "8" a text and can name the row that is wrong, where

@@ -1,28 +1,48 @@
 """How good is a prefix: held-out loss, perplexity, exact match."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from datasets import Dataset
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
-from prefix_tuning.bloom import loss_sum
-from prefix_tuning.data import pack, prompt_of, take
-from prefix_tuning.generation import generate
+from prefix_tuning.bloom import label_losses
+from prefix_tuning.data import IGNORED, pack, prompt_of, take
+from prefix_tuning.generation import PrefixBloom, complete
 
 
 @torch.no_grad()
+def row_losses(
+    model: BloomForCausalLM, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
+) -> Iterator[tuple[float, int]]:
+    """Of every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number."""
+    for start in range(0, len(tokenized), 1024):  # sorted by length within each thousand
+        examples = take(tokenized, list(range(start, min(start + 1024, len(tokenized)))))
+        order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
+        found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+        places = iter(order)
+        for batch in pack([examples[place] for place in order], max_tokens):
+            losses = label_losses(model, batch.to(model.device), prefix).double().cpu()
+            rows = list(itertools.islice(places, batch.rows))
+            counts = [sum(label != IGNORED for label in examples[place].labels[1:]) for place in rows]
+            for place, part in zip(rows, losses.split(counts), strict=True):
+                found[place] = part.sum().item(), len(part)
+        yield from found
+
+
 def evaluate_loss(
     model: BloomForCausalLM, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> dict[str, float]:
     """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset."""
-    total, labels = 0.0, 0
-    for start in range(0, len(tokenized), 1024):  # sorted by length within each thousand
-        for batch in pack(take(tokenized, list(range(start, min(start + 1024, len(tokenized))))), max_tokens):
-            total += loss_sum(model, batch.to(model.device), prefix).item()
-            labels += len(batch.labels)
-    loss = total / labels
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}  # e ** 710 overflows
+    losses, labels = map(sum, zip(*row_losses(model, tokenized, prefix, max_tokens), strict=True))
+    return {"eval_loss": losses / labels, "eval_perplexity": perplexity(losses / labels)}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), but for what is too large for a float."""
+    return math.exp(min(loss, 700))  # e ** 710 overflows
 
 
 def answer_rows(
@@ -31,7 +51,10 @@ def answer_rows(
     """Greedy answers to the questions of `rows` (columns instruction and input), long enough to match their output."""
     prompts = [prompt_of(row["instruction"], row["input"]) for row in rows]
     longest = max(len(ids) for ids in tokenizer(list(rows["output"]), split_special_tokens=True).input_ids)
-    return generate(model, tokenizer, prompts, prefix, max_new_tokens=longest + 1, do_sample=False)
+    prefixed = PrefixBloom(model)
+    if prefix is not None:
+        prefixed.attach("prefix", prefix)
+    return complete(prefixed, tokenizer, prompts, max_new_tokens=longest + 1, do_sample=False)
 
 
 def exact_match(answers: list[str], rows: Dataset) -> float:

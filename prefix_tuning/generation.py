@@ -1,67 +1,255 @@
-"""Answers: transformers' own `generate`, with the prefix as past_key_values."""
+"""Answers: transformers' own `generate`, with prefixes as past_key_values, for one question or for many at once."""
+
+import copy
+import functools
+from collections.abc import Iterator
 
 import torch
-from transformers import BloomForCausalLM, PreTrainedTokenizerBase, TextStreamer
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    Cache,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from prefix_tuning.bloom import fingerprint, load_base, prefix_cache, resolve_device, resolve_dtype
-from prefix_tuning.checkpoint import base_of, check_base, load_prefix, portable_name
-from prefix_tuning.config import InferConfig, UserError
-from prefix_tuning.data import prompt_of
+from prefix_tuning.bloom import fingerprint, prefix_cache
+from prefix_tuning.checkpoint import Prefix, check_base
+
+BASE = "base"  # the name that stands for no prefix
+FEW_ROWS = 4  # a batch of no more is not made smaller: starting again would cost more than it saves
 
 
-def generate(
-    model: BloomForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    prefix: torch.Tensor | None,
-    batch_size: int = 64,
-    **options,
-) -> list[str]:
-    """Completes each prompt and returns the completions, without special tokens, in the order of the prompts.
+class _PrefixBloomConfig(BloomConfig):
+    model_type = "prefix-bloom"
 
-    prefix: (layers, 2, heads, tokens, head_dim), or None for the base alone. options: those of transformers' `generate`,
-    e.g. max_new_tokens, do_sample, temperature, streamer (with one prompt).
+
+class PrefixBloom(BloomForCausalLM):
+    """A Bloom that has any number of prefixes, of which every row of a batch can use its own.
+
+        model = PrefixBloom(base)                           # any BloomForCausalLM; it stays as it is
+        model.attach("short", load_prefix("./chatbot"))
+        model.generate(**inputs)                            # with the prefix in use: the first one attached
+        model.generate(**inputs, prefix=["short", "base"])  # by row; "base" is the frozen base alone
+        model.use("base")
+        model.detach("short")
+
+    It is a BloomForCausalLM itself, made of new modules around the tensors of `base`: what takes one, such as transformers'
+    pipeline, takes this. The weights are in memory once. `generate` and `forward` take transformers' arguments.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # similar lengths, little padding
+
+    config_class = _PrefixBloomConfig
+
+    def __init__(self, base: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None):
+        """tokenizer: if given, prefixes that were trained with another one are refused."""
+        shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+        vars(self).update(vars(copy.deepcopy(base, shared)))
+        self.prefixes: dict[str, torch.Tensor] = {}
+        self.active = BASE
+        self._fingerprint = fingerprint(base, tokenizer)
+        for block in self.transformer.h:
+            block.mlp.gelu_impl = nn.GELU(approximate="tanh")  # Bloom's GELU in one kernel instead of eight
+
+    def attach(self, name: str, prefix: Prefix | torch.Tensor, force: bool = False) -> None:
+        """Makes a prefix usable under a name; one of that name is replaced. The first one attached is in use at once.
+
+        prefix: what `load_prefix` returns, or (layers, 2, heads, tokens, head_dim). Raises UserError if it does not fit the
+        base; force: use it although its base had other weights or another tokenizer.
+        """
+        if name == BASE:
+            raise ValueError(f"{BASE!r} is the name of the base without a prefix")
+        tensor, noted = (prefix, self._fingerprint) if isinstance(prefix, torch.Tensor) else prefix
+        check_base(tensor.shape, noted, self._fingerprint, name, force)
+        if not self.prefixes:
+            self.active = name
+        self.prefixes[name] = tensor.detach().to(self.device, self.dtype)
+
+    def detach(self, name: str) -> None:
+        """Takes a prefix away. If it is in use, the base answers alone from then on. Raises ValueError for unknown names."""
+        self._prefixes_of(name, 1)
+        del self.prefixes[name]
+        if self.active == name:
+            self.active = BASE
+
+    def use(self, name: str) -> None:
+        """Says which prefix rows use that name none; "base": none at all. Raises ValueError for unknown names."""
+        self._prefixes_of(name, 1)
+        self.active = name
+
+    def _prefixes_of(self, names: str | list[str] | None, rows: int) -> list[torch.Tensor]:
+        """The prefix of every row, with no tokens for the base's."""
+        names = self.active if names is None else names
+        names = [names] * rows if isinstance(names, str) else names
+        if len(names) != rows:
+            raise ValueError(f"{len(names)} prefixes are named for {rows} rows")
+        if unknown := set(names) - {BASE, *self.prefixes}:
+            raise ValueError(f"no prefix {min(unknown)!r}; there are {', '.join([BASE, *self.prefixes])}")
+        shape = self.config
+        none = torch.empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
+        return [self.prefixes.get(name, none).to(self.device, self.dtype) for name in names]
+
+    def prepend(
+        self, attention_mask: torch.Tensor, prefix: str | list[str] | None = None, copies: int = 1
+    ) -> tuple[torch.Tensor, Cache]:
+        """The prefixes of a batch, as past_key_values, and the mask of prefix and text, (rows, longest prefix + tokens).
+
+        attention_mask: the text's own, (rows, tokens). prefix: a name for all rows, or one for each; None: the one in use.
+        copies: `generate` will repeat each row this often, as beams or sequences; the past_key_values do so already.
+        """
+        prefixes = self._prefixes_of(prefix, len(attention_mask))
+        cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)])
+        return torch.cat((mask[::copies], attention_mask), dim=1), cache
+
+    @functools.wraps(BloomForCausalLM.forward)  # transformers reads off the signature what a model can do
+    def forward(
+        self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, *, prefix=None, **options
+    ):
+        """transformers' forward after the prefix in use, or `prefix`: a name for all rows, or one for each.
+
+        With past_key_values, it goes on from there and adds no prefix.
+        """
+        if past_key_values is None:
+            text = input_ids if inputs_embeds is None else inputs_embeds
+            if attention_mask is None:
+                attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+            attention_mask, past_key_values = self.prepend(attention_mask, prefix)
+        return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        prefix: str | list[str] | None = None,
+        **options,
+    ):
+        """transformers' `generate` after the prefix in use, or `prefix`: a name for all rows, or one for each.
+
+        inputs (or input_ids): (rows, tokens), padded on the left. cache_implementation="static" is compiled where
+        transformers compiles it. With past_key_values, it goes on from there and adds no prefix.
+        """
+        input_ids = options.pop("input_ids", inputs)
+        if options.get("past_key_values") is not None:
+            return super().generate(input_ids, generation_config, **options)
+        settings = copy.deepcopy(generation_config or self.generation_config)
+        options = settings.update(**options)  # what is left is for `generate` itself
+        if settings.use_cache is False:
+            raise ValueError("use_cache=False leaves no place for a prefix")
+        mask = options.pop("attention_mask", None)
+        if mask is None:  # as transformers guesses it
+            mask = (
+                torch.ones_like(input_ids) if settings.pad_token_id is None else input_ids.ne(settings.pad_token_id).long()
+            )
+        mask, cache = self.prepend(mask, prefix, max(settings.num_beams or 1, settings.num_return_sequences or 1))
+        if settings.cache_implementation == "static":
+            tokens = input_ids.shape[1]
+            room = settings.max_new_tokens or (settings.max_length or tokens + 20) - tokens  # 20: transformers' default
+            filled, cache = cache, StaticCache(self.config, max_cache_len=mask.shape[1] + room)
+            for index, layer in enumerate(filled.layers):
+                cache.update(layer.keys, layer.values, index)
+            settings.cache_implementation = None  # else transformers would make its own
+        return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)
+
+
+# Else a pipeline would log that it does not know this class. Configurations stay those of the base.
+AutoModelForCausalLM.register(_PrefixBloomConfig, PrefixBloom)
+
+
+def complete(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, prompts: list[str], **options) -> list[str]:
+    """The completion of each prompt, in their order. options: those of `complete_batches`."""
     answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        texts = [prompts[index] for index in indices]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", split_special_tokens=True)
-        input_ids, mask, cache = inputs.input_ids.to(model.device), inputs.attention_mask.to(model.device), None
-        if prefix is not None:
-            # The prefix stands before the padding; ALiBi counts only attended positions, so nothing shifts.
-            mask = torch.cat((mask.new_ones(len(indices), prefix.shape[3]), mask), dim=1)
-            cache = prefix_cache(prefix, len(indices), model.dtype)
-        output = model.generate(
-            input_ids, attention_mask=mask, past_key_values=cache, pad_token_id=tokenizer.pad_token_id, **options
-        )
-        replies = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-        for index, reply in zip(indices, replies, strict=True):
-            answers[index] = reply
+    for places, completions in complete_batches(model, tokenizer, prompts, **options):
+        for place, (answer, *_) in zip(places, completions, strict=True):
+            answers[place] = answer
     return answers
 
 
-def answer(config: InferConfig, question: str) -> None:
-    """Streams the answer to one question to stdout, by the frozen base as well if `config.compare`."""
-    device = resolve_device(config.device)
-    prefix, noted = load_prefix(config.prefix)
-    base_name = config.model_name_or_path or base_of(config.prefix, noted["name_or_path"])
-    model, tokenizer = load_base(base_name, resolve_dtype(config.precision, device), device)
-    base = {"name_or_path": portable_name(base_name), **fingerprint(model, tokenizer)}
-    check_base(prefix.shape, noted, base, config.prefix, config.force)
-    prompt = prompt_of(question)
-    prompt_length = len(tokenizer(prompt, split_special_tokens=True).input_ids)
-    if config.max_length and config.max_length <= prompt_length:
-        raise UserError(f"--max_length {config.max_length} leaves no room for an answer; the question takes {prompt_length}")
-    options = {"max_length": config.max_length} if config.max_length else {"max_new_tokens": config.max_new_tokens or 128}
-    if config.do_sample:
-        options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-    for title, used in (("frozen base", None), ("with prefix", prefix.to(device))):
-        if used is None and not config.compare:
+def complete_batches(
+    model: PrefixBloom,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    prefix: str | list[str] | None = None,
+    batch_size: int = 64,
+    seed: int | None = None,
+    first: int = 0,
+    **options,
+) -> Iterator[tuple[list[int], list[list[str]]]]:
+    """Completes prompts, similar ones together: those of one prefix, and of these, such as are about as long.
+
+    Yields for every batch, as it is done, the places of its prompts and the completions of each: num_return_sequences of
+    them, without special tokens. prefix: as for `PrefixBloom.generate`. seed: makes every batch's sampling repeatable.
+    first: batches whose places all come before it are left out. options: those of transformers' `generate`, of which
+    max_new_tokens is needed.
+    """
+    names = prefix if isinstance(prefix, list) else [prefix or model.active] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda place: (names[place], len(prompts[place])))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        if max(places) < first:
             continue
-        if config.compare:
-            print(f"{title:12s} ", end="", flush=True)
-        torch.manual_seed(config.seed)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        generate(model, tokenizer, [prompt], used, do_sample=config.do_sample, streamer=streamer, **options)
+        if seed is not None:
+            torch.manual_seed(seed + start)
+        texts = [prompts[place] for place in places]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", split_special_tokens=True)
+        replies = _replies(model, inputs.to(model.device), [names[place] for place in places], **options)
+        texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
+        each = len(texts) // len(places)
+        yield places, [texts[i : i + each] for i in range(0, len(texts), each)]
+
+
+def _replies(model: PrefixBloom, inputs, names: list[str], **options) -> list[torch.Tensor]:
+    """The new tokens of every row of a tokenised batch: of every sequence, where there are several to a row.
+
+    Where each row is a sequence of its own, rows that have ended leave the batch as soon as they are half of it; the others
+    go on from what is in their past_key_values. The text is the same; the work is less where some answers are long.
+    """
+    input_ids, mask = inputs.input_ids, inputs.attention_mask
+    options["pad_token_id"] = model.config.pad_token_id
+    shared = {name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) > 1}
+    if shared or options.get("cache_implementation") or len(names) <= FEW_ROWS:
+        output = model.generate(input_ids, attention_mask=mask, prefix=names, **options)
+        return list(output[:, input_ids.shape[1] :])
+    left = options.pop("max_new_tokens")
+    mask, cache = model.prepend(mask, names)
+    start = mask.shape[1]
+    # Where past_key_values hold more than the prefix, transformers wants the ids of all that they hold. The prefix has none;
+    # an id that the row has anyway changes nothing for a repetition penalty.
+    ids = torch.cat((input_ids[:, -1:].expand(-1, start - input_ids.shape[1]), input_ids), dim=1)
+    rows, replies = torch.arange(len(ids)), [ids[:0]] * len(ids)
+    ended = _HalfEnded(start, model.generation_config.eos_token_id)
+    while len(rows):
+        criteria = StoppingCriteriaList([ended] if len(rows) > FEW_ROWS else [])
+        ids = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=left, stopping_criteria=criteria, **options
+        )
+        left -= ids.shape[1] - mask.shape[1]
+        done = ended.rows(ids).cpu() | (left == 0)
+        for row, reply in zip(rows[done].tolist(), ids[done, start:], strict=True):
+            replies[row] = reply
+        rows, others = rows[~done], (~done).nonzero().flatten().to(ids.device)
+        ids = ids[others]
+        mask = F.pad(mask[others], (0, ids.shape[1] - mask.shape[1]), value=1)
+        cache.batch_select_indices(others)
+    return replies
+
+
+class _HalfEnded(StoppingCriteria):
+    """Stops a batch as soon as half of its rows have ended."""
+
+    def __init__(self, start: int, eos_token_id: int | list[int]):
+        self.start, self.eos = start, torch.tensor(eos_token_id).flatten()
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which rows have ended: (rows,), bool."""
+        return torch.isin(ids[:, self.start :], self.eos.to(ids.device)).any(dim=1)
+
+    def __call__(self, input_ids, scores, **options):
+        ended = self.rows(input_ids)
+        return (2 * ended.sum() >= len(ended)).expand(len(ended))

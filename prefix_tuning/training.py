@@ -30,8 +30,10 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 from prefix_tuning.bloom import (
     block_runner,
     fingerprint,
+    is_out_of_memory,
+    label_losses,
     load_base,
-    loss_sum,
+    max_tokens_per_batch,
     resolve_device,
     resolve_dtype,
     run_block,
@@ -93,7 +95,7 @@ def train(config: TrainConfig) -> dict:
         torch.use_deterministic_algorithms(True, warn_only=True)
     train_rows, eval_rows = load_splits(config)
     model, tokenizer = load_base(config.model_name_or_path, dtype, device)
-    base = {"name_or_path": portable_name(config.model_name_or_path), **fingerprint(model, tokenizer)}
+    base = fingerprint(model, tokenizer)
     train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
     evaluator = None
     if eval_rows is not None and config.max_steps != 0:
@@ -131,10 +133,9 @@ def train(config: TrainConfig) -> dict:
             hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
             raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
         except (MemoryError, RuntimeError) as error:
-            classes = (MemoryError, torch.OutOfMemoryError)  # a CPU's is a plain RuntimeError
-            if not isinstance(error, classes) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
-            budget = max_tokens_per_batch(config, model)
+            budget = max_tokens_per_batch(model, config.max_tokens_per_batch)
             hint = f"lower --max_tokens_per_batch (it was {budget}) or add --gradient_checkpointing"
             raise UserError(f"{device} ran out of memory; {hint}{checkpoints.how_to_go_on()}") from error
         save_output(output_dir, encoder, base)
@@ -250,19 +251,6 @@ class Checkpoints:
         return f"; {found[-1]} is intact, go on with --resume_from_checkpoint latest" if found else ""
 
 
-def max_tokens_per_batch(config: TrainConfig, model: BloomForCausalLM) -> int:
-    """Tokens of one forward pass: the flag, or what the device and the model suggest (tests/benchmarks/NOTES.md).
-
-    A layer holds about ten numbers per token and hidden unit for the backward pass: four before the GELU, query, key and
-    value, what attention returns, and what each of the two layer norms is given. On a CPU these stay within half a GiB, and
-    more than 640 tokens gain little; elsewhere they stay within two GiB.
-    """
-    shape, on_cpu = model.config, model.device.type == "cpu"
-    held_per_token = 10 * shape.hidden_size * shape.n_layer * model.dtype.itemsize
-    fitting = max(1, 2 ** (29 if on_cpu else 31) // held_per_token)
-    return config.max_tokens_per_batch or (min(640, fitting) if on_cpu else fitting)
-
-
 class MetricsFile:
     """metrics.jsonl: a JSON object per line, readable while the run goes on. Raises UserError where it cannot be written."""
 
@@ -313,7 +301,7 @@ def fit(
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
     size = f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters"
     print(f"{size}, {model.dtype} on {model.device}")
-    max_tokens = max_tokens_per_batch(config, model)
+    max_tokens = max_tokens_per_batch(model, config.max_tokens_per_batch)
     run = block_runner(config.gradient_checkpointing, config.torch_compile)
     if config.torch_compile:
         first_rows = next(step_rows(config, len(train_set), rows_per_step, 1))
@@ -418,7 +406,7 @@ def accumulate_gradients(
     labels = sum(len(batch.labels) for batch in batches)
     loss = torch.zeros((), device=model.device)
     for batch in batches:
-        part = loss_sum(model, batch.to(model.device), leaf, run) / labels
+        part = label_losses(model, batch.to(model.device), leaf, run).sum() / labels
         scaler.scale(part).backward()
         loss += part.detach()
     return loss
@@ -464,7 +452,10 @@ class Evaluator:
 
     def __init__(self, config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Dataset):
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
-        self.answers_wanted, self.max_tokens = config.eval_exact_match, max_tokens_per_batch(config, model)
+        self.answers_wanted, self.max_tokens = (
+            config.eval_exact_match,
+            max_tokens_per_batch(model, config.max_tokens_per_batch),
+        )
         self.tokenized = tokenize_rows(config.eval_dataset or config.dataset, rows, tokenizer, config.max_length)
         self.answers: dict[str, list[str]] = {}
 

@@ -12,8 +12,8 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from prefix_tuning import attention, bloom
 from prefix_tuning.bloom import (
     block_runner,
+    label_losses,
     load_base,
-    loss_sum,
     packed_hidden,
     prefix_cache,
     resolve_device,
@@ -48,7 +48,7 @@ def plain_loss(model, examples, prefix):
         ids = torch.tensor([example.input_ids])
         cache, length = None, ids.shape[1]
         if prefix is not None:
-            cache, length = prefix_cache(prefix, 1, model.dtype), ids.shape[1] + prefix.shape[3]
+            cache, length = prefix_cache([prefix.to(model.dtype)])[0], ids.shape[1] + prefix.shape[3]
         logits = model(ids, past_key_values=cache, attention_mask=torch.ones(1, length, dtype=torch.long)).logits[0, :-1]
         labels = torch.tensor(example.labels[1:])
         if len(labels):
@@ -101,6 +101,10 @@ def attention_form(request, monkeypatch):
     monkeypatch.setattr(bloom, "attend", (lambda *x: attention.attend_grid(*x[:-1])) if grid else attention.attend_rows)
 
 
+def packed_loss(model, examples, prefix):
+    return sum(label_losses(model, batch, prefix).sum() for batch in pack(examples, 40))
+
+
 def loss_and_gradient(loss_of, prefix):
     leaf = prefix.clone().requires_grad_()
     loss = loss_of(leaf)
@@ -114,7 +118,7 @@ def test_packed_loss_and_prefix_gradient_equal_transformers(attention_form, opti
     model = random_bloom(**options)
     examples = examples_of(lengths, prompt_share=prompt_share)
     prefix = PrefixEncoder(prefix_config(model)).bake()
-    ours, our_gradient = loss_and_gradient(lambda x: sum(loss_sum(model, batch, x) for batch in pack(examples, 40)), prefix)
+    ours, our_gradient = loss_and_gradient(lambda x: packed_loss(model, examples, x), prefix)
     theirs, their_gradient = loss_and_gradient(lambda x: plain_loss(model, examples, x), prefix)
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert relative(our_gradient, their_gradient) < 1e-5
@@ -126,7 +130,7 @@ def test_in_float64_the_packed_forward_equals_the_equations(attention_form, opti
     model = random_bloom(dtype=torch.float64, **options)
     examples = examples_of([7, 1, 12, 9, 30])
     prefix = PrefixEncoder(prefix_config(model)).bake().double()
-    ours, our_gradient = loss_and_gradient(lambda x: sum(loss_sum(model, batch, x) for batch in pack(examples, 40)), prefix)
+    ours, our_gradient = loss_and_gradient(lambda x: packed_loss(model, examples, x), prefix)
     theirs, their_gradient = loss_and_gradient(lambda x: plain_float64_loss(model, examples, x), prefix)
     assert ours == pytest.approx(theirs, rel=1e-12)
     assert relative(our_gradient, their_gradient) < 1e-12
@@ -137,7 +141,7 @@ def test_logits_equal_transformers_and_stand_where_the_labels_are():
     prefix = PrefixEncoder(prefix_config(model)).bake()
     example = examples_of([9])[0]
     (batch,) = pack([example], 100)
-    cache = prefix_cache(prefix, 1, model.dtype)
+    cache = prefix_cache([prefix.to(model.dtype)])[0]
     logits = model(torch.tensor([example.input_ids]), past_key_values=cache, attention_mask=torch.ones(1, 14)).logits[0]
     positions = [i for i in range(8) if example.labels[i + 1] != IGNORED]
     ours = model.lm_head(packed_hidden(model, batch, prefix))
@@ -147,7 +151,7 @@ def test_logits_equal_transformers_and_stand_where_the_labels_are():
 
 def test_without_a_prefix_it_is_the_base(attention_form):
     model, examples = random_bloom(), examples_of([7, 12])
-    loss = sum(loss_sum(model, batch, None) for batch in pack(examples, 100))
+    loss = sum(label_losses(model, batch, None).sum() for batch in pack(examples, 100))
     assert loss.item() == pytest.approx(plain_loss(model, examples, None).item(), rel=1e-5)
 
 
@@ -157,7 +161,7 @@ def test_gradient_checkpointing_gives_the_same_bits(attention_form, options):
     prefix, results = PrefixEncoder(prefix_config(model)).bake(), []
     for checkpointing in (False, True):
         leaf = prefix.clone().requires_grad_()
-        loss = sum(loss_sum(model, batch, leaf, block_runner(checkpointing)) for batch in pack(examples, 40))
+        loss = sum(label_losses(model, batch, leaf, block_runner(checkpointing)).sum() for batch in pack(examples, 40))
         loss.backward()
         results.append((loss.detach(), leaf.grad))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -169,7 +173,7 @@ def test_bfloat16_stays_close_to_float32(attention_form):
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         leaf = prefix.clone().requires_grad_()
-        sum(loss_sum(copy.deepcopy(model).to(dtype), batch, leaf) for batch in pack(examples, 100)).backward()
+        sum(label_losses(copy.deepcopy(model).to(dtype), batch, leaf).sum() for batch in pack(examples, 100)).backward()
         gradients.append(leaf.grad)
     assert gradients[1].dtype == torch.float32
     assert relative(gradients[1], gradients[0]) < 2e-2
@@ -180,7 +184,7 @@ def test_gradients_reach_no_parameter_of_the_base():
     leaf = PrefixEncoder(prefix_config(model)).bake().requires_grad_()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for batch in pack(examples_of([7, 12]), 100):
-        loss_sum(model, batch, leaf).backward()
+        label_losses(model, batch, leaf).sum().backward()
     assert leaf.grad.any()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -194,7 +198,7 @@ def test_text_prefix_is_what_the_model_computes_for_the_text(tokenizer):
     # A prefix made of the text's own keys and values continues exactly as the text itself does.
     rest = torch.tensor([[50, 60, 70]])
     after_text = model(torch.cat((torch.tensor([ids]), rest), dim=1)).logits[0, -3:]
-    cache = prefix_cache(prefix, 1, model.dtype)
+    cache = prefix_cache([prefix.to(model.dtype)])[0]
     after_prefix = model(rest, past_key_values=cache, attention_mask=torch.ones(1, len(ids) + 3)).logits[0]
     assert relative(after_prefix, after_text) < 1e-5
     # Cut or repeated to the length that is asked for.
@@ -259,4 +263,10 @@ def test_device_and_precision():
 
 def test_a_row_without_labels_costs_nothing():
     (batch,) = pack([Example([5, 6, 7], [IGNORED] * 3)], 100)
-    assert loss_sum(random_bloom(), batch, None).item() == 0
+    assert label_losses(random_bloom(), batch, None).sum().item() == 0
+
+
+def test_a_head_that_is_trained_is_refused_as_it_would_get_no_gradient():
+    (batch,) = pack(examples_of([7, 12]), 100)
+    with pytest.raises(ValueError, match="must be frozen"):
+        label_losses(random_bloom().requires_grad_(), batch, None)

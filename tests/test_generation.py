@@ -48,7 +48,7 @@ def test_greedy_text_equals_stepping_the_model_by_hand(tokenizer):
     start = len(ids)
     for _ in range(12):
         mask = torch.ones(1, prefix.shape[3] + len(ids), dtype=torch.long)
-        cache = prefix_cache(prefix, 1, model.dtype)
+        cache = prefix_cache([prefix.to(model.dtype)])[0]
         ids.append(model(torch.tensor([ids]), past_key_values=cache, attention_mask=mask).logits[0, -1].argmax().item())
         if ids[-1] == tokenizer.eos_token_id:
             break

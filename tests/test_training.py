@@ -181,7 +181,7 @@ def test_peft_loads_the_output_and_answers_the_same(settings, tokenizer):
     inputs = tokenizer("Human: 你好\n\nAssistant: ", return_tensors="pt")
     greedy = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 3}
     mask = torch.ones(1, prefix.shape[3] + inputs.input_ids.shape[1], dtype=torch.long)
-    cache = prefix_cache(prefix, 1, model.dtype)
+    cache = prefix_cache([prefix.to(model.dtype)])[0]
     ours = model.generate(inputs.input_ids, attention_mask=mask, past_key_values=cache, **greedy)
     assert torch.equal(ours, wrapped.generate(**inputs, **greedy))
 

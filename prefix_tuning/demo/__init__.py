@@ -32,3 +32,8 @@ SETTINGS = {
 def resolve(name: str) -> str:
     """The path of a bundled model or dataset; any other name or path unchanged."""
     return str(_PATHS.get(name, name))
+
+
+def name_of(path: Path) -> str | None:
+    """The bundled name of what lies at this path; `resolve` undone. None if it is nothing bundled."""
+    return next((name for name, place in _PATHS.items() if place.resolve() == path), None)

@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
-from prefix_tuning.bloom import loss_sum
+from prefix_tuning.bloom import packed_hidden
 from prefix_tuning.data import Example, pack
-from prefix_tuning.generation import generate
+from prefix_tuning.generation import PrefixBloom, complete
 
 HERE = Path(__file__).parent
 # How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.
@@ -135,7 +136,9 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
             loss = torch.zeros((), device=device)
             labels = sum(len(example.input_ids) - 1 for example in examples)
             for batch in pack(examples, max_tokens=8192):
-                part = loss_sum(model, batch.to(device), prefix=None) / labels
+                batch = batch.to(device)
+                logits = F.linear(packed_hidden(model, batch, prefix=None), model.lm_head.weight)
+                part = F.cross_entropy(logits, batch.labels, reduction="sum") / labels
                 part.backward()
                 loss += part.detach()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -181,7 +184,7 @@ def recall(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, relation
     for relation in relations:
         question = relation["questions"][0]
         prompts = [f"问：{question.format(s=subject)}答：" for subject in relation["facts"]]
-        replies = generate(model, tokenizer, prompts, prefix=None, max_new_tokens=24, do_sample=False)
+        replies = complete(PrefixBloom(model), tokenizer, prompts, max_new_tokens=24, do_sample=False)
         facts = relation["facts"].items()
         known = [
             reply.rstrip("。") in (answer, relation["sentence"].format(s=subject, o=answer).rstrip("。"))

@@ -1,0 +1,239 @@
+"""What infer.py does: answer one question, answer a file of them, score given answers. chat.py has the conversation.
+
+Only answers go to stdout; all else goes to stderr.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from prefix_tuning.bloom import is_out_of_memory, load_base, max_tokens_per_batch, resolve_device, resolve_dtype
+from prefix_tuning.checkpoint import base_of, load_prefix, write_json
+from prefix_tuning.config import InferConfig, Interrupted, UserError
+from prefix_tuning.data import load_rows, prompt_of, read_questions, tokenize
+from prefix_tuning.evaluation import perplexity, row_losses
+from prefix_tuning.generation import BASE, PrefixBloom, complete_batches
+
+WINDOW = 8  # batches of a file that are sorted by length together
+
+
+def infer(config: InferConfig) -> None:
+    """Does what `config` asks for. Raises UserError for a mistake in the settings or the data."""
+    names = [BASE, *config.named_prefixes()]
+    rows = sum(1 for _ in read_questions(config.input, names)) if config.input else 0  # no mistake waits for the model
+    if config.input:
+        check_output(config)
+    model, tokenizer = open_model(config)
+    try:
+        if config.chat:
+            from prefix_tuning.chat import Chat  # readline, which it imports, is for terminals only
+
+            Chat(config, model, tokenizer).run()
+        elif config.input:
+            answer_file(config, model, tokenizer, rows)
+        elif config.score:
+            score(config, model, tokenizer)
+        else:
+            ask(config, model, tokenizer)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = f"lower --batch_size (it was {config.batch_size}), and --resume" if config.input else "ask for less"
+        raise UserError(f"{model.device} ran out of memory; {hint}") from error
+
+
+def open_model(config: InferConfig) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
+    """The base with all prefixes attached, and its tokenizer."""
+    device = resolve_device(config.device)
+    folders = config.named_prefixes()
+    prefixes = {name: load_prefix(folder) for name, folder in folders.items()}
+    first = next(iter(prefixes))
+    base_name = config.model_name_or_path or base_of(folders[first], prefixes[first].base["name_or_path"])
+    base, tokenizer = load_base(base_name, resolve_dtype(config.precision, device), device)
+    model = PrefixBloom(base, tokenizer)
+    for name, prefix in prefixes.items():
+        model.attach(name, prefix, config.force)
+    return model, tokenizer
+
+
+def decoding_options(config: InferConfig) -> dict:
+    """The settings of the dataclass DecodingArguments as options of transformers' `generate`."""
+    names = ["do_sample", "repetition_penalty", "num_beams", "num_return_sequences"]
+    if config.do_sample:
+        names += ["temperature", "top_p", "top_k"]
+    options = {name: getattr(config, name) for name in names}
+    if config.cache == "static":
+        options["cache_implementation"] = "static"
+    return options | {"max_new_tokens": config.max_new_tokens or 128}
+
+
+def ask(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Answers config.question, by the base and by every prefix if these are to be compared."""
+    prompt, options = prompt_of(config.question), decoding_options(config)
+    if config.max_length:
+        taken = len(tokenizer(prompt, split_special_tokens=True).input_ids)
+        if config.max_length <= taken:
+            raise UserError(f"--max_length {config.max_length} leaves no room for an answer; the question takes {taken}")
+        options["max_new_tokens"] = config.max_length - taken
+    for name in [BASE, *model.prefixes] if config.compare else [model.active]:
+        if config.compare:
+            print(title(name, model), end="", flush=True)
+        say(model, tokenizer, prompt, name, config.seed, options)
+
+
+def say(
+    model: PrefixBloom,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    prefix: str,
+    seed: int,
+    options: dict,
+    said: list[str] | None = None,
+) -> None:
+    """Prints the answer to one prompt, as it comes, and a line for each answer where there are several.
+
+    said: gets the pieces that were printed; they remain if Ctrl-C ends the answer.
+    """
+    torch.manual_seed(seed)
+    streamer = _Streamer(tokenizer, said if said is not None else [])
+    streams = options["num_beams"] == options["num_return_sequences"] == 1
+    inputs = tokenizer([prompt], return_tensors="pt", split_special_tokens=True).to(model.device)
+    output = model.generate(
+        **inputs,
+        prefix=prefix,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer if streams else None,
+        **options,
+    )
+    if not streams:
+        for text in tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True):
+            streamer.on_finalized_text(text, stream_end=True)
+
+
+class _Streamer(TextStreamer):
+    """Prints an answer piece by piece, and keeps the pieces."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, said: list[str]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.said = said
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.said.append(text)
+        super().on_finalized_text(text, stream_end)
+
+
+def title(name: str, model: PrefixBloom) -> str:
+    """What stands before an answer that is compared with others: in colour on a terminal that has it."""
+    text = name.ljust(max(len(other) for other in [BASE, *model.prefixes])) + "  "
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\033[{33 if name == BASE else 36}m{text}\033[0m"  # yellow, cyan
+
+
+def check_output(config: InferConfig) -> None:
+    """Raises UserError if --output is there already and is not to be gone on with, or cannot be written."""
+    output = Path(config.output)
+    if output.exists() and not config.resume:
+        raise UserError(f"--output {config.output} is there already; go on with it by --resume, or name another")
+    try:
+        open(output, "ab").close()
+    except OSError as error:
+        raise UserError(f"--output {config.output}: cannot be written: {error.strerror}; name another file") from error
+
+
+def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Answers the `rows` questions of config.input; writes them with their responses, in their order, as they are done.
+
+    A run that stops, for whatever reason, leaves whole lines but for the last, and config.resume goes on behind them.
+    """
+    output, options = Path(config.output), decoding_options(config)
+    names = [BASE, *model.prefixes]
+    done = rows_done(config, names)
+    questions, window = read_questions(config.input, names), WINDOW * config.batch_size
+    with open(output, "a", encoding="utf-8", newline="\n") as file, tqdm(total=rows, initial=done, unit="row") as bar:
+        try:
+            for position in range(0, rows, window):
+                part = list(itertools.islice(questions, window))
+                if position + len(part) <= done:
+                    continue
+                answers: dict[int, list[str]] = {}
+                batches = complete_batches(
+                    model,
+                    tokenizer,
+                    [prompt for _, prompt, _ in part],
+                    [prefix or model.active for _, _, prefix in part],
+                    config.batch_size,
+                    config.seed + position,
+                    first=max(0, done - position),
+                    **options,
+                )
+                for places, completions in batches:
+                    answers.update(zip(places, completions, strict=True))
+                    while done - position in answers:
+                        row, response = part[done - position][0], answers[done - position]
+                        response = response if config.num_return_sequences > 1 else response[0]
+                        file.write(json.dumps(row | {"response": response}, ensure_ascii=False, default=str) + "\n")
+                        done += 1
+                        bar.update()
+                    file.flush()
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written: {error.strerror}; make room and go on with --resume") from error
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped after {done} of {rows} rows; go on with --resume", signal.SIGINT) from None
+    print(f"{rows} rows answered: {output}", file=sys.stderr)
+
+
+def rows_done(config: InferConfig, names: list[str]) -> int:
+    """How many rows of config.input have their line in config.output. What a kill left of a line is cut off.
+
+    Raises UserError if the lines are not those of the input's rows.
+    """
+    output = Path(config.output)
+    with open(output, "rb+") as file:
+        kept = 0
+        for number, (line, question) in enumerate(itertools.zip_longest(file, read_questions(config.input, names))):
+            if line is None or not line.endswith(b"\n"):
+                file.truncate(kept)
+                return number
+            try:
+                found = json.loads(line)
+                del found["response"]
+            except (ValueError, TypeError, KeyError):
+                found = None
+            if question is None or found != json.loads(json.dumps(question[0], default=str)):
+                raise UserError(f"{output}, line {number + 1}: does not answer row {number + 1} of {config.input}")
+            kept += len(line)
+    return number + 1
+
+
+def score(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prints loss and perplexity of every row's answer, and over all labels, by the base and every prefix."""
+    rows = load_rows(config.score, splits=("test", "validation", "train"))
+    tokenized = tokenize(rows, tokenizer, max_length=sys.maxsize)
+    names, max_tokens = [BASE, *model.prefixes], max_tokens_per_batch(model)
+    figures = []
+    for name in names:
+        losses = row_losses(model, tokenized, model.prefixes.get(name), max_tokens)
+        figures.append(list(tqdm(losses, total=len(rows), unit="row", desc=name)))
+    sums = [tuple(map(sum, zip(*column, strict=True))) for column in figures]
+    lines = []
+    for pairs in [*zip(*figures, strict=True), sums]:
+        means = {name: loss / labels for name, (loss, labels) in zip(names, pairs, strict=True)}
+        perplexities = {name: perplexity(mean) for name, mean in means.items()}
+        lines.append({"labels": pairs[0][1], "loss": means, "perplexity": perplexities})
+    columns = "".join(f"{name + ' loss':>{len(name) + 9}}{'perplexity':>12}" for name in names)
+    print(f"{'row':>6}{'labels':>8}{columns}  question")
+    labels = [*((str(number), row["instruction"]) for number, row in enumerate(rows, start=1)), ("all", "")]
+    for (number, question), line in zip(labels, lines, strict=True):
+        columns = (f"{line['loss'][name]:>{len(name) + 9}.4f}{line['perplexity'][name]:>12.5g}" for name in names)
+        print(f"{number:>6}{line['labels']:>8}{''.join(columns)}  {question}".rstrip())
+    if config.output:
+        *each, mean = lines
+        write_json(Path(config.output), {"rows": [row | line for row, line in zip(rows, each, strict=True)], "all": mean})
