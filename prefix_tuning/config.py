@@ -5,6 +5,7 @@ imports torch, so that `--help` answers at once.
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 from dataclasses import dataclass, field
@@ -188,6 +189,8 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             raise UserError("--prefix_init text needs a text: --init_text '...'")
         if self.init_text and self.prefix_init != "text":
             raise UserError("--init_text is used by --prefix_init text only; add that flag or leave the text out")
+        if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--report_to tensorboard needs a package that is not here: pip install tensorboard")
         folder = Path(self.output_dir).absolute()
         try:
             existing = next(place for place in (folder, *folder.parents) if place.exists())

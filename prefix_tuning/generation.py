@@ -189,15 +189,15 @@ def complete_batches(
     max_new_tokens is needed.
     """
     names = prefix if isinstance(prefix, list) else [prefix or model.active] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda place: (names[place], len(prompts[place])))
+    ids = tokenizer(prompts, split_special_tokens=True).input_ids
+    order = sorted(range(len(prompts)), key=lambda place: (names[place], len(ids[place])))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         if max(places) < first:
             continue
         if seed is not None:
             torch.manual_seed(seed + start)
-        texts = [prompts[place] for place in places]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", split_special_tokens=True)
+        inputs = tokenizer.pad({"input_ids": [ids[place] for place in places]}, padding_side="left", return_tensors="pt")
         replies = _replies(model, inputs.to(model.device), [names[place] for place in places], **options)
         texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
         each = len(texts) // len(places)

@@ -58,6 +58,15 @@ from prefix_tuning.config import Interrupted, PrefixConfig, TrainConfig, UserErr
 from prefix_tuning.data import Example, digest, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
+from prefix_tuning.report import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    create_repository,
+    open_board,
+    plot_curves,
+    push_to_hub,
+    write_card,
+)
 from prefix_tuning.state import Progress, TrainingState, check_same_run, identity
 
 try:
@@ -65,8 +74,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "training_config.json"
 
 
 def train(config: TrainConfig) -> dict:
@@ -86,6 +93,8 @@ def train(config: TrainConfig) -> dict:
         if find_checkpoints(output_dir) and not config.resume_from_checkpoint:
             hint = "go on with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
             raise UserError(f"{config.output_dir} holds checkpoints of a run that did not finish; {hint}")
+    # What the hub has against it should be known before the training.
+    repository = create_repository(config.push_to_hub) if config.push_to_hub else None
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     if device.type == "cuda":
@@ -119,8 +128,9 @@ def train(config: TrainConfig) -> dict:
     with replacing(output_dir / METRICS_FILE) as draft:
         draft.write_bytes(checkpoints.metrics_so_far())
     # An earlier prefix stays in place until the new one is whole.
+    board = open_board(output_dir, checkpoints.next_step()) if config.report_to == "tensorboard" else None
     with open(output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
-        metrics = MetricsFile(file)
+        metrics = MetricsFile(file, board)
         try:
             with checkpoints.listening():
                 state = fit(config, model, encoder, train_set, evaluator, metrics, checkpoints)
@@ -151,9 +161,14 @@ def train(config: TrainConfig) -> dict:
             print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
         summary = summarise(state)
         metrics.write(summary)
+    plot_curves(output_dir)
+    write_card(output_dir)
     if evaluator:
         evaluator.show_answers()
     print(f"{summary['steps']} steps in {summary['train_seconds']:.1f} s; the prefix is saved in {config.output_dir}")
+    if repository:
+        push_to_hub(output_dir, repository)
+        print(f"uploaded to the hub: {repository}")
     return summary
 
 
@@ -204,6 +219,10 @@ class Checkpoints:
             print(f"{file}: has lost lines since the checkpoint was written; they stay lost", file=sys.stderr)
         return lines[: lines.rfind(b"\n") + 1]
 
+    def next_step(self) -> int:
+        """The first step whose figures are not in metrics.jsonl yet; 0 is the frozen base."""
+        return self.resumed[2]["progress"]["step"] + 1 if self.resumed else 0
+
     def restore(self, state: TrainingState) -> bool:
         """Brings `state` to where the checkpoint was written. Returns False if there is none."""
         if not self.resumed:
@@ -252,10 +271,13 @@ class Checkpoints:
 
 
 class MetricsFile:
-    """metrics.jsonl: a JSON object per line, readable while the run goes on. Raises UserError where it cannot be written."""
+    """metrics.jsonl: a JSON object per line, readable while the run goes on. Raises UserError where it cannot be written.
 
-    def __init__(self, file: TextIO):
-        self.file = file
+    board: a SummaryWriter that is shown the same figures, or None.
+    """
+
+    def __init__(self, file: TextIO, board=None):
+        self.file, self.board = file, board
 
     def write(self, record: dict) -> None:
         # JSON has no infinity and no NaN.
@@ -265,6 +287,11 @@ class MetricsFile:
             self.file.flush()
         except OSError as error:
             raise UserError(f"{METRICS_FILE}: cannot be written: {error}") from error
+        if self.board and "step" in record:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, record["step"])
+            self.board.flush()
 
     def flushed_bytes(self) -> int:
         """The length of the file, all of which is on the disk now."""
@@ -435,14 +462,14 @@ def step_rows(config: TrainConfig, rows: int, rows_per_step: int, total_steps: i
     """The places of the rows of each optimizer step. An epoch's last step takes what is left of the epoch."""
     steps = 0
     for epoch in itertools.count():
-        order = range(rows)
+        order = torch.arange(rows)  # a tensor, because a list of ten million numbers takes 400 MB
         if config.shuffle:
-            order = torch.randperm(rows, generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(config.seed + epoch))
         for start in range(0, rows, rows_per_step):
             if steps == total_steps:
                 return
             steps += 1
-            yield list(order[start : start + rows_per_step])
+            yield order[start : start + rows_per_step].tolist()
 
 
 class Evaluator:
@@ -540,8 +567,9 @@ def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
         held_out = round(len(rows) * config.eval_fraction)
         if not 0 < held_out < len(rows):
             raise UserError(f"--eval_fraction {config.eval_fraction} of {len(rows)} rows leaves one side empty")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        return rows.select(sorted(order[held_out:])), rows.select(sorted(order[:held_out]))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+        chosen, others = (part.sort().values.numpy() for part in (order[:held_out], order[held_out:]))
+        return rows.select(others), rows.select(chosen)
     return rows, None
 
 

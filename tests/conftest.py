@@ -11,8 +11,10 @@ import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from prefix_tuning import demo
+from prefix_tuning.cli import parse_train_config
 from prefix_tuning.config import PrefixConfig
 from prefix_tuning.data import IGNORED, Example
+from prefix_tuning.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_ROWS = ROOT.parent / "shared" / "data" / "alpaca_zh"
@@ -38,6 +40,17 @@ def rows_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join("".join(Path(p).read_text("utf-8").splitlines(True)[:20]) for p in lines), "utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory):
+    """Two prefixes of different lengths for the bundled model, trained until they answer most questions right."""
+    folders = {}
+    for style, tokens in (("short", 16), ("sentence", 10)):
+        folders[style] = tmp_path_factory.mktemp("tuned") / style
+        flags = f"--dataset bundled:{style} --eval_exact_match false --max_steps 60 --num_virtual_tokens {tokens}"
+        train(parse_train_config([*flags.split(), "--output_dir", str(folders[style])]))
+    return folders
 
 
 def random_bloom(seed=0, dtype=torch.float32, **options) -> BloomForCausalLM:

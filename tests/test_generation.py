@@ -1,56 +1,347 @@
+import copy
+import json
+import logging
+import random
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import prefix_config, random_bloom
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, TextStreamer, pipeline
 
-from prefix_tuning import demo
-from prefix_tuning.checkpoint import save_adapter
+from prefix_tuning import PrefixBloom, demo, load_prefix
+from prefix_tuning.bloom import fingerprint, load_base, prefix_cache
+from prefix_tuning.checkpoint import load_encoder, save_adapter
+from prefix_tuning.config import UserError
 from prefix_tuning.data import prompt_of
 from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.generation import generate
+from prefix_tuning.generation import complete, complete_batches
 
 QUESTIONS = ["法国的首都是哪里？", "3加5等于多少？", "请把“苹果”翻译成英文，谢谢！", "？"]
 PROMPTS = [prompt_of(question) for question in QUESTIONS]
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+
+
+def random_prefix(model, tokens=5, seed=1):
+    torch.manual_seed(seed)
+    return 10 * PrefixEncoder(prefix_config(model, tokens)).bake()  # large enough to change the text
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(demo.MODEL, torch.float32, torch.device("cpu"))[0]
+
+
+@pytest.fixture(scope="module")
+def random_model(base):
+    model = PrefixBloom(base)
+    model.attach("five", random_prefix(model))
+    model.attach("nine", random_prefix(model, tokens=9, seed=2))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tuned_model(tuned, base, tokenizer):
+    model = PrefixBloom(base, tokenizer)
+    for name, folder in tuned.items():
+        model.attach(name, load_prefix(str(folder)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """90 held-out questions of the demo, each with one of two prefixes or none."""
+    rng = random.Random(0)
+    lines = rng.sample(Path(demo.resolve("bundled:short-eval")).read_text("utf-8").splitlines(), 90)
+    return [prompt_of(json.loads(line)["instruction"]) for line in lines], rng.choices(["short", "sentence", "base"], k=90)
+
+
+# --- the plain twin: the whole row anew for every token, after the prefix, by transformers' own Bloom ---
+
+
+def logits_after(base, prefix, ids):
+    mask = torch.ones(1, prefix.shape[3] + len(ids), dtype=torch.long)
+    return base(torch.tensor([ids]), past_key_values=prefix_cache([prefix])[0], attention_mask=mask).logits[0, -1]
+
+
+def step_by_hand(base, prefix, ids, steps, choose):
+    ids, start = list(ids), len(ids)
+    while len(ids) < start + steps and ids[-1] != 2:
+        ids.append(choose(logits_after(base, prefix, ids), ids))
+    return ids[start:]
+
+
+def penalized(logits, ids, penalty):
+    seen = torch.tensor(sorted(set(ids)))
+    logits = logits.clone()
+    logits[seen] = torch.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+    return logits
+
+
+def drawn(logits, temperature, top_k, top_p):
+    logits = logits / temperature
+    logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+    ordered, places = logits.sort()
+    logits[places[ordered.softmax(0).cumsum(0) <= 1 - top_p]] = -torch.inf
+    return torch.multinomial(logits.softmax(0).unsqueeze(0), 1).item()
+
+
+SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    "options, choose",
+    [
+        ({}, lambda logits, ids: logits.argmax().item()),
+        ({"cache_implementation": "static"}, lambda logits, ids: logits.argmax().item()),
+        ({"repetition_penalty": 1.5}, lambda logits, ids: penalized(logits, ids, 1.5).argmax().item()),
+        ({"do_sample": True, **SAMPLING}, lambda logits, ids: drawn(logits, **SAMPLING)),
+        (
+            {"do_sample": True, "repetition_penalty": 1.2, **SAMPLING},
+            lambda logits, ids: drawn(penalized(logits, ids, 1.2), **SAMPLING),
+        ),
+    ],
+    ids=["greedy", "static cache", "repetition penalty", "sampling", "sampling with penalty"],
+)
+@pytest.mark.parametrize("name", ["five", "base"])
+def test_decoding_equals_stepping_the_model_by_hand(base, random_model, tokenizer, name, options, choose):
+    prefix = random_model.prefixes.get(name, random_model.prefixes["five"][:, :, :, :0])
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = inputs.input_ids[0].tolist()
+        torch.manual_seed(7)
+        expected = step_by_hand(base, prefix, ids, 12, choose)
+        torch.manual_seed(7)
+        output = random_model.generate(**inputs, prefix=name, pad_token_id=3, **(GREEDY | options))
+        assert output[0, len(ids) :].tolist() == expected
+
+
+def test_beams_equal_a_search_by_hand(base, random_model, tokenizer):
+    prefix = random_model.prefixes["nine"]
+    for prompt in PROMPTS[:2]:
+        ids = tokenizer(prompt).input_ids
+        beams = [(0.0, ids)]
+        for _ in range(3):
+            grown = []
+            for score, beam in beams:
+                logs = logits_after(base, prefix, beam).log_softmax(0)
+                grown += [(score + logs[token].item(), [*beam, token]) for token in logs.topk(8).indices.tolist()]
+            beams = sorted(grown, reverse=True)[:4]
+        assert all(2 not in beam for _, beam in beams)  # an ended beam would need more care than this search takes
+        inputs = {"input_ids": torch.tensor([ids]), "prefix": "nine", "max_new_tokens": 3, "do_sample": False, "num_beams": 4}
+        output = random_model.generate(**inputs, num_return_sequences=2, pad_token_id=3)
+        assert output.tolist() == [beam for _, beam in beams[:2]]
+
+
+def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_model, tokenizer):
+    options = {"max_new_tokens": 6, "do_sample": True, "prefix": "five", "num_return_sequences": 3}
+    ((places, texts),) = complete_batches(random_model, tokenizer, PROMPTS, seed=3, **options)
+    assert sorted(places) == [0, 1, 2, 3] and all(len(set(row)) == 3 for row in texts)
+    ((_, again),) = complete_batches(random_model, tokenizer, PROMPTS, seed=3, **options)
+    assert again == texts
+    ((_, other),) = complete_batches(random_model, tokenizer, PROMPTS, seed=4, **options)
+    assert other != texts
+
+
+# --- many rows, many prefixes ---
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_a_mixed_batch_answers_as_each_row_alone(tuned_model, tokenizer, mixed, batch_size):
+    prompts, names = mixed
+    assert len({tuned_model.prefixes[name].shape[3] for name in ("short", "sentence")}) == 2  # of different lengths
+    together = complete(tuned_model, tokenizer, prompts, prefix=names, batch_size=batch_size, **GREEDY)
+    alone = [complete(tuned_model, tokenizer, [p], prefix=n, **GREEDY)[0] for p, n in zip(prompts, names, strict=True)]
+    assert together == alone
+    assert len(set(together)) > 40
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"repetition_penalty": 1.3}])
+def test_so_it_does_with_other_decoding(tuned_model, tokenizer, mixed, options):
+    prompts, names = (part[:24] for part in mixed)
+    together = complete(tuned_model, tokenizer, prompts, prefix=names, **(GREEDY | options))
+    alone = [
+        complete(tuned_model, tokenizer, [p], prefix=n, **(GREEDY | options))[0] for p, n in zip(prompts, names, strict=True)
+    ]
+    assert together == alone
+
+
+def test_one_call_takes_a_prefix_for_every_row(tuned_model, tokenizer):
+    inputs = tokenizer([PROMPTS[0]] * 3, return_tensors="pt")
+    output = tuned_model.generate(**inputs, prefix=["short", "sentence", "base"], pad_token_id=3, **GREEDY)
+    short, sentence, base = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert short == "巴黎" and "巴黎" in sentence and len(sentence) > 4 and "巴黎" not in base
+
+
+def test_rows_that_have_ended_leave_the_batch(tuned_model, tokenizer, mixed):
+    prompts = mixed[0][:64]
+    computed = []
+    hook = tuned_model.lm_head.register_forward_hook(lambda module, args, output: computed.append(len(output)))
+    try:
+        answers = complete(tuned_model, tokenizer, prompts, prefix="short", max_new_tokens=40, do_sample=False)
+    finally:
+        hook.remove()
+    longest = max(len(ids) for ids in tokenizer(answers).input_ids) + 1
+    assert computed[0] == 64 and sum(computed) < 0.6 * 64 * longest
+
+
+def test_memory_holds_the_base_once(base):
+    weights = {name: tensor.data_ptr() for name, tensor in base.state_dict().items()}
+    model = PrefixBloom(base)
+    for number in range(5):
+        model.attach(str(number), random_prefix(base, seed=number))
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == weights
+    assert sum(tensor.numel() for tensor in model.prefixes.values()) == 5 * 4 * 2 * 192 * 5
+
+
+# --- the library ---
+
+
+def test_the_users_model_stays_as_it_is(base, tokenizer):
+    before = copy.deepcopy(base.state_dict())
+    kinds = [type(module) for module in base.modules()]
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    plain = base.generate(**inputs, pad_token_id=3, **GREEDY)
+    model = PrefixBloom(base)
+    model.attach("five", random_prefix(base))
+    changed = model.generate(**inputs, pad_token_id=3, **GREEDY)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(base.generate(**inputs, pad_token_id=3, **GREEDY), plain)
+    assert [type(module) for module in base.modules()] == kinds and type(base).__name__ == "BloomForCausalLM"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    model.detach("five")
+    assert torch.equal(model.generate(**inputs, pad_token_id=3, **GREEDY), plain)
+    assert not set(vars(base)) & {"prefixes", "active"}
+
+
+def test_prefixes_are_attached_used_and_detached_by_name(base):
+    model = PrefixBloom(base)
+    assert model.active == "base"
+    model.attach("a", random_prefix(base))
+    model.attach("b", random_prefix(base, seed=2))
+    assert model.active == "a"
+    model.use("b")
+    model.detach("b")
+    assert model.active == "base" and list(model.prefixes) == ["a"]
+    for action in (model.use, model.detach):
+        with pytest.raises(ValueError, match="no prefix 'b'; there are base, a"):
+            action("b")
+    ids = torch.tensor([[5, 6], [7, 8]])
+    with pytest.raises(ValueError, match="3 prefixes are named for 2 rows"):
+        model.generate(ids, prefix=["a", "a", "base"])
+    with pytest.raises(ValueError, match="name of the base"):
+        model.attach("base", random_prefix(base))
+    with pytest.raises(ValueError, match="use_cache"):
+        model.generate(ids, use_cache=False)
+    with pytest.raises(UserError, match="a prefix for 3 layers"):
+        model.attach("c", random_prefix(base)[:3])
+
+
+def test_a_prefix_of_another_base_is_refused(base, tmp_path, tokenizer):
+    model = PrefixBloom(base, tokenizer)
+    save_adapter(tmp_path, random_prefix(base), prefix_config(base), fingerprint(random_bloom(), tokenizer))
+    with pytest.raises(UserError, match="another weights"):
+        model.attach("a", load_prefix(str(tmp_path)))
+    model.attach("a", load_prefix(str(tmp_path)), force=True)
+
+
+def test_forward_is_pefts(base, tmp_path, tokenizer):
+    prefix = random_prefix(base)
+    save_adapter(tmp_path, prefix, prefix_config(base), {"name_or_path": demo.MODEL})
+    model = PrefixBloom(base)
+    model.attach("a", prefix)
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
+    labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+    with torch.no_grad():
+        ours, alone = model(**inputs, labels=labels), model(**inputs, labels=labels, prefix="base")
+        plain = base(**inputs, labels=labels)
+        theirs = PeftModel.from_pretrained(base, tmp_path).eval()(**inputs, labels=labels)
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    real = inputs.attention_mask.bool()
+    assert torch.allclose(ours.logits[real], theirs.logits[real], atol=1e-4)
+    assert torch.allclose(alone.logits[real], plain.logits[real], atol=1e-4)
+
+
+def test_it_goes_on_from_past_key_values(random_model, tokenizer):
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    whole = random_model.generate(**inputs, prefix="five", pad_token_id=3, min_new_tokens=8, max_new_tokens=8, do_sample=False)
+    mask, cache = random_model.prepend(inputs.attention_mask, "five")
+    with torch.no_grad():
+        first = random_model(inputs.input_ids, cache, mask).logits[:, -1:].argmax(-1)
+    assert isinstance(cache, DynamicCache)
+    mask = F.pad(mask, (0, 1), value=1)
+    rest = random_model.generate(
+        first, attention_mask=mask, past_key_values=cache, pad_token_id=3, min_new_tokens=7, max_new_tokens=7, do_sample=False
+    )
+    assert torch.equal(torch.cat((inputs.input_ids, rest), dim=1), whole)
+
+
+def test_pipeline_and_streamer_take_it(tuned_model, tokenizer, capsys, caplog):
+    logging.getLogger("transformers").propagate = True
+    try:
+        pipe = pipeline("text-generation", model=tuned_model, tokenizer=tokenizer)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    (answer,) = pipe(PROMPTS[0], max_new_tokens=8, do_sample=False, return_full_text=False)
+    assert answer["generated_text"] == "巴黎"
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    capsys.readouterr()
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    tuned_model.generate(**inputs, max_new_tokens=8, do_sample=False, streamer=streamer)
+    assert capsys.readouterr().out == "巴黎\n"
+
+
+# --- PEFT, both ways ---
 
 
 @pytest.mark.parametrize("projection", [True, False])
-def test_greedy_text_equals_pefts_for_the_saved_prefix(tmp_path, tokenizer, projection):
-    model = random_bloom()
+def test_greedy_text_equals_pefts_for_the_saved_prefix(base, tmp_path, tokenizer, projection):
     torch.manual_seed(1)
-    encoder = PrefixEncoder(prefix_config(model, projection=projection))
+    encoder = PrefixEncoder(prefix_config(base, projection=projection))
     save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
-    ours = generate(model, tokenizer, PROMPTS, encoder.bake(), max_new_tokens=12, do_sample=False)
-    theirs = PeftModel.from_pretrained(model, tmp_path).eval()
-    for prompt, answer in zip(PROMPTS, ours, strict=True):
+    model = PrefixBloom(base)
+    model.attach("a", encoder.bake())
+    assert complete(model, tokenizer, PROMPTS, prefix="base", **GREEDY) != complete(model, tokenizer, PROMPTS, **GREEDY)
+    assert complete(model, tokenizer, PROMPTS, **GREEDY) == peft_answers(PeftModel.from_pretrained(base, tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("projection", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pefts_adapters_answer_the_same_here_and_can_be_trained_further(
+    base, tmp_path, tokenizer, projection, dtype, capsys
+):
+    torch.manual_seed(1)
+    options = {"num_virtual_tokens": 4, "prefix_projection": projection, "encoder_hidden_size": 24}
+    theirs = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", **options))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    theirs = PeftModel.from_pretrained(base, tmp_path)
+    model = PrefixBloom(base)
+    model.attach("theirs", load_prefix(str(tmp_path)))
+    assert complete(model, tokenizer, PROMPTS, **GREEDY) == peft_answers(theirs, tokenizer)
+    capsys.readouterr()
+    encoder, _ = load_encoder(str(tmp_path))
+    assert "its numbers are trained directly, without a projection" in capsys.readouterr().out
+    assert not encoder.config.prefix_projection and torch.equal(encoder.bake(), load_prefix(str(tmp_path)).tensor)
+
+
+def peft_answers(model, tokenizer):
+    answers = []
+    for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
-        output = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=3)
-        assert tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True) == answer
+        output = model.eval().generate(**inputs, **GREEDY, pad_token_id=3)
+        answers.append(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+    return answers
 
 
-@pytest.mark.parametrize("with_prefix", [True, False])
-def test_a_batch_answers_as_each_row_alone(tokenizer, with_prefix):
-    model = random_bloom()
-    torch.manual_seed(1)
-    prefix = PrefixEncoder(prefix_config(model)).bake() if with_prefix else None
-    options = {"max_new_tokens": 12, "do_sample": False}
-    together = generate(model, tokenizer, PROMPTS, prefix, batch_size=3, **options)
-    assert together == [generate(model, tokenizer, [prompt], prefix, **options)[0] for prompt in PROMPTS]
-
-
-def test_greedy_text_equals_stepping_the_model_by_hand(tokenizer):
-    """The plainest twin: the whole row again for each token, the prefix's pairs computed anew."""
-    from prefix_tuning.bloom import prefix_cache
-
-    model = random_bloom()
-    torch.manual_seed(1)
-    prefix = PrefixEncoder(prefix_config(model)).bake()
-    ids = tokenizer(PROMPTS[0]).input_ids
-    start = len(ids)
-    for _ in range(12):
-        mask = torch.ones(1, prefix.shape[3] + len(ids), dtype=torch.long)
-        cache = prefix_cache([prefix.to(model.dtype)])[0]
-        ids.append(model(torch.tensor([ids]), past_key_values=cache, attention_mask=mask).logits[0, -1].argmax().item())
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    expected = tokenizer.decode(ids[start:], skip_special_tokens=True)
-    assert generate(model, tokenizer, PROMPTS[:1], prefix, max_new_tokens=12, do_sample=False) == [expected]
+def test_pickled_adapters_are_not_read(tmp_path):
+    theirs = get_peft_model(random_bloom(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="pickled file, which is never read"):
+        load_prefix(str(tmp_path))

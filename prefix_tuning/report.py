@@ -1,0 +1,181 @@
+"""What a finished run shows to others: a model card, a picture of its curves, TensorBoard, the hub. Training needs none of it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, replacing
+from prefix_tuning.config import UserError
+
+CARD_FILE = "README.md"
+CONFIG_FILE = "training_config.json"
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "training.png"
+BOARD_FOLDER = "tensorboard"
+
+_CARD = """\
+---
+{base_model}library_name: peft
+pipeline_tag: text-generation
+tags:
+- prefix-tuning
+- bloom
+# license: name the one under which you share this, e.g. apache-2.0; it was left to you
+---
+
+# A prefix for {base}
+
+{num_virtual_tokens} virtual tokens, learned by prefix tuning (Li & Liang 2021). The weights of {base} did not change.
+
+- **Base model**: {base}
+- **Data**: {data}
+- **Training**: {steps} steps of {rows_per_step} rows, peak learning rate {learning_rate:g}, {trainable:,} trainable parameters,
+  {seconds:.0f} s
+
+{figures}
+{plot}## How to use it
+
+Questions are asked in the template of training:
+
+    Human: 法国的首都是哪里？
+
+    Assistant:\x20
+
+With this folder as DIR (or the name of its repository), by the program that made it:
+
+    python infer.py "法国的首都是哪里？" --prefix DIR
+
+With PEFT:
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained("{load}")
+    model = PeftModel.from_pretrained(base, "DIR")
+
+| file | content |
+|---|---|
+| `{adapter}`, `{adapter_config}` | the prefix, as PEFT reads it |
+| `{encoder}` | the encoder that emits it, to train it further: `python train.py --prefix_from DIR` |
+| `{config}`, `{metrics}` | settings, and figures step by step |
+"""
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text("utf-8").splitlines()]
+
+
+def write_card(folder: Path) -> None:
+    """Writes README.md, the model card, from the settings and figures that a finished run left in `folder`."""
+    settings = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    records = read_metrics(folder)
+    summary = records[-1]
+    base = settings["model_name_or_path"]
+    held_out = settings["eval_dataset"] or (f"{settings['eval_fraction']:.0%} of it" if settings["eval_fraction"] else None)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # not bundled, not in a folder
+    text = _CARD.format(
+        base_model=f"base_model: {base}\n" if on_hub else "",
+        base=base,
+        load=base if on_hub else "the folder of " + base,
+        num_virtual_tokens=settings["prefix_config"]["num_virtual_tokens"],
+        data=f"{settings['dataset']}, {settings['train_rows']:,} rows" + (f"; held out: {held_out}" if held_out else ""),
+        steps=summary["steps"],
+        rows_per_step=settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"],
+        learning_rate=settings["learning_rate"],
+        trainable=summary["trainable_parameters"],
+        seconds=summary["train_seconds"],
+        figures=_figures(records, settings["save_best"]),
+        plot=f"![loss over steps]({PLOT_FILE})\n\n" if (folder / PLOT_FILE).exists() else "",
+        adapter=ADAPTER_FILE,
+        adapter_config=ADAPTER_CONFIG_FILE,
+        encoder=ENCODER_FILE,
+        config=CONFIG_FILE,
+        metrics=METRICS_FILE,
+    )
+    with replacing(folder / CARD_FILE) as draft:
+        draft.write_text(text, "utf-8")
+
+
+def _figures(records: list[dict], save_best: bool) -> str:
+    """The last training loss, and the held-out figures of the frozen base and of the prefix that was saved, as Markdown."""
+    losses = [record for record in records if record.get("loss") is not None]
+    text = f"Loss on the training rows at step {losses[-1]['step']}: {losses[-1]['loss']:.4f}.\n" if losses else ""
+    evaluations = [record for record in records if record.get("eval_loss") is not None]
+    frozen = next((record for record in evaluations if record.get("frozen_base")), None)
+    tuned = [record for record in evaluations if record is not frozen]
+    if not tuned:
+        return text
+    chosen = min(tuned, key=lambda record: record["eval_loss"]) if save_best else tuned[-1]
+    rows = [f"| this prefix, step {chosen['step']} |"]
+    if frozen:
+        rows.insert(0, "| frozen base |")
+    names = [name for name in ("eval_loss", "eval_perplexity", "eval_exact_match") if name in chosen]
+    for index, record in enumerate([frozen, chosen] if frozen else [chosen]):
+        rows[index] += "".join(f" {record[name]:.4g} |" for name in names)
+    head = "| on held-out rows | " + " | ".join(name.removeprefix("eval_").replace("_", " ") for name in names) + " |"
+    return "\n".join([text, head, "|---" * (len(names) + 1) + "|", *rows, ""])
+
+
+def plot_curves(folder: Path) -> None:
+    """Draws training.png, loss and evaluation over steps, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    records = [record for record in read_metrics(folder) if "step" in record]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, markersize=4, label=label)
+    points = [(record["step"], record["eval_exact_match"]) for record in records if "eval_exact_match" in record]
+    if points:
+        right = axes.twinx()
+        right.set(ylabel="exact match", ylim=(0, 1))
+        axes.plot(*zip(*points, strict=True), "s--", color="tab:green", markersize=4, label="exact match", transform=right.transData)
+    axes.set_yscale("log")
+    axes.legend()
+    with replacing(folder / PLOT_FILE) as draft:
+        figure.savefig(draft, format="png", dpi=120)
+
+
+def open_board(folder: Path, first_step: int):
+    """A SummaryWriter for TensorBoard. What an earlier run showed from `first_step` on is withdrawn."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if first_step == 0:
+        shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)
+    return SummaryWriter(str(folder / BOARD_FOLDER), purge_step=first_step)
+
+
+def create_repository(name: str) -> str:
+    """Makes sure that there is such a repository on the hub, and returns its full name. Raises UserError if there is none."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # no network, no token, no right, no such name: each has errors of its own
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--push_to_hub {name}: {reason}; log in with `hf auth login`, or leave the flag out") from error
+
+
+def push_to_hub(folder: Path, repository: str) -> None:
+    """Uploads a finished run, but for its checkpoints. Raises UserError where the hub refuses; nothing local is lost."""
+    from huggingface_hub import HfApi
+
+    files = [CARD_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, CONFIG_FILE, METRICS_FILE, PLOT_FILE]
+    try:
+        HfApi().upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[*files, f"{BOARD_FOLDER}/*"],
+            commit_message="Prefix and figures of a training run",
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--push_to_hub: {reason}; the prefix is saved in {folder}, try again with `hf upload {repository} {folder}`"
+        ) from error
