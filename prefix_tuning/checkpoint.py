@@ -205,9 +205,11 @@ def _locate(name: str, file: str) -> Path | None:
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"{name}: no such folder; train a prefix with train.py")
     try:
+        cached_file(name, ADAPTER_CONFIG_FILE)  # every such repository has it: else it is none, or out of reach
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise UserError(f"{name}: no such folder, nor a repository of the hub that can be reached: {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: no such folder, nor a repository of the hub that can be reached: {reason}") from error
     return Path(found) if found else None
 
 

@@ -135,7 +135,14 @@ def plot_curves(folder: Path) -> None:
     if points:
         right = axes.twinx()
         right.set(ylabel="exact match", ylim=(0, 1))
-        axes.plot(*zip(*points, strict=True), "s--", color="tab:green", markersize=4, label="exact match", transform=right.transData)
+        axes.plot(
+            *zip(*points, strict=True),
+            "s--",
+            color="tab:green",
+            markersize=4,
+            label="exact match",
+            transform=right.transData,
+        )
     axes.set_yscale("log")
     axes.legend()
     with replacing(folder / PLOT_FILE) as draft:

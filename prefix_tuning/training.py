@@ -75,7 +75,6 @@ except ImportError:  # Windows
     resource = None
 
 
-
 def train(config: TrainConfig) -> dict:
     """Runs the training that `config` describes, writes its output folder and returns the summary of metrics.jsonl.
 

@@ -131,7 +131,13 @@ def test_beams_equal_a_search_by_hand(base, random_model, tokenizer):
                 grown += [(score + logs[token].item(), [*beam, token]) for token in logs.topk(8).indices.tolist()]
             beams = sorted(grown, reverse=True)[:4]
         assert all(2 not in beam for _, beam in beams)  # an ended beam would need more care than this search takes
-        inputs = {"input_ids": torch.tensor([ids]), "prefix": "nine", "max_new_tokens": 3, "do_sample": False, "num_beams": 4}
+        inputs = {
+            "input_ids": torch.tensor([ids]),
+            "prefix": "nine",
+            "max_new_tokens": 3,
+            "do_sample": False,
+            "num_beams": 4,
+        }
         output = random_model.generate(**inputs, num_return_sequences=2, pad_token_id=3)
         assert output.tolist() == [beam for _, beam in beams[:2]]
 
@@ -267,14 +273,22 @@ def test_forward_is_pefts(base, tmp_path, tokenizer):
 
 def test_it_goes_on_from_past_key_values(random_model, tokenizer):
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
-    whole = random_model.generate(**inputs, prefix="five", pad_token_id=3, min_new_tokens=8, max_new_tokens=8, do_sample=False)
+    whole = random_model.generate(
+        **inputs, prefix="five", pad_token_id=3, min_new_tokens=8, max_new_tokens=8, do_sample=False
+    )
     mask, cache = random_model.prepend(inputs.attention_mask, "five")
     with torch.no_grad():
         first = random_model(inputs.input_ids, cache, mask).logits[:, -1:].argmax(-1)
     assert isinstance(cache, DynamicCache)
     mask = F.pad(mask, (0, 1), value=1)
     rest = random_model.generate(
-        first, attention_mask=mask, past_key_values=cache, pad_token_id=3, min_new_tokens=7, max_new_tokens=7, do_sample=False
+        first,
+        attention_mask=mask,
+        past_key_values=cache,
+        pad_token_id=3,
+        min_new_tokens=7,
+        max_new_tokens=7,
+        do_sample=False,
     )
     assert torch.equal(torch.cat((inputs.input_ids, rest), dim=1), whole)
 
@@ -306,7 +320,9 @@ def test_greedy_text_equals_pefts_for_the_saved_prefix(base, tmp_path, tokenizer
     model = PrefixBloom(base)
     model.attach("a", encoder.bake())
     assert complete(model, tokenizer, PROMPTS, prefix="base", **GREEDY) != complete(model, tokenizer, PROMPTS, **GREEDY)
-    assert complete(model, tokenizer, PROMPTS, **GREEDY) == peft_answers(PeftModel.from_pretrained(base, tmp_path), tokenizer)
+    assert complete(model, tokenizer, PROMPTS, **GREEDY) == peft_answers(
+        PeftModel.from_pretrained(base, tmp_path), tokenizer
+    )
 
 
 @pytest.mark.parametrize("projection", [True, False])

@@ -1,0 +1,172 @@
+"""What a finished run shows: model card, curves, TensorBoard, the hub (a stand-in for it, on this machine)."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from conftest import ROOT
+from peft import PeftConfig
+
+from prefix_tuning.cli import parse_train_config
+from prefix_tuning.config import UserError
+from prefix_tuning.report import plot_curves, write_card
+from prefix_tuning.training import train
+
+FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--eval_exact_match", "false"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, rows_file):
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    flags = ["--dataset", str(rows_file), "--eval_fraction", "0.2", "--output_dir", str(folder)]
+    train(parse_train_config([*FLAGS, *flags]))
+    return folder
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_the_card_says_what_was_trained_and_how_good_it_is(finished):
+    front, card = (finished / "README.md").read_text("utf-8").removeprefix("---\n").split("\n---\n")
+    assert "pipeline_tag: text-generation" in front and "library_name: peft" in front
+    assert "# license: " in front and "\nlicense:" not in front  # the user's to choose
+    assert "base_model" not in front  # a bundled model is no name of the hub
+    first, *_, last = [record for record in records(finished) if "eval_loss" in record]
+    assert f"| frozen base | {first['eval_loss']:.4g} | {first['eval_perplexity']:.4g} |" in card
+    assert f"| this prefix, step 4 | {last['eval_loss']:.4g} |" in card
+    assert "rows.jsonl, 32 rows; held out: 20% of it" in card and "4 steps of 8 rows" in card
+    assert "PeftModel.from_pretrained" in card and "infer.py" in card
+    assert str(finished.parent) not in card and PeftConfig.from_pretrained(finished).peft_type == "PREFIX_TUNING"
+
+
+def test_a_base_of_the_hub_stands_in_the_cards_front(finished, tmp_path):
+    settings = json.loads((finished / "training_config.json").read_text("utf-8"))
+    settings |= {"model_name_or_path": "Langboat/bloom-1b4-zh"}
+    (tmp_path / "training_config.json").write_text(json.dumps(settings), "utf-8")
+    (tmp_path / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text("utf-8"), "utf-8")
+    write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "\nbase_model: Langboat/bloom-1b4-zh\n" in card and 'from_pretrained("Langboat/bloom-1b4-zh")' in card
+
+
+def test_curves_are_drawn_where_matplotlib_is_installed(finished, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text("utf-8"), "utf-8")
+    plot_curves(tmp_path)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "![loss over steps](training.png)" in (finished / "README.md").read_text("utf-8")
+    (tmp_path / "training.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plot_curves(tmp_path)
+    assert not (tmp_path / "training.png").exists()
+
+
+def test_tensorboard_shows_the_metrics_and_goes_on_with_the_run(tmp_path, rows_file):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*FLAGS, "--dataset", str(rows_file), "--eval_fraction", "0.2", "--output_dir", str(tmp_path / "out")]
+    flags += ["--report_to", "tensorboard"]
+    for more in ([], ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2.safetensors")]):
+        train(parse_train_config([*flags, *more]))
+        board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+        for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
+            expected = [(record["step"], record[name]) for record in records(tmp_path / "out") if name in record]
+            shown = [(event.step, event.value) for event in board.Scalars(name)]
+            assert [step for step, _ in shown] == [step for step, _ in expected]
+            assert [value for _, value in shown] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+def test_tensorboard_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        parse_train_config(["--report_to", "tensorboard"])
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload of small files talks to."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub = self.server
+        if self.path == "/api/repos/create":
+            hub.created.append(json.loads(body)["name"])
+            self.answer({"url": f"{hub.url}/me/{hub.created[-1]}", "id": f"me/{hub.created[-1]}"})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif self.path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            self.answer(
+                {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+            )
+        elif self.path.endswith("/commit/main") and not hub.broken:
+            for line in body.decode().splitlines():
+                operation = json.loads(line)
+                if operation["key"] == "file":
+                    hub.files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+            self.answer({"commitUrl": f"{hub.url}/me/prefix/commit/1", "commitOid": "1", "hookOutput": ""})
+        else:
+            self.answer({"error": "no room left"}, 507)
+
+    def do_GET(self):
+        self.answer({"error": "not found"}, 404)
+
+    def answer(self, content, status=200):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub():
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server.url, server.created, server.files, server.broken = f"http://127.0.0.1:{server.server_port}", [], {}, False
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def push(folder, rows_file, **environment):
+    flags = [*FLAGS, "--dataset", str(rows_file), "--output_dir", str(folder), "--push_to_hub", "prefix"]
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | environment
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_a_finished_run_is_pushed_to_the_hub_without_its_checkpoints(hub, tmp_path, rows_file):
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
+    result = push(tmp_path / "out", rows_file, **online)
+    assert result.returncode == 0, result.stderr
+    assert hub.created == ["prefix"] and "uploaded to the hub: me/prefix" in result.stdout
+    local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {name for name in local if name.startswith("checkpoint")}
+    assert hub.files == {name: content for name, content in local.items() if not name.startswith("checkpoint")}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "prefix_encoder.safetensors"} <= set(hub.files)
+    hub.broken = True
+    result = push(tmp_path / "again", rows_file, **online)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"try again with `hf upload me/prefix {tmp_path / 'again'}`" in result.stderr.strip().splitlines()[-1]
+    assert (tmp_path / "again" / "adapter_model.safetensors").exists()
+
+
+def test_a_push_that_cannot_be_is_refused_before_the_training(tmp_path, rows_file):
+    result = push(tmp_path / "out", rows_file, HF_HUB_OFFLINE="1", HF_TOKEN="hf_test")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: --push_to_hub prefix: ") and "offline" in line.lower()
+    assert not (tmp_path / "out").exists()
