@@ -86,7 +86,7 @@ class Chat:
             self.turns.append((question, "".join(answers[self.model.active]).strip()))
 
     def prompt(self, question: str) -> str | None:
-        """What the model is given to read: the last turns and the question. None, and a line, if the question is too long."""
+        """What the model is given to read: the last turns and the question. None, and a note, if that is too long."""
         room = self.max_length - self.options["max_new_tokens"]
         for first in range(len(self.turns) + 1):
             turns = (prompt_of(asked) + said + "\n\n" for asked, said in self.turns[first:])

@@ -209,8 +209,8 @@ class AskArguments:
     chat: bool = _flag(False, "A conversation in the terminal; /help there lists its commands.")
     input: str | None = _flag(
         None,
-        "Answer the rows of a .jsonl, .json, .csv or .parquet file: columns instruction, input (may be missing), and prefix "
-        "(may be missing: the name of one, or base).",
+        "Answer the rows of a .jsonl, .json, .csv or .parquet file: columns instruction, and where there are such, input and "
+        "prefix (the name of one, or base).",
     )
     score: str | None = _flag(
         None, "Loss and perplexity of given answers, by the base and every prefix: a dataset as for train.py."

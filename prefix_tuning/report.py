@@ -1,4 +1,4 @@
-"""What a finished run shows to others: a model card, a picture of its curves, TensorBoard, the hub. Training needs none of it."""
+"""What a run shows to others: a model card, a picture of its curves, TensorBoard, the hub. Training needs none of it."""
 
 import json
 import re
@@ -30,8 +30,8 @@ tags:
 
 - **Base model**: {base}
 - **Data**: {data}
-- **Training**: {steps} steps of {rows_per_step} rows, peak learning rate {learning_rate:g}, {trainable:,} trainable parameters,
-  {seconds:.0f} s
+- **Training**: {steps} steps of {rows_per_step} rows, {seconds:.0f} s, peak learning rate {learning_rate:g}
+- **Trainable parameters**: {trainable:,}, of the encoder; the prefix itself has {numbers:,} numbers
 
 {figures}
 {plot}## How to use it
@@ -72,14 +72,15 @@ def write_card(folder: Path) -> None:
     settings = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     records = read_metrics(folder)
     summary = records[-1]
-    base = settings["model_name_or_path"]
+    base, shape = settings["model_name_or_path"], settings["prefix_config"]
     held_out = settings["eval_dataset"] or (f"{settings['eval_fraction']:.0%} of it" if settings["eval_fraction"] else None)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # not bundled, not in a folder
     text = _CARD.format(
         base_model=f"base_model: {base}\n" if on_hub else "",
         base=base,
         load=base if on_hub else "the folder of " + base,
-        num_virtual_tokens=settings["prefix_config"]["num_virtual_tokens"],
+        num_virtual_tokens=shape["num_virtual_tokens"],
+        numbers=shape["num_virtual_tokens"] * shape["num_layers"] * 2 * shape["token_dim"],
         data=f"{settings['dataset']}, {settings['train_rows']:,} rows" + (f"; held out: {held_out}" if held_out else ""),
         steps=summary["steps"],
         rows_per_step=settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"],
@@ -143,6 +144,8 @@ def plot_curves(folder: Path) -> None:
             label="exact match",
             transform=right.transData,
         )
+    if not axes.lines:
+        return
     axes.set_yscale("log")
     axes.legend()
     with replacing(folder / PLOT_FILE) as draft:
@@ -159,7 +162,7 @@ def open_board(folder: Path, first_step: int):
 
 
 def create_repository(name: str) -> str:
-    """Makes sure that there is such a repository on the hub, and returns its full name. Raises UserError if there is none."""
+    """Makes sure that the hub has such a repository, and returns its full name. Raises UserError if it cannot be had."""
     from huggingface_hub import HfApi
 
     try:

@@ -105,7 +105,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path):
     fails_with("gone.jsonl: no such file", "train.py", "--dataset", "gone.jsonl", "--output_dir", str(out))
     fails_with("no/model", "train.py", "--model_name_or_path", "no/model", "--output_dir", str(out))
     fails_with("unknown argument --nonsense", "train.py", "--nonsense")
-    fails_with("holds no prefix", "infer.py", "你好", "--prefix", str(out))
+    fails_with("out: no such folder", "infer.py", "你好", "--prefix", str(out))
     fails_with("--temperature must be above 0", "infer.py", "你好", "--temperature", "0")
     fails_with("exclude each other", "infer.py", "你好", "--max_length", "9", "--max_new_tokens", "9")
     fails_with("question", "infer.py")
@@ -132,7 +132,7 @@ def test_infer_answers_from_any_folder_and_repeats_itself(trained):
     first, again, other = (run("infer.py", *sample, "--seed", seed, cwd=trained).stdout for seed in "112")
     assert first == again != other
     both = run("infer.py", "--compare", "法国的首都是哪里？", cwd=trained).stdout.splitlines()
-    assert both[0].startswith("frozen base") and both[-1] == f"with prefix  {greedy.stdout.strip()}"
+    assert both[0].startswith("base     ") and both[-1] == f"chatbot  {greedy.stdout.strip()}"
 
 
 def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tokenizer):

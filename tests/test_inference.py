@@ -189,7 +189,7 @@ def test_resuming_another_input_is_refused(tmp_path, prefixes):
     flags = ["--input", source, "--output", output, *prefixes, "--max_new_tokens", 8]
     run_infer(*flags)
     kept = output.read_bytes()
-    write_rows(source, questions(6)[:3] + [questions(6)[3] | {"instruction": "？"}])
+    write_rows(source, [*questions(3), questions(4)[3] | {"instruction": "？"}])
     refuses("line 4: does not answer row 4", *flags, "--resume")
     write_rows(source, questions(3))
     refuses("line 4: does not answer row 4", *flags, "--resume")

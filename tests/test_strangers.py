@@ -31,7 +31,7 @@ from prefix_tuning.checkpoint import (
 from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.data import IGNORED, load_rows, prompt_of, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.generation import generate
+from prefix_tuning.generation import PrefixBloom, complete
 from prefix_tuning.state import TrainingState
 from prefix_tuning.training import Checkpoints, train
 
@@ -287,7 +287,9 @@ def test_text_that_hurts_trains_and_answers(base, tmp_path, tokenizer, text):
     train(TrainConfig(str(base), dataset=str(tmp_path / "rows.jsonl"), output_dir=output, device="cpu", max_steps=1))
     prefix, _ = load_prefix(output)
     model, _ = load_base(str(base), torch.float32, CPU)
-    (answer,) = generate(model, tokenizer, [prompt_of(text[:500])], prefix, max_new_tokens=3, do_sample=False)
+    model = PrefixBloom(model, tokenizer)
+    model.attach("prefix", prefix)
+    (answer,) = complete(model, tokenizer, [prompt_of(text[:500])], max_new_tokens=3, do_sample=False)
     assert isinstance(answer, str)
 
 

@@ -19,7 +19,8 @@ from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_
 from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.data import IGNORED, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.training import METRICS_FILE, accumulate_gradients, load_splits, make_encoder, step_rows, train
+from prefix_tuning.report import CARD_FILE, CONFIG_FILE, METRICS_FILE, PLOT_FILE
+from prefix_tuning.training import accumulate_gradients, load_splits, make_encoder, step_rows, train
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -250,7 +251,7 @@ def test_metrics_and_files(settings, rows_file, tmp_path, random_base):
     assert {"train_seconds", "tokens", "tokens_per_second", "peak_memory_mb"} <= summary.keys()
     # Nothing in the folder tells where on this machine it was made.
     files = {path.name for path in folder.iterdir()}
-    assert files == {METRICS_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, "training_config.json"}
+    assert files - {PLOT_FILE} == {CARD_FILE, METRICS_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, CONFIG_FILE}
     for path in folder.iterdir():
         content = path.read_bytes()
         for place in (random_base, str(rows_file), str(tmp_path), str(Path.home())):

@@ -1,0 +1,85 @@
+"""What the README says to type, typed."""
+
+import json
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
+
+from prefix_tuning import demo
+from prefix_tuning.cli import parse_infer_config, parse_train_config
+from prefix_tuning.inference import infer
+
+READMES = ["README.md", "README.zh-CN.md"]
+
+
+def blocks(name):
+    """The indented blocks of a README."""
+    text = (ROOT / name).read_text("utf-8")
+    return [textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.*\n(?:\s*\n(?= {4}))?)+", text, re.MULTILINE)]
+
+
+def commands(name, program):
+    """The arguments of each command line for `program`, continuation lines joined, the comments left out."""
+    lines = "".join(blocks(name)).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if f"python {program}" in line]
+    return [words[words.index(program) + 1 :] for words in found]
+
+
+@pytest.fixture
+def desk(tuned, tmp_path, monkeypatch):
+    """A folder that has what the README's commands name."""
+    (tmp_path / "chatbot").symlink_to(tuned["short"])
+    (tmp_path / "chatbot-sentence").symlink_to(tuned["sentence"])
+    rows = [json.loads(line) for line in Path(demo.resolve("bundled:short-eval")).read_text("utf-8").splitlines()[:6]]
+    for file, names in (("questions.jsonl", [{}]), ("mixed.jsonl", [{"prefix": "short"}, {"prefix": "base"}, {}])):
+        lines = (json.dumps(row | names[index % len(names)]) + "\n" for index, row in enumerate(rows))
+        (tmp_path / file).write_text("".join(lines), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_infer_command_does_what_it_says(name, desk, capsys, monkeypatch):
+    found = commands(name, "infer.py")
+    assert len(found) >= 8
+    for words in found:
+        if words[-1] == "--resume":
+            Path(words[words.index("--output") + 1]).write_text("", "utf-8")
+        monkeypatch.setattr("builtins.input", lambda: "/quit")  # the conversation is tested on a terminal elsewhere
+        infer(parse_infer_config(words))
+        assert capsys.readouterr().out or "--input" in words or "--chat" in words
+    assert len((desk / "answers.jsonl").read_text("utf-8").splitlines()) == 6
+    assert len((desk / "mixed-answers.jsonl").read_text("utf-8").splitlines()) == 6
+    assert set(json.loads((desk / "scores.json").read_text("utf-8"))) == {"rows", "all"}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_train_command_has_known_flags(name, desk):
+    found = commands(name, "train.py")
+    assert len(found) >= 5
+    for words in found:
+        parse_train_config([word for word in words if word != "..."])
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_library_snippet_runs(name, desk, tokenizer):
+    (snippet,) = [block for block in blocks(name) if "import PrefixBloom" in block]
+    base = AutoModelForCausalLM.from_pretrained(demo.resolve(demo.MODEL), dtype=torch.float32)
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(["Human: 法国的首都是哪里？\n\nAssistant: "] * 2, return_tensors="pt", padding=True)
+    names = {"base": base, "inputs": inputs}
+    exec(snippet, names)
+    sentence, alone = tokenizer.batch_decode(names["output"][:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert "法国的首都是" in sentence and "法国" not in alone
+    assert list(names["model"].prefixes) == ["short"]
+
+
+def test_both_languages_have_the_same_commands():
+    first, second = ([commands(name, program) for program in ("infer.py", "train.py")] for name in READMES)
+    assert first == second
