@@ -209,8 +209,8 @@ class AskArguments:
     chat: bool = _flag(False, "A conversation in the terminal; /help there lists its commands.")
     input: str | None = _flag(
         None,
-        "Answer the rows of a .jsonl, .json, .csv or .parquet file. Columns: instruction; also input and prefix (the name of "
-        "one, or base) if there are such.",
+        "Answer the rows of a .jsonl, .json, .csv or .parquet file. Columns: instruction; also input and prefix (a name, or "
+        "base) if there are such.",
     )
     score: str | None = _flag(
         None, "Loss and perplexity of given answers, by the base and every prefix: a dataset as for train.py."
@@ -241,7 +241,7 @@ class DecodingArguments:
     max_new_tokens: int | None = _flag(None, "Longest answer, in tokens; None: 128.")
     max_length: int | None = _flag(
         None,
-        "Longest question and answer together, in tokens, instead of --max_new_tokens. With --chat: the longest conversation "
+        "Longest question and answer together, in tokens, instead of --max_new_tokens. With --chat: the longest talk that "
         "the model sees, answer included; None: 256, as train.py's.",
     )
     do_sample: bool = _flag(False, "Draw tokens at random instead of always taking the likeliest.")
