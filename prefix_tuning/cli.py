@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import itertools
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -81,6 +82,9 @@ def _run(command: Callable[[list[str]], None]) -> None:
         sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
 
 
 def parse_train_config(argv: list[str]) -> TrainConfig:

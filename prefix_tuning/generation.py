@@ -211,7 +211,7 @@ def _replies(model: PrefixBloom, inputs, names: list[str], **options) -> list[to
     go on from what is in their past_key_values. The text is the same; the work is less where some answers are long.
     """
     input_ids, mask = inputs.input_ids, inputs.attention_mask
-    options["pad_token_id"] = model.config.pad_token_id
+    options["pad_token_id"] = model.generation_config.pad_token_id
     shared = {name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) > 1}
     if shared or options.get("cache_implementation") or len(names) <= FEW_ROWS:
         output = model.generate(input_ids, attention_mask=mask, prefix=names, **options)
@@ -243,8 +243,8 @@ def _replies(model: PrefixBloom, inputs, names: list[str], **options) -> list[to
 class _HalfEnded(StoppingCriteria):
     """Stops a batch as soon as half of its rows have ended."""
 
-    def __init__(self, start: int, eos_token_id: int | list[int]):
-        self.start, self.eos = start, torch.tensor(eos_token_id).flatten()
+    def __init__(self, start: int, eos_token_id: int | list[int] | None):
+        self.start, self.eos = start, torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Which rows have ended: (rows,), bool."""

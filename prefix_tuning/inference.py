@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from prefix_tuning import demo
 from prefix_tuning.bloom import is_out_of_memory, load_base, max_tokens_per_batch, resolve_device, resolve_dtype
 from prefix_tuning.checkpoint import base_of, load_prefix, write_json
 from prefix_tuning.config import InferConfig, Interrupted, UserError
@@ -138,14 +139,14 @@ def title(name: str, model: PrefixBloom) -> str:
 
 
 def check_output(config: InferConfig) -> None:
-    """Raises UserError if --output is there already and is not to be gone on with, or cannot be written."""
+    """Raises UserError if --output is there already and is not to be gone on with, or has no place."""
     output = Path(config.output)
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {config.output}: there is no such folder; make it, or name another file")
+    if output.exists() and output.samefile(demo.resolve(config.input)):
+        raise UserError(f"--output {config.output} is the --input; name another file")
     if output.exists() and not config.resume:
         raise UserError(f"--output {config.output} is there already; go on with it by --resume, or name another")
-    try:
-        open(output, "ab").close()
-    except OSError as error:
-        raise UserError(f"--output {config.output}: cannot be written: {error.strerror}; name another file") from error
 
 
 def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -155,10 +156,11 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
     """
     output, options = Path(config.output), decoding_options(config)
     names = [BASE, *model.prefixes]
-    done = rows_done(config, names)
     questions, window = read_questions(config.input, names), WINDOW * config.batch_size
-    with open(output, "a", encoding="utf-8", newline="\n") as file, tqdm(total=rows, initial=done, unit="row") as bar:
-        try:
+    done = 0
+    try:
+        done = rows_done(config, names)
+        with open(output, "a", encoding="utf-8", newline="\n") as file, tqdm(total=rows, initial=done, unit="row") as bar:
             for position in range(0, rows, window):
                 part = list(itertools.islice(questions, window))
                 if position + len(part) <= done:
@@ -183,10 +185,10 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
                         done += 1
                         bar.update()
                     file.flush()
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written: {error.strerror}; make room and go on with --resume") from error
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped after {done} of {rows} rows; go on with --resume", signal.SIGINT) from None
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}; mend that and go on with --resume") from error
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped after {done} of {rows} rows; go on with --resume", signal.SIGINT) from None
     print(f"{rows} rows answered: {output}", file=sys.stderr)
 
 
@@ -196,6 +198,8 @@ def rows_done(config: InferConfig, names: list[str]) -> int:
     Raises UserError if the lines are not those of the input's rows.
     """
     output = Path(config.output)
+    if not output.exists():
+        return 0
     with open(output, "rb+") as file:
         kept = 0
         for number, (line, question) in enumerate(itertools.zip_longest(file, read_questions(config.input, names))):

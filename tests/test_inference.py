@@ -217,7 +217,12 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path, prefixes):
     source = write_rows(tmp_path / "rows.jsonl", questions(2))
     refuses("nowhere.jsonl: cannot be read", "--input", "nowhere.jsonl", "--output", tmp_path / "a.jsonl", *prefixes)
     refuses("unknown kind of file", "--input", "rows.txt", "--output", tmp_path / "a.jsonl", *prefixes)
-    refuses("cannot be written", "--input", source, "--output", tmp_path / "no" / "a.jsonl", *prefixes)
+    refuses("there is no such folder", "--input", source, "--output", tmp_path / "no" / "a.jsonl", *prefixes)
+    before = source.read_bytes()
+    refuses("is the --input", "--input", source, "--output", source, "--resume", *prefixes)
+    assert source.read_bytes() == before
+    refuses("nowhere", "--input", source, "--output", tmp_path / "a.jsonl", *prefixes, "--model_name_or_path", "./nowhere")
+    assert not (tmp_path / "a.jsonl").exists()
     source.write_text("", "utf-8")
     refuses("holds no rows", "--input", source, "--output", tmp_path / "a.jsonl", *prefixes)
 
@@ -389,3 +394,6 @@ def test_in_a_pipe_there_are_answers_only(prefixes):
     chat = run("--chat", *prefixes, input=f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n")
     assert chat.stdout.splitlines()[0] == "巴黎" and len(chat.stdout.splitlines()) == 2
     assert "answering with base" in chat.stderr
+    head = f"{sys.executable} infer.py --score bundled:short-eval {' '.join(prefixes)} | head -1"
+    table = subprocess.run(["bash", "-c", f"set -o pipefail; {head}"], capture_output=True, text=True, cwd=ROOT)
+    assert table.stdout.startswith("   row") and "Traceback" not in table.stderr and table.returncode == 141
