@@ -5,8 +5,12 @@ As a library: `load_prefix` reads what train.py or PEFT has saved, `PrefixBloom`
 
 import importlib
 
-_HOME = {"load_prefix": "prefix_tuning.checkpoint", "PrefixBloom": "prefix_tuning.generation"}
-__all__ = ["PrefixBloom", "load_prefix"]
+_HOME = {
+    "load_prefix": "prefix_tuning.checkpoint",
+    "PrefixBloom": "prefix_tuning.generation",
+    "UserError": "prefix_tuning.config",
+}
+__all__ = ["PrefixBloom", "UserError", "load_prefix"]
 
 
 def __getattr__(name: str):

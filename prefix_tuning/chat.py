@@ -31,6 +31,8 @@ class Chat:
         self.model, self.tokenizer, self.seed, self.comparing = model, tokenizer, config.seed, config.compare
         self.max_length = config.max_length or DEFAULT_MAX_LENGTH
         self.options = decoding_options(config)
+        if config.max_new_tokens is None:
+            self.options["max_new_tokens"] = min(128, self.max_length // 2)
         self.turns: list[tuple[str, str]] = []
 
     def run(self) -> None:

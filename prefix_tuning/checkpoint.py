@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 from prefix_tuning import demo
-from prefix_tuning.config import PrefixConfig, UserError
+from prefix_tuning.config import PrefixConfig, UserError, reason_of
 from prefix_tuning.encoder import PrefixEncoder, flatten, unflatten
 
 ENCODER_FILE = "prefix_encoder.safetensors"
@@ -202,13 +202,13 @@ def _locate(name: str, file: str) -> Path | None:
     path = Path(name)
     if path.is_dir():
         return path / file if (path / file).exists() else None
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if path.is_absolute() or path.parent.is_dir() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"{name}: no such folder; train a prefix with train.py")
     try:
         cached_file(name, ADAPTER_CONFIG_FILE)  # every such repository has it: else it is none, or out of reach
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"{name}: no such folder, nor a repository of the hub that can be reached: {reason}") from error
     return Path(found) if found else None
 

@@ -67,7 +67,7 @@ class _Parser(HfArgumentParser):
 
 def _run(command: Callable[[list[str]], None]) -> None:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # a closed one is None
         stream.reconfigure(errors="replace")  # what is no character, or cannot be shown, becomes a ? instead of an error
     disable_progress_bar()  # transformers' own, one per file of weights; ours stay
     try:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,14 @@ from prefix_tuning import demo
 
 class UserError(Exception):
     """Something that the user can mend. Its message is one line that names the file, row or flag, and the way out."""
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+MOST = 2**62  # of what torch takes as a seed, with room to count on
 
 
 class Interrupted(Exception):
@@ -174,8 +183,10 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
+            if value is not None and not (math.isfinite(value) and least <= value):
                 raise UserError(f"--{name} must be at least {least}, not {value}")
+            if value is not None and value > MOST:
+                raise UserError(f"--{name} must be at most {MOST}, not {value}")
         if self.num_train_epochs == 0 and self.max_steps < 0:
             raise UserError("--num_train_epochs 0 trains nothing; --max_steps 0 saves the initial prefix")
         if self.eval_fraction >= 1:
@@ -213,13 +224,13 @@ class AskArguments:
         "base) if there are such.",
     )
     score: str | None = _flag(
-        None, "Loss and perplexity of given answers, by the base and every prefix: a dataset as for train.py."
+        None, "Loss and perplexity of given answers by the base and every prefix: a dataset with outputs, as for train.py."
     )
     output: str | None = _flag(
         None,
         "Where the answers to --input go, a .jsonl file: each row and its response; or the figures of --score, a .json.",
     )
-    resume: bool = _flag(False, "Go on with an --output that a stopped run left unfinished.")
+    resume: bool = _flag(False, "Go on with an --output that a stopped run left unfinished; give the same flags as before.")
     batch_size: int = _flag(64, "Rows answered at once, with --input.")
     compare: bool = _flag(False, "Answer by the frozen base alone, and by every prefix.")
 
@@ -270,10 +281,12 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
             wanted = "ask one question, or use one of --chat, --input and --score"
             raise UserError(f"{' and '.join(named)} exclude each other; {wanted}" if named else wanted)
         (task,) = named
+        answering = ("a question", "--chat", "--input")
         users = {
             "output": ("--input", "--score"), "resume": ("--input",), "batch_size": ("--input",),
             "compare": ("a question", "--chat"), "num_return_sequences": ("a question", "--input"),
-            "max_length": ("a question", "--chat"), "cache": ("a question", "--chat", "--input"),
+            "max_length": ("a question", "--chat"),
+            **dict.fromkeys(("max_new_tokens", "do_sample", "repetition_penalty", "num_beams", "cache"), answering),
         }  # fmt: skip
         for name, using in users.items():
             if task not in using and getattr(self, name) != getattr(InferConfig, name):
@@ -288,13 +301,17 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("temperature", "repetition_penalty"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 1e-5):
+                raise UserError(f"--{name} must be at least 0.00001, not {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         for name in ("top_k", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= MOST:
+                raise UserError(f"--{name} must be at least 0 and at most {MOST}, not {getattr(self, name)}")
+        if self.question and not self.question.isprintable() and re.search("[\ud800-\udfff]", self.question):
+            raise UserError("the question holds bytes that are no UTF-8 text")
+        if self.chat and (self.max_new_tokens or 1) >= (self.max_length or 256):
+            raise UserError("--max_new_tokens must leave room for a question in --max_length (256, if not given)")
         for name in ("temperature", "top_p", "top_k"):
             if not self.do_sample and getattr(self, name) != getattr(InferConfig, name):
                 raise UserError(f"--{name} is used with --do_sample only; add that flag")

@@ -7,7 +7,7 @@ import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def read_questions(name: str, prefixes: list[str]) -> Iterator[tuple[dict, str, 
     path = Path(demo.resolve(name))
     for place, row in _numbered(name, _reader_for(name, path)(name, str(path))):
         texts = _texts(name, place, row, required=("instruction",))
-        prefix = row.get("prefix") or None
+        prefix = None if row.get("prefix") in (None, "") else row["prefix"]
         if prefix is not None and prefix not in prefixes:
             raise UserError(f"{name}, {place}: names the prefix {prefix!r}; there are {', '.join(prefixes)}")
         if "response" in row:
@@ -172,7 +172,9 @@ def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
     number = 0
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
     try:
-        for number, row in enumerate(csv.DictReader(_lines(name, path), strict=True), start=1):
+        table = csv.DictReader(_lines(name, path), strict=True)
+        _refuse_twins(name, table.fieldnames or [])
+        for number, row in enumerate(table, start=1):
             if None in row:
                 raise UserError(f"{name}, row {number}: has more cells than the header line names columns")
             yield f"row {number}", row
@@ -183,10 +185,16 @@ def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
 def _read_parquet(name: str, path: str) -> Iterator[tuple[str, object]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _refuse_twins(name, file.schema_arrow.names)
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
             yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{name}: is not a Parquet file: {str(error).strip()[:300]}") from error
+
+
+def _refuse_twins(name: str, columns: Sequence[str]) -> None:
+    if twins := {column for column in columns if columns.count(column) > 1}:
+        raise UserError(f"{name}: has more than one column {min(twins)!r}")
 
 
 def _read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, object]]:

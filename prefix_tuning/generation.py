@@ -33,23 +33,35 @@ class _PrefixBloomConfig(BloomConfig):
 class PrefixBloom(BloomForCausalLM):
     """A Bloom that has any number of prefixes, of which every row of a batch can use its own.
 
-        model = PrefixBloom(base)                           # any BloomForCausalLM; it stays as it is
+        model = PrefixBloom(base)                                # any BloomForCausalLM that lies whole on one device
         model.attach("short", load_prefix("./chatbot"))
-        model.generate(**inputs)                            # with the prefix in use: the first one attached
-        model.generate(**inputs, prefix=["short", "base"])  # by row; "base" is the frozen base alone
+        model.generate(**inputs)                                 # with the prefix in use: the first one attached
+        model.generate(**inputs, prefix_name=["short", "base"])  # by row; "base" is the frozen base alone
         model.use("base")
         model.detach("short")
 
     It is a BloomForCausalLM itself, made of new modules around the tensors of `base`: what takes one, such as transformers'
-    pipeline, takes this. The weights are in memory once. `generate` and `forward` take transformers' arguments.
+    pipeline, takes this. None of the above changes `base`; but the weights are in memory once, so who changes them changes
+    them for both.
     """
 
     config_class = _PrefixBloomConfig
 
     def __init__(self, base: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None):
         """tokenizer: if given, prefixes that were trained with another one are refused."""
+        if not isinstance(base, BloomForCausalLM):
+            raise TypeError(f"PrefixBloom wants a loaded BloomForCausalLM, not {type(base).__name__}")
+        if len({tensor.device for tensor in base.parameters()} | {base.device}) > 1 or base.device.type == "meta":
+            raise ValueError("PrefixBloom wants a base that lies whole on one device")
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-        vars(self).update(vars(copy.deepcopy(base, shared)))
+        own = vars(copy.deepcopy(base, shared))
+        # accelerate's hooks put a `forward` into the instance, which would hide the one below.
+        vars(self).update(
+            {name: value for name, value in own.items() if name not in ("forward", "_old_forward", "_hf_hook")}
+        )
+        # A prefix lives in the cache, which `generate` makes below.
+        self.config.use_cache = self.generation_config.use_cache = True
+        self.generation_config.cache_implementation = None
         self.prefixes: dict[str, torch.Tensor] = {}
         self.active = BASE
         self._fingerprint = fingerprint(base, tokenizer)
@@ -64,6 +76,8 @@ class PrefixBloom(BloomForCausalLM):
         """
         if name == BASE:
             raise ValueError(f"{BASE!r} is the name of the base without a prefix")
+        if not isinstance(prefix, (torch.Tensor, Prefix)):
+            raise TypeError(f"a prefix is what load_prefix returns, or a tensor, not {type(prefix).__name__}")
         tensor, noted = (prefix, self._fingerprint) if isinstance(prefix, torch.Tensor) else prefix
         check_base(tensor.shape, noted, self._fingerprint, name, force)
         if not self.prefixes:
@@ -72,7 +86,8 @@ class PrefixBloom(BloomForCausalLM):
 
     def detach(self, name: str) -> None:
         """Takes a prefix away. If it is in use, the base answers alone from then on. Raises ValueError for unknown names."""
-        self._prefixes_of(name, 1)
+        if name not in self.prefixes:
+            raise ValueError(f"no prefix {name!r}; there are {', '.join(self.prefixes) or 'none'}")
         del self.prefixes[name]
         if self.active == name:
             self.active = BASE
@@ -88,29 +103,31 @@ class PrefixBloom(BloomForCausalLM):
         names = [names] * rows if isinstance(names, str) else names
         if len(names) != rows:
             raise ValueError(f"{len(names)} prefixes are named for {rows} rows")
-        if unknown := set(names) - {BASE, *self.prefixes}:
-            raise ValueError(f"no prefix {min(unknown)!r}; there are {', '.join([BASE, *self.prefixes])}")
+        for name in names:
+            if name != BASE and name not in self.prefixes:
+                raise ValueError(f"no prefix {name!r}; there are {', '.join([BASE, *self.prefixes])}")
         shape = self.config
         none = torch.empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
         return [self.prefixes.get(name, none).to(self.device, self.dtype) for name in names]
 
     def prepend(
-        self, attention_mask: torch.Tensor, prefix: str | list[str] | None = None, copies: int = 1
+        self, attention_mask: torch.Tensor, prefix_name: str | list[str] | None = None, copies: int = 1
     ) -> tuple[torch.Tensor, Cache]:
-        """The prefixes of a batch, as past_key_values, and the mask of prefix and text, (rows, longest prefix + tokens).
+        """The mask of prefix and text, (rows, longest prefix + tokens), and the prefixes as past_key_values.
 
-        attention_mask: the text's own, (rows, tokens). prefix: a name for all rows, or one for each; None: the one in use.
+        attention_mask: the text's own, (rows, tokens). prefix_name: one for all rows, or one for each; None: the one in use.
         copies: `generate` will repeat each row this often, as beams or sequences; the past_key_values do so already.
         """
-        prefixes = self._prefixes_of(prefix, len(attention_mask))
+        prefixes = self._prefixes_of(prefix_name, len(attention_mask))
         cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)])
-        return torch.cat((mask[::copies], attention_mask), dim=1), cache
+        cache.prefix_mask = mask[::copies]  # for `generate`, should it go on from this cache
+        return torch.cat((cache.prefix_mask, attention_mask), dim=1), cache
 
     @functools.wraps(BloomForCausalLM.forward)  # transformers reads off the signature what a model can do
     def forward(
-        self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, *, prefix=None, **options
+        self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, *, prefix_name=None, **options
     ):
-        """transformers' forward after the prefix in use, or `prefix`: a name for all rows, or one for each.
+        """transformers' forward after the prefix in use, or `prefix_name`: one for all rows, or one for each.
 
         With past_key_values, it goes on from there and adds no prefix.
         """
@@ -118,7 +135,7 @@ class PrefixBloom(BloomForCausalLM):
             text = input_ids if inputs_embeds is None else inputs_embeds
             if attention_mask is None:
                 attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-            attention_mask, past_key_values = self.prepend(attention_mask, prefix)
+            attention_mask, past_key_values = self.prepend(attention_mask, prefix_name)
         return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
 
     @torch.no_grad()
@@ -127,35 +144,76 @@ class PrefixBloom(BloomForCausalLM):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        prefix: str | list[str] | None = None,
+        prefix_name: str | list[str] | None = None,
         **options,
     ):
-        """transformers' `generate` after the prefix in use, or `prefix`: a name for all rows, or one for each.
+        """transformers' `generate` after the prefix in use, or `prefix_name`: one for all rows, or one for each.
 
         inputs (or input_ids): (rows, tokens), padded on the left. cache_implementation="static" is compiled where
-        transformers compiles it. With past_key_values, it goes on from there and adds no prefix.
+        transformers compiles it. With the past_key_values of an earlier call and the whole text so far, it goes on from
+        there, after the prefix of that call. Raises ValueError for what a prefix rules out: other kinds of cache or none,
+        inputs_embeds, assisted generation.
         """
         input_ids = options.pop("input_ids", inputs)
-        if options.get("past_key_values") is not None:
-            return super().generate(input_ids, generation_config, **options)
+        if self.generation_config.cache_implementation:
+            raise ValueError("give cache_implementation to `generate`, not to the model's generation_config")
         settings = copy.deepcopy(generation_config or self.generation_config)
         options = settings.update(**options)  # what is left is for `generate` itself
-        if settings.use_cache is False:
-            raise ValueError("use_cache=False leaves no place for a prefix")
+        for name, value in vars(self.generation_config).items():  # as transformers does; some of it matters here already
+            if getattr(settings, name, None) is None:
+                setattr(settings, name, value)
+        ruled_out = ("inputs_embeds", "assistant_model", "prompt_lookup_num_tokens")
+        for name in ruled_out:
+            if options.get(name) is not None or getattr(settings, name, None) is not None:
+                raise ValueError(f"{name} does not go with a prefix")
+        implementation, settings.cache_implementation = settings.cache_implementation, None  # the cache is made here
+        if settings.use_cache is False or implementation not in (None, "dynamic", "static"):
+            raise ValueError("a prefix needs a dynamic or a static cache to live in: use_cache or cache_implementation")
+        if input_ids is None:
+            raise ValueError("input_ids are missing")
         mask = options.pop("attention_mask", None)
-        if mask is None:  # as transformers guesses it
-            mask = (
-                torch.ones_like(input_ids) if settings.pad_token_id is None else input_ids.ne(settings.pad_token_id).long()
-            )
-        mask, cache = self.prepend(mask, prefix, max(settings.num_beams or 1, settings.num_return_sequences or 1))
-        if settings.cache_implementation == "static":
-            tokens = input_ids.shape[1]
-            room = settings.max_new_tokens or (settings.max_length or tokens + 20) - tokens  # 20: transformers' default
-            filled, cache = cache, StaticCache(self.config, max_cache_len=mask.shape[1] + room)
-            for index, layer in enumerate(filled.layers):
-                cache.update(layer.keys, layer.values, index)
-            settings.cache_implementation = None  # else transformers would make its own
-        return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)
+        if mask is None:
+            mask = _guessed_mask(input_ids, settings)
+        cache, dummies = options.pop("past_key_values", None), 0
+        if cache is None:
+            copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+            mask, cache = self.prepend(mask, prefix_name, copies)
+            if implementation == "static":
+                cache = self._static(cache, mask.shape[1] + _room(settings, input_ids.shape[1]))
+        elif prefix_name is not None:
+            raise ValueError("past_key_values hold a prefix already; leave out prefix_name")
+        elif hasattr(cache, "prefix_mask") and mask.shape[1] == input_ids.shape[1]:
+            # transformers wants ids for all that the cache holds. A prefix has none; an id that the row has anyway changes
+            # nothing for a repetition penalty.
+            dummies = cache.prefix_mask.shape[1]
+            input_ids = torch.cat((input_ids[:, -1:].expand(-1, dummies), input_ids), dim=1)
+            mask = torch.cat((cache.prefix_mask, mask), dim=1)
+        output = super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)
+        if isinstance(output, torch.Tensor):
+            return output[:, dummies:]
+        output.sequences = output.sequences[:, dummies:]
+        return output
+
+    def _static(self, filled: Cache, length: int) -> StaticCache:
+        """What a cache holds, in one that has place for `length` positions."""
+        cache = StaticCache(self.config, max_cache_len=length)
+        for index, layer in enumerate(filled.layers):
+            cache.update(layer.keys, layer.values, index)
+        cache.prefix_mask = filled.prefix_mask
+        return cache
+
+
+def _guessed_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
+    """What transformers takes for padding where no mask is given."""
+    pad, eos = settings.pad_token_id, torch.tensor([] if settings.eos_token_id is None else settings.eos_token_id)
+    if pad is None or pad in eos.flatten().tolist():
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad).long()
+
+
+def _room(settings: GenerationConfig, tokens: int) -> int:
+    """New tokens that a text of so many may get."""
+    return settings.max_new_tokens or (settings.max_length or tokens + 20) - tokens  # 20: transformers' default
 
 
 # Else a pipeline would log that it does not know this class. Configurations stay those of the base.
@@ -175,7 +233,7 @@ def complete_batches(
     model: PrefixBloom,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
-    prefix: str | list[str] | None = None,
+    prefix_name: str | list[str] | None = None,
     batch_size: int = 64,
     seed: int | None = None,
     first: int = 0,
@@ -184,11 +242,11 @@ def complete_batches(
     """Completes prompts, similar ones together: those of one prefix, and of these, such as are about as long.
 
     Yields for every batch, as it is done, the places of its prompts and the completions of each: num_return_sequences of
-    them, without special tokens. prefix: as for `PrefixBloom.generate`. seed: makes every batch's sampling repeatable.
+    them, without special tokens. prefix_name: as for `PrefixBloom.generate`. seed: makes every batch's sampling repeatable.
     first: batches whose places all come before it are left out. options: those of transformers' `generate`, of which
     max_new_tokens is needed.
     """
-    names = prefix if isinstance(prefix, list) else [prefix or model.active] * len(prompts)
+    names = prefix_name if isinstance(prefix_name, list) else [prefix_name or model.active] * len(prompts)
     ids = tokenizer(prompts, split_special_tokens=True).input_ids
     order = sorted(range(len(prompts)), key=lambda place: (names[place], len(ids[place])))
     for start in range(0, len(order), batch_size):
@@ -210,33 +268,32 @@ def _replies(model: PrefixBloom, inputs, names: list[str], **options) -> list[to
     Where each row is a sequence of its own, rows that have ended leave the batch as soon as they are half of it; the others
     go on from what is in their past_key_values. The text is the same; the work is less where some answers are long.
     """
-    input_ids, mask = inputs.input_ids, inputs.attention_mask
-    options["pad_token_id"] = model.generation_config.pad_token_id
-    shared = {name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) > 1}
-    if shared or options.get("cache_implementation") or len(names) <= FEW_ROWS:
-        output = model.generate(input_ids, attention_mask=mask, prefix=names, **options)
-        return list(output[:, input_ids.shape[1] :])
+    ids, mask = inputs.input_ids, inputs.attention_mask
+    tokens, options["pad_token_id"] = ids.shape[1], model.generation_config.pad_token_id
+    settings = {**vars(model.generation_config), **options}
+    several = (settings.get("num_beams") or 1) > 1 or (settings.get("num_return_sequences") or 1) > 1
+    counting = ("cache_implementation", "min_new_tokens", "min_length")  # these would start anew with each call
+    if several or any(settings.get(name) for name in counting) or len(names) <= FEW_ROWS:
+        output = model.generate(ids, attention_mask=mask, prefix_name=names, **options)
+        return list(output[:, tokens:])
     left = options.pop("max_new_tokens")
-    mask, cache = model.prepend(mask, names)
-    start = mask.shape[1]
-    # Where past_key_values hold more than the prefix, transformers wants the ids of all that they hold. The prefix has none;
-    # an id that the row has anyway changes nothing for a repetition penalty.
-    ids = torch.cat((input_ids[:, -1:].expand(-1, start - input_ids.shape[1]), input_ids), dim=1)
-    rows, replies = torch.arange(len(ids)), [ids[:0]] * len(ids)
-    ended = _HalfEnded(start, model.generation_config.eos_token_id)
+    all_mask, cache = model.prepend(mask, names)
+    ended = _HalfEnded(all_mask.shape[1], model.generation_config.eos_token_id)
+    rows, replies = torch.arange(len(ids)), [ids[0, :0]] * len(ids)
     while len(rows):
         criteria = StoppingCriteriaList([ended] if len(rows) > FEW_ROWS else [])
         ids = model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=left, stopping_criteria=criteria, **options
         )
         left -= ids.shape[1] - mask.shape[1]
-        done = ended.rows(ids).cpu() | (left == 0)
-        for row, reply in zip(rows[done].tolist(), ids[done, start:], strict=True):
+        done = ended.among(ids[:, tokens:]).cpu() | (left == 0)
+        for row, reply in zip(rows[done].tolist(), ids[done, tokens:], strict=True):
             replies[row] = reply
         rows, others = rows[~done], (~done).nonzero().flatten().to(ids.device)
         ids = ids[others]
         mask = F.pad(mask[others], (0, ids.shape[1] - mask.shape[1]), value=1)
         cache.batch_select_indices(others)
+        cache.prefix_mask = cache.prefix_mask[others]
     return replies
 
 
@@ -246,10 +303,10 @@ class _HalfEnded(StoppingCriteria):
     def __init__(self, start: int, eos_token_id: int | list[int] | None):
         self.start, self.eos = start, torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Which rows have ended: (rows,), bool."""
-        return torch.isin(ids[:, self.start :], self.eos.to(ids.device)).any(dim=1)
+    def among(self, replies: torch.Tensor) -> torch.Tensor:
+        """Which replies have ended: (rows,), bool."""
+        return torch.isin(replies, self.eos.to(replies.device)).any(dim=1)
 
     def __call__(self, input_ids, scores, **options):
-        ended = self.rows(input_ids)
+        ended = self.among(input_ids[:, self.start :])
         return (2 * ended.sum() >= len(ended)).expand(len(ended))

@@ -5,9 +5,11 @@ Only answers go to stdout; all else goes to stderr.
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ def infer(config: InferConfig) -> None:
     """Does what `config` asks for. Raises UserError for a mistake in the settings or the data."""
     names = [BASE, *config.named_prefixes()]
     rows = sum(1 for _ in read_questions(config.input, names)) if config.input else 0  # no mistake waits for the model
-    if config.input:
+    if config.output:
         check_output(config)
     model, tokenizer = open_model(config)
     try:
@@ -108,7 +110,7 @@ def say(
     inputs = tokenizer([prompt], return_tensors="pt", split_special_tokens=True).to(model.device)
     output = model.generate(
         **inputs,
-        prefix=prefix,
+        prefix_name=prefix,
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer if streams else None,
         **options,
@@ -143,10 +145,13 @@ def check_output(config: InferConfig) -> None:
     output = Path(config.output)
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {config.output}: there is no such folder; make it, or name another file")
-    if output.exists() and output.samefile(demo.resolve(config.input)):
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {config.output} is no file; name another")
+    if output.exists() and config.input and output.samefile(demo.resolve(config.input)):
         raise UserError(f"--output {config.output} is the --input; name another file")
     if output.exists() and not config.resume:
-        raise UserError(f"--output {config.output} is there already; go on with it by --resume, or name another")
+        hint = "go on with it by --resume, or name another" if config.input else "name another"
+        raise UserError(f"--output {config.output} is there already; {hint}")
 
 
 def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -160,7 +165,10 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
     done = 0
     try:
         done = rows_done(config, names)
-        with open(output, "a", encoding="utf-8", newline="\n") as file, tqdm(total=rows, initial=done, unit="row") as bar:
+        with (
+            open(output, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+            tqdm(total=rows, initial=done, unit="row") as bar,
+        ):
             for position in range(0, rows, window):
                 part = list(itertools.islice(questions, window))
                 if position + len(part) <= done:
@@ -181,7 +189,7 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
                     while done - position in answers:
                         row, response = part[done - position][0], answers[done - position]
                         response = response if config.num_return_sequences > 1 else response[0]
-                        file.write(json.dumps(row | {"response": response}, ensure_ascii=False, default=str) + "\n")
+                        file.write(_line(row | {"response": response}) + "\n")
                         done += 1
                         bar.update()
                     file.flush()
@@ -203,18 +211,23 @@ def rows_done(config: InferConfig, names: list[str]) -> int:
     with open(output, "rb+") as file:
         kept = 0
         for number, (line, question) in enumerate(itertools.zip_longest(file, read_questions(config.input, names))):
-            if line is None or not line.endswith(b"\n"):
+            if line is None:
+                return number
+            # The line up to the response, which is for the model to say.
+            start = _line(question[0] | {"response": ""})[:-3].encode(errors="backslashreplace") if question else b"?"
+            if not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line)):
                 file.truncate(kept)
                 return number
-            try:
-                found = json.loads(line)
-                del found["response"]
-            except (ValueError, TypeError, KeyError):
-                found = None
-            if question is None or found != json.loads(json.dumps(question[0], default=str)):
+            if not line.startswith(start) or not line.endswith(b"}\n"):
                 raise UserError(f"{output}, line {number + 1}: does not answer row {number + 1} of {config.input}")
             kept += len(line)
     return number + 1
+
+
+def _line(row: dict) -> str:
+    """A row as JSON, which knows neither dates nor NaN."""
+    row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    return json.dumps(row, ensure_ascii=False, default=str)
 
 
 def score(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -237,7 +250,7 @@ def score(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenize
     labels = [*((str(number), row["instruction"]) for number, row in enumerate(rows, start=1)), ("all", "")]
     for (number, question), line in zip(labels, lines, strict=True):
         columns = (f"{line['loss'][name]:>{len(name) + 9}.4f}{line['perplexity'][name]:>12.5g}" for name in names)
-        print(f"{number:>6}{line['labels']:>8}{''.join(columns)}  {question}".rstrip())
+        print(f"{number:>6}{line['labels']:>8}{''.join(columns)}  {textwrap.shorten(question, 60)}".rstrip())
     if config.output:
         *each, mean = lines
         write_json(Path(config.output), {"rows": [row | line for row, line in zip(rows, each, strict=True)], "all": mean})

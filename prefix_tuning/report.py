@@ -2,11 +2,10 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
-from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, replacing
-from prefix_tuning.config import UserError
+from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, LOCAL, replacing
+from prefix_tuning.config import UserError, reason_of
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "training_config.json"
@@ -44,7 +43,7 @@ Questions are asked in the template of training:
 
 With this folder as DIR (or the name of its repository), by the program that made it:
 
-    python infer.py "法国的首都是哪里？" --prefix DIR
+    python infer.py "法国的首都是哪里？" --prefix DIR{where}
 
 With PEFT:
 
@@ -77,11 +76,13 @@ def write_card(folder: Path) -> None:
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # not bundled, not in a folder
     text = _CARD.format(
         base_model=f"base_model: {base}\n" if on_hub else "",
-        base=base,
-        load=base if on_hub else "the folder of " + base,
+        base=base.removeprefix(LOCAL),
+        load=base if on_hub else "the folder of " + base.removeprefix(LOCAL),
+        where=" --model_name_or_path FOLDER_OF_THE_BASE" if base.startswith(LOCAL) else "",
         num_virtual_tokens=shape["num_virtual_tokens"],
         numbers=shape["num_virtual_tokens"] * shape["num_layers"] * 2 * shape["token_dim"],
-        data=f"{settings['dataset']}, {settings['train_rows']:,} rows" + (f"; held out: {held_out}" if held_out else ""),
+        data=f"{settings['dataset'].removeprefix(LOCAL)}, {settings['train_rows']:,} rows"
+        + (f"; held out: {held_out.removeprefix(LOCAL)}" if held_out else ""),
         steps=summary["steps"],
         rows_per_step=settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"],
         learning_rate=settings["learning_rate"],
@@ -157,7 +158,8 @@ def open_board(folder: Path, first_step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     if first_step == 0:
-        shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)
+        for old in (folder / BOARD_FOLDER).glob("events.out.tfevents.*"):
+            old.unlink()
     return SummaryWriter(str(folder / BOARD_FOLDER), purge_step=first_step)
 
 
@@ -168,8 +170,9 @@ def create_repository(name: str) -> str:
     try:
         return HfApi().create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # no network, no token, no right, no such name: each has errors of its own
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--push_to_hub {name}: {reason}; log in with `hf auth login`, or leave the flag out") from error
+        raise UserError(
+            f"--push_to_hub {name}: {reason_of(error)}; log in with `hf auth login`, or leave the flag out"
+        ) from error
 
 
 def push_to_hub(folder: Path, repository: str) -> None:
@@ -185,7 +188,7 @@ def push_to_hub(folder: Path, repository: str) -> None:
             commit_message="Prefix and figures of a training run",
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--push_to_hub: {reason}; the prefix is saved in {folder}, try again with `hf upload {repository} {folder}`"
+            f"--push_to_hub: {reason_of(error)}; the prefix is saved in {folder}; "
+            f"try again with `hf upload {repository} {folder}`"
         ) from error

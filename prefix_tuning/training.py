@@ -59,6 +59,7 @@ from prefix_tuning.data import Example, digest, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
 from prefix_tuning.report import (
+    CARD_FILE,
     CONFIG_FILE,
     METRICS_FILE,
     create_repository,
@@ -89,6 +90,10 @@ def train(config: TrainConfig) -> dict:
         if (output_dir / ADAPTER_CONFIG_FILE).exists():
             hint = "add --overwrite_output_dir or name another --output_dir"
             raise UserError(f"{config.output_dir} holds a prefix already; {hint}")
+        if (output_dir / CARD_FILE).exists():
+            raise UserError(
+                f"{config.output_dir} holds a {CARD_FILE}, which a model card would replace; name another folder"
+            )
         if find_checkpoints(output_dir) and not config.resume_from_checkpoint:
             hint = "go on with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
             raise UserError(f"{config.output_dir} holds checkpoints of a run that did not finish; {hint}")

@@ -1,6 +1,8 @@
 import json
 from itertools import accumulate
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import REAL_ROWS, examples_of, needs_real_rows
@@ -167,3 +169,12 @@ def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
         assert torch.equal(batch.from_grid(grid), values)
     labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
     assert sum(len(batch.labels) for batch in batches) == labels
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,output,output\na,b,c\n", "utf-8")
+    table = pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for kind in ("csv", "parquet"):
+        with pytest.raises(UserError, match="more than one column 'output'"):
+            load_rows(str(tmp_path / f"rows.{kind}"), ("train",))

@@ -4,13 +4,14 @@ import logging
 import random
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import prefix_config, random_bloom
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, TextStreamer, pipeline
+from transformers import DynamicCache, GenerationConfig, TextStreamer, pipeline
 
 from prefix_tuning import PrefixBloom, demo, load_prefix
 from prefix_tuning.bloom import fingerprint, load_base, prefix_cache
@@ -115,7 +116,7 @@ def test_decoding_equals_stepping_the_model_by_hand(base, random_model, tokenize
         torch.manual_seed(7)
         expected = step_by_hand(base, prefix, ids, 12, choose)
         torch.manual_seed(7)
-        output = random_model.generate(**inputs, prefix=name, pad_token_id=3, **(GREEDY | options))
+        output = random_model.generate(**inputs, prefix_name=name, pad_token_id=3, **(GREEDY | options))
         assert output[0, len(ids) :].tolist() == expected
 
 
@@ -133,7 +134,7 @@ def test_beams_equal_a_search_by_hand(base, random_model, tokenizer):
         assert all(2 not in beam for _, beam in beams)  # an ended beam would need more care than this search takes
         inputs = {
             "input_ids": torch.tensor([ids]),
-            "prefix": "nine",
+            "prefix_name": "nine",
             "max_new_tokens": 3,
             "do_sample": False,
             "num_beams": 4,
@@ -143,7 +144,7 @@ def test_beams_equal_a_search_by_hand(base, random_model, tokenizer):
 
 
 def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_model, tokenizer):
-    options = {"max_new_tokens": 6, "do_sample": True, "prefix": "five", "num_return_sequences": 3}
+    options = {"max_new_tokens": 6, "do_sample": True, "prefix_name": "five", "num_return_sequences": 3}
     ((places, texts),) = complete_batches(random_model, tokenizer, PROMPTS, seed=3, **options)
     assert sorted(places) == [0, 1, 2, 3] and all(len(set(row)) == 3 for row in texts)
     ((_, again),) = complete_batches(random_model, tokenizer, PROMPTS, seed=3, **options)
@@ -159,8 +160,8 @@ def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_m
 def test_a_mixed_batch_answers_as_each_row_alone(tuned_model, tokenizer, mixed, batch_size):
     prompts, names = mixed
     assert len({tuned_model.prefixes[name].shape[3] for name in ("short", "sentence")}) == 2  # of different lengths
-    together = complete(tuned_model, tokenizer, prompts, prefix=names, batch_size=batch_size, **GREEDY)
-    alone = [complete(tuned_model, tokenizer, [p], prefix=n, **GREEDY)[0] for p, n in zip(prompts, names, strict=True)]
+    together = complete(tuned_model, tokenizer, prompts, prefix_name=names, batch_size=batch_size, **GREEDY)
+    alone = [complete(tuned_model, tokenizer, [p], prefix_name=n, **GREEDY)[0] for p, n in zip(prompts, names, strict=True)]
     assert together == alone
     assert len(set(together)) > 40
 
@@ -168,16 +169,17 @@ def test_a_mixed_batch_answers_as_each_row_alone(tuned_model, tokenizer, mixed, 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"repetition_penalty": 1.3}])
 def test_so_it_does_with_other_decoding(tuned_model, tokenizer, mixed, options):
     prompts, names = (part[:24] for part in mixed)
-    together = complete(tuned_model, tokenizer, prompts, prefix=names, **(GREEDY | options))
+    together = complete(tuned_model, tokenizer, prompts, prefix_name=names, **(GREEDY | options))
     alone = [
-        complete(tuned_model, tokenizer, [p], prefix=n, **(GREEDY | options))[0] for p, n in zip(prompts, names, strict=True)
+        complete(tuned_model, tokenizer, [p], prefix_name=n, **(GREEDY | options))[0]
+        for p, n in zip(prompts, names, strict=True)
     ]
     assert together == alone
 
 
 def test_one_call_takes_a_prefix_for_every_row(tuned_model, tokenizer):
     inputs = tokenizer([PROMPTS[0]] * 3, return_tensors="pt")
-    output = tuned_model.generate(**inputs, prefix=["short", "sentence", "base"], pad_token_id=3, **GREEDY)
+    output = tuned_model.generate(**inputs, prefix_name=["short", "sentence", "base"], pad_token_id=3, **GREEDY)
     short, sentence, base = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert short == "巴黎" and "巴黎" in sentence and len(sentence) > 4 and "巴黎" not in base
 
@@ -187,7 +189,7 @@ def test_rows_that_have_ended_leave_the_batch(tuned_model, tokenizer, mixed):
     computed = []
     hook = tuned_model.lm_head.register_forward_hook(lambda module, args, output: computed.append(len(output)))
     try:
-        answers = complete(tuned_model, tokenizer, prompts, prefix="short", max_new_tokens=40, do_sample=False)
+        answers = complete(tuned_model, tokenizer, prompts, prefix_name="short", max_new_tokens=40, do_sample=False)
     finally:
         hook.remove()
     longest = max(len(ids) for ids in tokenizer(answers).input_ids) + 1
@@ -233,11 +235,11 @@ def test_prefixes_are_attached_used_and_detached_by_name(base):
     model.detach("b")
     assert model.active == "base" and list(model.prefixes) == ["a"]
     for action in (model.use, model.detach):
-        with pytest.raises(ValueError, match="no prefix 'b'; there are base, a"):
+        with pytest.raises(ValueError, match="no prefix 'b'; there are"):
             action("b")
     ids = torch.tensor([[5, 6], [7, 8]])
     with pytest.raises(ValueError, match="3 prefixes are named for 2 rows"):
-        model.generate(ids, prefix=["a", "a", "base"])
+        model.generate(ids, prefix_name=["a", "a", "base"])
     with pytest.raises(ValueError, match="name of the base"):
         model.attach("base", random_prefix(base))
     with pytest.raises(ValueError, match="use_cache"):
@@ -262,7 +264,7 @@ def test_forward_is_pefts(base, tmp_path, tokenizer):
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
     labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
     with torch.no_grad():
-        ours, alone = model(**inputs, labels=labels), model(**inputs, labels=labels, prefix="base")
+        ours, alone = model(**inputs, labels=labels), model(**inputs, labels=labels, prefix_name="base")
         plain = base(**inputs, labels=labels)
         theirs = PeftModel.from_pretrained(base, tmp_path).eval()(**inputs, labels=labels)
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
@@ -274,7 +276,7 @@ def test_forward_is_pefts(base, tmp_path, tokenizer):
 def test_it_goes_on_from_past_key_values(random_model, tokenizer):
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     whole = random_model.generate(
-        **inputs, prefix="five", pad_token_id=3, min_new_tokens=8, max_new_tokens=8, do_sample=False
+        **inputs, prefix_name="five", pad_token_id=3, min_new_tokens=8, max_new_tokens=8, do_sample=False
     )
     mask, cache = random_model.prepend(inputs.attention_mask, "five")
     with torch.no_grad():
@@ -319,7 +321,7 @@ def test_greedy_text_equals_pefts_for_the_saved_prefix(base, tmp_path, tokenizer
     save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
     model = PrefixBloom(base)
     model.attach("a", encoder.bake())
-    assert complete(model, tokenizer, PROMPTS, prefix="base", **GREEDY) != complete(model, tokenizer, PROMPTS, **GREEDY)
+    assert complete(model, tokenizer, PROMPTS, prefix_name="base", **GREEDY) != complete(model, tokenizer, PROMPTS, **GREEDY)
     assert complete(model, tokenizer, PROMPTS, **GREEDY) == peft_answers(
         PeftModel.from_pretrained(base, tmp_path), tokenizer
     )
@@ -361,3 +363,81 @@ def test_pickled_adapters_are_not_read(tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled file, which is never read"):
         load_prefix(str(tmp_path))
+
+
+# --- as transformers users write it ---
+
+
+def test_settings_come_from_the_call_its_configuration_and_the_models_own(tuned_model, base, tokenizer):
+    model = copy.copy(tuned_model)
+    prompts = [prompt_of(question) for question in ("法国的首都是哪里？", "请问草鱼在动物分类里归入哪一类？")]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    expected = model.generate(**inputs, **GREEDY)
+    config = GenerationConfig(**GREEDY)
+    assert torch.equal(model.generate(inputs.input_ids, config), expected)  # the mask is guessed by the model's own pad id
+    assert config.pad_token_id is None
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.num_beams = 2
+    assert torch.equal(model.generate(**inputs, generation_config=config), model.generate(**inputs, **GREEDY, num_beams=2))
+    model.generation_config.num_beams, model.generation_config.max_new_tokens = 1, 30
+    static = model.generate(**inputs, generation_config=GenerationConfig(cache_implementation="static", do_sample=False))
+    assert torch.equal(static[:, : expected.shape[1]], expected)
+    ended = torch.tensor([[2, *tokenizer(PROMPTS[0]).input_ids]])  # an eos in the text is no padding, even where pad is eos
+    ours = model.generate(ended, prefix_name="base", pad_token_id=2, **GREEDY)
+    assert torch.equal(ours, base.generate(ended, pad_token_id=2, **GREEDY))
+
+
+def test_what_a_prefix_rules_out_is_refused(random_model, base):
+    ids = torch.tensor([[5, 6]])
+    for options in (
+        {"inputs_embeds": torch.zeros(1, 2, 192)},
+        {"assistant_model": base},
+        {"prompt_lookup_num_tokens": 2},
+    ):
+        with pytest.raises(ValueError, match="does not go with a prefix"):
+            random_model.generate(ids, **options)
+    with pytest.raises(ValueError, match="static cache"):
+        random_model.generate(ids, cache_implementation="quantized")
+    with pytest.raises(ValueError, match="input_ids are missing"):
+        random_model.generate()
+    with pytest.raises(TypeError, match="load_prefix"):
+        random_model.attach("z", "./chatbot")
+    with pytest.raises(TypeError, match="BloomForCausalLM"):
+        PrefixBloom(torch.nn.Linear(2, 2))
+    with torch.device("meta"), pytest.raises(ValueError, match="whole on one device"):
+        PrefixBloom(type(base)(base.config))
+    with pytest.raises(ValueError, match="no prefix 'base'"):
+        random_model.detach("base")
+
+
+def test_it_goes_on_with_the_next_turn(tuned_model, tokenizer):
+    first = tokenizer(PROMPTS[:1], return_tensors="pt")
+    said = tuned_model.generate(**first, prefix_name="short", return_dict_in_generate=True, **GREEDY)
+    text = torch.cat((said.sequences, tokenizer("\n\n" + PROMPTS[1], return_tensors="pt").input_ids), dim=1)
+    anew = tuned_model.generate(text, attention_mask=torch.ones_like(text), prefix_name="short", **GREEDY)
+    with pytest.raises(ValueError, match="leave out prefix_name"):
+        tuned_model.generate(text, past_key_values=said.past_key_values, prefix_name="short", **GREEDY)
+    on = tuned_model.generate(text, attention_mask=torch.ones_like(text), past_key_values=said.past_key_values, **GREEDY)
+    assert torch.equal(on, anew)
+
+
+def test_a_base_with_settings_of_its_own_answers_as_alone(base, tuned, tokenizer, mixed):
+    odd = copy.deepcopy(base)
+    odd.config.use_cache = odd.generation_config.use_cache = False
+    odd.generation_config.update(min_new_tokens=5, no_repeat_ngram_size=2, cache_implementation="static")
+    model = PrefixBloom(odd, tokenizer)
+    model.attach("short", load_prefix(str(tuned["short"])))
+    prompts = mixed[0][:9]
+    together = complete(model, tokenizer, prompts, **GREEDY)
+    assert together == [complete(model, tokenizer, [prompt], **GREEDY)[0] for prompt in prompts]
+
+
+def test_accelerates_hooks_do_not_hide_the_prefix(tuned, tokenizer):
+    base, _ = load_base(demo.MODEL, torch.float32, torch.device("cpu"))
+    plain = PrefixBloom(base)
+    hooked = PrefixBloom(accelerate.dispatch_model(base, {"": "cpu"}, force_hooks=True))
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    for model in (plain, hooked):
+        model.attach("short", load_prefix(str(tuned["short"])))
+    with torch.no_grad():
+        assert torch.equal(hooked(**inputs).logits, plain(**inputs).logits)

@@ -1,11 +1,13 @@
 """What infer.py does, on the bundled model and real prefixes."""
 
 import csv
+import datetime
 import json
 import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -60,14 +62,19 @@ BAD_FLAGS = {
     "--input a.jsonl --output b.jsonl --max_length 9": "--max_length goes with a question or --chat",
     "hello --max_length 9 --max_new_tokens 9": "exclude each other",
     "hello --temperature 0.5": "--temperature is used with --do_sample only",
-    "hello --do_sample --temperature 0": "--temperature must be above 0",
+    "hello --do_sample --temperature 0": "--temperature must be at least 0.00001",
     "hello --do_sample --top_p 0": "--top_p must be above 0",
     "hello --do_sample --top_k -1": "--top_k must be at least 0",
-    "hello --repetition_penalty nan": "--repetition_penalty must be above 0",
+    "hello --repetition_penalty nan": "--repetition_penalty must be at least",
     "hello --num_beams 0": "--num_beams must be at least 1",
     "hello --num_return_sequences 2": "--num_return_sequences 2 needs --do_sample, or as many --num_beams",
     "hello --do_sample --num_beams 2 --num_return_sequences 3": "cannot be above --num_beams",
     "hello --seed -1": "--seed must be at least 0",
+    "hello --seed 18446744073709551616": "--seed must be at least 0 and at most",
+    "hello --do_sample --temperature 1e-40": "--temperature must be at least 0.00001",
+    "a\udcff": "no UTF-8 text",
+    "--chat --max_length 100 --max_new_tokens 100": "must leave room for a question",
+    "--score a.jsonl --num_beams 3": "--num_beams goes with a question or --chat or --input, not with --score",
     "hello --prefix a=x --prefix a=y": "there is a prefix a already",
     "hello --prefix base=x": "give it another name",
     "hello --prefix nowhere/at/all": "nowhere/at/all: no such folder",
@@ -148,6 +155,32 @@ def test_files_are_answered_in_their_order(tmp_path, prefixes, capsys, kind):
     refuses("is there already; go on with it by --resume", *flags)
 
 
+def test_what_json_does_not_know_becomes_text_or_null(tmp_path, prefixes):
+    rows = [{"instruction": "？", "when": datetime.date(2026, 1, 2), "share": float("nan"), "more": ["\u20ac"]}]
+    source, output = write_rows(tmp_path / "rows.parquet", rows), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--max_new_tokens", 4]
+    run_infer(*flags)
+    (found,) = read_lines(output)
+    assert (found["when"], found["share"], found["more"]) == ("2026-01-02", None, ["\u20ac"])
+    run_infer(*flags, "--resume")
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"instruction": "a", "note": "\\ud800"}\n', "utf-8")
+    for resume in ([], ["--resume"]):
+        run_infer("--input", odd, "--output", tmp_path / "odd-answers.jsonl", *flags[4:], *resume)
+    assert read_lines(tmp_path / "odd-answers.jsonl")[0]["note"] == "\ud800"
+
+
+def test_a_full_disk_is_named_and_the_rest_can_be_answered_later(tmp_path, prefixes):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(40)), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 4, "--max_new_tokens", 8]
+    limited = f"ulimit -f 1; {sys.executable} infer.py {shlex.join(map(str, flags))}"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "cannot be written" in result.stderr and "--resume" in result.stderr.splitlines()[-1]
+    run_infer(*flags, "--resume")
+    assert [row["id"] for row in read_lines(output)] == list(range(40))
+
+
 def test_several_sequences_become_a_list(tmp_path, prefixes):
     source, output = write_rows(tmp_path / "rows.jsonl", questions(5)), tmp_path / "answers.jsonl"
     run_infer("--input", source, "--output", output, *prefixes, "--do_sample", "--num_return_sequences", 2)
@@ -191,6 +224,10 @@ def test_resuming_another_input_is_refused(tmp_path, prefixes):
     kept = output.read_bytes()
     write_rows(source, [*questions(3), questions(4)[3] | {"instruction": "？"}])
     refuses("line 4: does not answer row 4", *flags, "--resume")
+    precious = tmp_path / "precious.jsonl"
+    precious.write_text('{"my": "precious data"}', "utf-8")
+    refuses("line 1: does not answer row 1", *flags[:3], precious, *flags[4:], "--resume")
+    assert precious.read_text("utf-8") == '{"my": "precious data"}'
     write_rows(source, questions(3))
     refuses("line 4: does not answer row 4", *flags, "--resume")
     assert output.read_bytes() == kept
@@ -199,6 +236,7 @@ def test_resuming_another_input_is_refused(tmp_path, prefixes):
 BAD_ROWS = {
     "no question": ({"output": "a"}, "line 2: has no column 'instruction'; it has 'output'"),
     "a number": ({"instruction": 5}, "line 2: 'instruction' must be a text, not 5"),
+    "a prefix that is a number": ({"instruction": "a", "prefix": 0}, "names the prefix 0; there are base"),
     "an unknown prefix": ({"instruction": "a", "prefix": "x"}, "names the prefix 'x'; there are base, short, sentence"),
     "an answered row": ({"instruction": "a", "response": "b"}, "line 2: has a column 'response' already"),
     "half a character": ({"instruction": "\ud800"}, "half of a character"),
@@ -262,6 +300,7 @@ def test_scores_are_the_evaluations(tmp_path, tuned, prefixes, tokenizer, capsys
             assert row["loss"][name] == pytest.approx(alone["eval_loss"], rel=1e-4)
             assert f"{row['loss'][name]:.4f}" in lines[index].split()
         assert f"{scores['all']['loss'][name]:.4f}" in total.split()
+    refuses("scores.json is there already; name another", "--score", source, *prefixes, "--output", output)
     refuses("'output' is empty", "--score", write_rows(source, [{"instruction": "a", "output": " "}]), *prefixes)
 
 

@@ -45,6 +45,13 @@ def test_the_card_says_what_was_trained_and_how_good_it_is(finished):
     assert str(finished.parent) not in card and PeftConfig.from_pretrained(finished).peft_type == "PREFIX_TUNING"
 
 
+def test_a_readme_of_the_users_is_not_replaced(tmp_path, rows_file):
+    (tmp_path / "README.md").write_text("# Mine", "utf-8")
+    with pytest.raises(UserError, match=r"holds a README\.md"):
+        train(parse_train_config([*FLAGS, "--dataset", str(rows_file), "--output_dir", str(tmp_path)]))
+    assert (tmp_path / "README.md").read_text("utf-8") == "# Mine"
+
+
 def test_a_base_of_the_hub_stands_in_the_cards_front(finished, tmp_path):
     settings = json.loads((finished / "training_config.json").read_text("utf-8"))
     settings |= {"model_name_or_path": "Langboat/bloom-1b4-zh"}

@@ -62,7 +62,7 @@ def main() -> None:
     theirs.load_adapter(folders[1], STYLES[1])
 
     def by_us(batch_size: int) -> list[str]:
-        return complete(ours, tokenizer, prompts, prefix=styles, batch_size=batch_size, **greedy)
+        return complete(ours, tokenizer, prompts, prefix_name=styles, batch_size=batch_size, **greedy)
 
     @torch.no_grad()
     def by_peft(batch_size: int, by_length: bool = False) -> list[str]:
