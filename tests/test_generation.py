@@ -304,6 +304,8 @@ def test_pipeline_and_streamer_take_it(tuned_model, tokenizer, capsys, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     (answer,) = pipe(PROMPTS[0], max_new_tokens=8, do_sample=False, return_full_text=False)
     assert answer["generated_text"] == "巴黎"
+    (answer,) = pipe(PROMPTS[0], max_new_tokens=16, do_sample=False, return_full_text=False, prefix_name="sentence")
+    assert len(answer["generated_text"]) > 4
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     capsys.readouterr()
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
