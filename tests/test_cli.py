@@ -106,7 +106,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path):
     fails_with("no/model", "train.py", "--model_name_or_path", "no/model", "--output_dir", str(out))
     fails_with("unknown argument --nonsense", "train.py", "--nonsense")
     fails_with("out: no such folder", "infer.py", "你好", "--prefix", str(out))
-    fails_with("--temperature must be above 0", "infer.py", "你好", "--temperature", "0")
+    fails_with("--temperature must be at least 0.00001", "infer.py", "你好", "--temperature", "0")
     fails_with("exclude each other", "infer.py", "你好", "--max_length", "9", "--max_new_tokens", "9")
     fails_with("question", "infer.py")
     assert not out.exists()
