@@ -11,6 +11,7 @@ Generation (generation.py) uses transformers' own forward and `generate`, with t
 import functools
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 
@@ -30,10 +31,13 @@ from prefix_tuning.data import Batch
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for a --device flag. Raises UserError if this machine has no such device."""
+    """The device for a --device flag. Raises UserError if this machine has no such device.
+
+    auto: CUDA, where torchrun has started several processes each its own; else mps, else the CPU.
+    """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

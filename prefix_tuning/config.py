@@ -185,8 +185,8 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and least <= value):
                 raise UserError(f"--{name} must be at least {least}, not {value}")
-            if value is not None and value > MOST:
-                raise UserError(f"--{name} must be at most {MOST}, not {value}")
+        if self.seed > MOST:
+            raise UserError(f"--seed must be at most {MOST}, not {self.seed}")
         if self.num_train_epochs == 0 and self.max_steps < 0:
             raise UserError("--num_train_epochs 0 trains nothing; --max_steps 0 saves the initial prefix")
         if self.eval_fraction >= 1:

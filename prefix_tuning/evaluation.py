@@ -10,6 +10,7 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from prefix_tuning.bloom import label_losses
 from prefix_tuning.data import IGNORED, pack, prompt_of, take
+from prefix_tuning.distributed import gather, share, sum_of
 from prefix_tuning.generation import PrefixBloom, complete
 
 
@@ -35,8 +36,11 @@ def row_losses(
 def evaluate_loss(
     model: BloomForCausalLM, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> dict[str, float]:
-    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset."""
-    losses, labels = map(sum, zip(*row_losses(model, tokenized, prefix, max_tokens), strict=True))
+    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset; processes share the rows."""
+    losses, labels = 0.0, 0
+    for loss, count in row_losses(model, tokenized.select(share(range(len(tokenized)))), prefix, max_tokens):
+        losses, labels = losses + loss, labels + count
+    losses, labels = sum_of([losses, labels])
     return {"eval_loss": losses / labels, "eval_perplexity": perplexity(losses / labels)}
 
 
@@ -48,13 +52,20 @@ def perplexity(loss: float) -> float:
 def answer_rows(
     model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Dataset, prefix: torch.Tensor | None
 ) -> list[str]:
-    """Greedy answers to the questions of `rows` (columns instruction and input), long enough to match their output."""
+    """Greedy answers to the questions of `rows` (columns instruction and input), long enough to match their output.
+
+    Processes share the questions, and all get all answers.
+    """
     prompts = [prompt_of(row["instruction"], row["input"]) for row in rows]
     longest = max(len(ids) for ids in tokenizer(list(rows["output"]), split_special_tokens=True).input_ids)
     prefixed = PrefixBloom(model)
     if prefix is not None:
         prefixed.attach("prefix", prefix)
-    return complete(prefixed, tokenizer, prompts, max_new_tokens=longest + 1, do_sample=False)
+    answers = [""] * len(prompts)
+    parts = gather(complete(prefixed, tokenizer, share(prompts), max_new_tokens=longest + 1, do_sample=False))
+    for process, part in enumerate(parts):
+        answers[process :: len(parts)] = part
+    return answers
 
 
 def exact_match(answers: list[str], rows: Dataset) -> float:

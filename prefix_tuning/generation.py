@@ -247,7 +247,7 @@ def complete_batches(
     max_new_tokens is needed.
     """
     names = prefix_name if isinstance(prefix_name, list) else [prefix_name or model.active] * len(prompts)
-    ids = tokenizer(prompts, split_special_tokens=True).input_ids
+    ids = tokenizer(prompts, split_special_tokens=True).input_ids if prompts else []
     order = sorted(range(len(prompts)), key=lambda place: (names[place], len(ids[place])))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from prefix_tuning import demo
+from prefix_tuning import demo, distributed
 from prefix_tuning.bloom import is_out_of_memory, load_base, max_tokens_per_batch, resolve_device, resolve_dtype
 from prefix_tuning.checkpoint import base_of, load_prefix, write_json
 from prefix_tuning.config import InferConfig, Interrupted, UserError
@@ -28,12 +28,23 @@ WINDOW = 8  # batches of a file that are sorted by length together
 
 
 def infer(config: InferConfig) -> None:
-    """Does what `config` asks for. Raises UserError for a mistake in the settings or the data."""
+    """Does what `config` asks for. Of several processes that torchrun has started, each answers its part of a file.
+
+    Raises UserError for a mistake in the settings or the data.
+    """
+    device = resolve_device(config.device)
+    with distributed.processes(device):
+        _infer(config, device)
+
+
+def _infer(config: InferConfig, device: torch.device) -> None:
+    if distributed.world_size() > 1 and not config.input:
+        raise UserError("several processes can only share an --input; start infer.py without torchrun")
     names = [BASE, *config.named_prefixes()]
     rows = sum(1 for _ in read_questions(config.input, names)) if config.input else 0  # no mistake waits for the model
     if config.output:
         check_output(config)
-    model, tokenizer = open_model(config)
+    model, tokenizer = open_model(config, device)
     try:
         if config.chat:
             from prefix_tuning.chat import Chat  # readline, which it imports, is for terminals only
@@ -52,9 +63,8 @@ def infer(config: InferConfig) -> None:
         raise UserError(f"{model.device} ran out of memory; {hint}") from error
 
 
-def open_model(config: InferConfig) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
+def open_model(config: InferConfig, device: torch.device) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
     """The base with all prefixes attached, and its tokenizer."""
-    device = resolve_device(config.device)
     folders = config.named_prefixes()
     prefixes = {name: load_prefix(folder) for name, folder in folders.items()}
     first = next(iter(prefixes))
@@ -160,32 +170,35 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
     A run that stops, for whatever reason, leaves whole lines but for the last, and config.resume goes on behind them.
     """
     output, options = Path(config.output), decoding_options(config)
-    names = [BASE, *model.prefixes]
-    questions, window = read_questions(config.input, names), WINDOW * config.batch_size
+    names, main, processes = [BASE, *model.prefixes], distributed.is_main(), distributed.world_size()
+    questions, window = read_questions(config.input, names), WINDOW * config.batch_size * processes
     done = 0
     try:
-        done = rows_done(config, names)
+        done = distributed.from_main(rows_done(config, names) if main else 0)
         with (
-            open(output, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
-            tqdm(total=rows, initial=done, unit="row") as bar,
+            open(output if main else os.devnull, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+            tqdm(total=rows, initial=done, unit="row", disable=not main) as bar,
         ):
             for position in range(0, rows, window):
                 part = list(itertools.islice(questions, window))
                 if position + len(part) <= done:
                     continue
-                answers: dict[int, list[str]] = {}
+                mine = distributed.share(part)
                 batches = complete_batches(
                     model,
                     tokenizer,
-                    [prompt for _, prompt, _ in part],
-                    [prefix or model.active for _, _, prefix in part],
+                    [prompt for _, prompt, _ in mine],
+                    [prefix or model.active for _, _, prefix in mine],
                     config.batch_size,
                     config.seed + position,
-                    first=max(0, done - position),
+                    first=max(0, done - position) // processes,
                     **options,
                 )
-                for places, completions in batches:
-                    answers.update(zip(places, completions, strict=True))
+                answers: dict[int, list[str]] = {}
+                # Every process takes as many turns, some of them empty: they meet after each.
+                for _ in range(math.ceil(math.ceil(len(part) / processes) / config.batch_size)):
+                    for process, (places, completions) in enumerate(distributed.gather(next(batches, ([], [])))):
+                        answers.update(zip((place * processes + process for place in places), completions, strict=True))
                     while done - position in answers:
                         row, response = part[done - position][0], answers[done - position]
                         response = response if config.num_return_sequences > 1 else response[0]
@@ -197,7 +210,8 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
         raise UserError(f"{output}: cannot be written: {error.strerror}; mend that and go on with --resume") from error
     except KeyboardInterrupt:
         raise Interrupted(f"stopped after {done} of {rows} rows; go on with --resume", signal.SIGINT) from None
-    print(f"{rows} rows answered: {output}", file=sys.stderr)
+    if main:
+        print(f"{rows} rows answered: {output}", file=sys.stderr)
 
 
 def rows_done(config: InferConfig, names: list[str]) -> int:

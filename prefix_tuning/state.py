@@ -23,6 +23,9 @@ class Progress:
     """Where a run stands, in plain numbers."""
 
     step: int = 0
+    epoch: int = 0  # the next row to train on: its epoch, and its place in the order of that epoch
+    row: int = 0
+    rows_per_step: int = 0
     seconds: float = 0.0  # of training; evaluation and saving do not count
     tokens: int = 0
     logged_step: int = 0  # the same three at the last line of metrics
@@ -88,6 +91,8 @@ class TrainingState:
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict) -> None:
         """Becomes the state that `tensors` and `numbers` describe. Raises KeyError or ValueError if they describe none."""
+        if numbers["progress"].keys() != vars(self.progress).keys():
+            raise ValueError("the checkpoint notes other figures than this program")
         self.progress = Progress(**numbers["progress"])
         for name, value in vars(self.progress).items():
             if not isinstance(value, (int, float)) and not (name == "best_loss" and value is None):

@@ -27,6 +27,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
+from prefix_tuning import distributed
 from prefix_tuning.bloom import (
     block_runner,
     fingerprint,
@@ -44,6 +45,7 @@ from prefix_tuning.checkpoint import (
     ENCODER_FILE,
     check_base,
     find_checkpoints,
+    load_checkpoint,
     load_encoder,
     newest_checkpoint,
     portable_name,
@@ -55,7 +57,7 @@ from prefix_tuning.checkpoint import (
     write_json,
 )
 from prefix_tuning.config import Interrupted, PrefixConfig, TrainConfig, UserError
-from prefix_tuning.data import Example, digest, load_rows, pack, take, tokenize
+from prefix_tuning.data import IGNORED, Example, digest, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
 from prefix_tuning.report import (
@@ -79,70 +81,68 @@ except ImportError:  # Windows
 def train(config: TrainConfig) -> dict:
     """Runs the training that `config` describes, writes its output folder and returns the summary of metrics.jsonl.
 
-    Raises UserError for a mistake in the settings or the data, for a disk that is full, and for a loss that stops being
-    finite; Interrupted after a signal.
+    Of several processes that torchrun has started, each trains on its part of every step's rows, and main writes. Raises
+    UserError for a mistake in the settings or the data, for a disk that is full, and for a loss that stops being finite;
+    Interrupted after a signal.
     """
+    device = resolve_device(config.device)
+    with distributed.processes(device):
+        return _train(config, device)
+
+
+def _train(config: TrainConfig, device: torch.device) -> dict:
     output_dir = Path(config.output_dir)
-    resumed = None
-    if config.resume_from_checkpoint:
-        resumed = newest_checkpoint(config.resume_from_checkpoint, output_dir)
-    if resumed is None and not config.overwrite_output_dir:
+    resumed = find_resumed(config)
+    if resumed is None and not config.overwrite_output_dir and not distributed.restarted():
         if (output_dir / ADAPTER_CONFIG_FILE).exists():
             hint = "add --overwrite_output_dir or name another --output_dir"
             raise UserError(f"{config.output_dir} holds a prefix already; {hint}")
+        if find_checkpoints(output_dir) and not config.resume_from_checkpoint:
+            hint = "go on with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
+            raise UserError(f"{config.output_dir} holds checkpoints of a run that did not finish; {hint}")
         if (output_dir / CARD_FILE).exists():
             raise UserError(
                 f"{config.output_dir} holds a {CARD_FILE}, which a model card would replace; name another folder"
             )
-        if find_checkpoints(output_dir) and not config.resume_from_checkpoint:
-            hint = "go on with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
-            raise UserError(f"{config.output_dir} holds checkpoints of a run that did not finish; {hint}")
     # What the hub has against it should be known before the training.
-    repository = create_repository(config.push_to_hub) if config.push_to_hub else None
-    device = resolve_device(config.device)
+    repository = create_repository(config.push_to_hub) if config.push_to_hub and distributed.is_main() else None
     dtype = resolve_dtype(config.precision, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         # The same seed gives the same bits; cuBLAS wants its part said before its first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    train_rows, eval_rows = load_splits(config)
-    model, tokenizer = load_base(config.model_name_or_path, dtype, device)
-    base = fingerprint(model, tokenizer)
-    train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
-    evaluator = None
-    if eval_rows is not None and config.max_steps != 0:
-        evaluator = Evaluator(config, model, tokenizer, eval_rows)
+    with distributed.first_on_each_machine():  # rows and tokens are prepared once, and found cached
+        train_rows, eval_rows = load_splits(config)
+        model, tokenizer = load_base(config.model_name_or_path, dtype, device)
+        base = fingerprint(model, tokenizer)
+        train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
+        evaluator = None
+        if eval_rows is not None and config.max_steps != 0:
+            evaluator = Evaluator(config, model, tokenizer, eval_rows)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, model, tokenizer, base).to(device)
     checkpoints = Checkpoints(config, identity(config, base, digest(train_set), dtype), resumed)
     del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
 
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {config.output_dir}: cannot be made: {error.strerror}; name another folder"
-        ) from error
-    remove_drafts(output_dir)
-    if checkpoints.resumed is None:
-        for old in find_checkpoints(output_dir):
-            old.unlink()
-    write_json(output_dir / CONFIG_FILE, describe_run(config, encoder.config, device, dtype, len(train_set)))
-    with replacing(output_dir / METRICS_FILE) as draft:
-        draft.write_bytes(checkpoints.metrics_so_far())
+    if distributed.is_main():
+        description = describe_run(config, encoder.config, device, dtype, len(train_set))
+        prepare_output(output_dir, description, checkpoints)
     # An earlier prefix stays in place until the new one is whole.
-    board = open_board(output_dir, checkpoints.next_step()) if config.report_to == "tensorboard" else None
-    with open(output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
+    board = None
+    if config.report_to == "tensorboard" and distributed.is_main():
+        board = open_board(output_dir, checkpoints.next_step())
+    with open(output_dir / METRICS_FILE if distributed.is_main() else os.devnull, "a", encoding="utf-8") as file:
         metrics = MetricsFile(file, board)
         try:
             with checkpoints.listening():
                 state = fit(config, model, encoder, train_set, evaluator, metrics, checkpoints)
         except NotFinite as error:
             kept = "there is no good prefix to keep"
-            if error.good_prefix is not None:
+            if error.good_prefix is not None and distributed.is_main():
                 save_adapter(output_dir, error.good_prefix, encoder.config, base)
                 (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # of an earlier run; this one's weights are past help
+            if error.good_prefix is not None:
                 kept = f"the last good prefix is saved in {config.output_dir} (for infer.py; it cannot be trained further)"
             hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
             raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
@@ -165,8 +165,9 @@ def train(config: TrainConfig) -> dict:
             print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
         summary = summarise(state)
         metrics.write(summary)
-    plot_curves(output_dir)
-    write_card(output_dir)
+    if distributed.is_main():
+        plot_curves(output_dir)
+        write_card(output_dir)
     if evaluator:
         evaluator.show_answers()
     print(f"{summary['steps']} steps in {summary['train_seconds']:.1f} s; the prefix is saved in {config.output_dir}")
@@ -176,10 +177,44 @@ def train(config: TrainConfig) -> dict:
     return summary
 
 
+def find_resumed(config: TrainConfig) -> tuple[Path, dict, dict] | None:
+    """The checkpoint to go on from, as main finds it: path, tensors and state. None if there is none, or none is wanted.
+
+    After a restart by torchrun that is the newest one of this run, wherever the run had begun.
+    """
+    where, found = config.resume_from_checkpoint, None
+    if distributed.restarted() and find_checkpoints(Path(config.output_dir)):
+        where = "latest"
+    if distributed.is_main() and where:
+        found = newest_checkpoint(where, Path(config.output_dir))
+    path = distributed.from_main(found and str(found[0]))
+    return found or (path and (Path(path), *load_checkpoint(Path(path))))
+
+
+def prepare_output(output_dir: Path, description: dict, checkpoints: "Checkpoints") -> None:
+    """Makes the folder, clears it of what a killed run left, and writes what is known before the first step.
+
+    Raises UserError if it cannot be made.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be made: {error.strerror}; name another folder") from error
+    remove_drafts(output_dir)
+    if checkpoints.resumed is None:
+        for old in find_checkpoints(output_dir):
+            old.unlink()
+    write_json(output_dir / CONFIG_FILE, description)
+    with replacing(output_dir / METRICS_FILE) as draft:
+        draft.write_bytes(checkpoints.metrics_so_far())
+
+
 def save_output(output_dir: Path, encoder: PrefixEncoder, base: dict) -> None:
     """What a run is for: the trainable weights and the baked prefix."""
-    save_encoder(output_dir, encoder, base)
-    save_adapter(output_dir, encoder.bake(), encoder.config, base)
+    distributed.check_equal(list(encoder.parameters()), "weights")
+    if distributed.is_main():
+        save_encoder(output_dir, encoder, base)
+        save_adapter(output_dir, encoder.bake(), encoder.config, base)
 
 
 def summarise(state: TrainingState) -> dict:
@@ -205,12 +240,17 @@ class Checkpoints:
 
     def __init__(self, config: TrainConfig, run: dict, resumed: tuple[Path, dict, dict] | None):
         self.config, self.folder, self.run, self.resumed = config, Path(config.output_dir), run, resumed
-        self.signal: int | None = None
+        self.heard = 0  # the number of the signal that this process has got
+        self.signal = 0  # ... that all have agreed to stop for
         if resumed:
             path, _, numbers = resumed
             if not (isinstance(numbers.get("run"), dict) and isinstance(numbers.get("metrics_bytes"), int)):
                 raise UserError(f"{path}: is no checkpoint of this program")
             check_same_run(numbers["run"], run, str(path))
+            try:
+                self.start()
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: is no checkpoint of this program: {error!r}") from error
 
     def metrics_so_far(self) -> bytes:
         """What metrics.jsonl held when the checkpoint was written; later lines will be written again."""
@@ -223,9 +263,13 @@ class Checkpoints:
             print(f"{file}: has lost lines since the checkpoint was written; they stay lost", file=sys.stderr)
         return lines[: lines.rfind(b"\n") + 1]
 
+    def start(self) -> Progress:
+        """Where the run goes on, or begins."""
+        return Progress(**self.resumed[2]["progress"]) if self.resumed else Progress()
+
     def next_step(self) -> int:
         """The first step whose figures are not in metrics.jsonl yet; 0 is the frozen base."""
-        return self.resumed[2]["progress"]["step"] + 1 if self.resumed else 0
+        return self.start().step + 1 if self.resumed else 0
 
     def restore(self, state: TrainingState) -> bool:
         """Brings `state` to where the checkpoint was written. Returns False if there is none."""
@@ -245,7 +289,7 @@ class Checkpoints:
         """SIGINT and SIGTERM let the step end and be saved; a second one stops the process at once."""
 
         def note(number: int, frame) -> None:
-            self.signal = number
+            self.heard = number
             signal.signal(number, signal.SIG_DFL)
 
         heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -257,16 +301,24 @@ class Checkpoints:
                 signal.signal(number, handler)
 
     def due(self, step: int) -> bool:
+        """Whether to save after this step; all processes agree on it."""
+        self.signal = distributed.most_of(self.heard)
         save_steps = self.config.save_steps
-        return self.signal is not None or (save_steps > 0 and step % save_steps == 0)
+        return self.signal > 0 or (save_steps > 0 and step % save_steps == 0)
 
     def save(self, state: TrainingState, metrics: "MetricsFile") -> None:
         """Writes a checkpoint. Raises Interrupted if a signal was the reason."""
-        numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
-        save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.config.save_total_limit)
-        if self.signal is not None:
+        distributed.check_equal(list(state.encoder.parameters()), "weights")
+        if distributed.is_main():
+            self.write(state, metrics)
+        if self.signal:
+            distributed.barrier()  # until it is written
             name = signal.Signals(self.signal).name
             raise Interrupted(f"{name}: stopped after step {state.progress.step}{self.how_to_go_on()}", self.signal)
+
+    def write(self, state: TrainingState, metrics: "MetricsFile") -> None:
+        numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
+        save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.config.save_total_limit)
 
     def how_to_go_on(self) -> str:
         """The way back to work, if there is a checkpoint: part of a message."""
@@ -324,9 +376,17 @@ def fit(
     Raises NotFinite, and Interrupted where a signal asks to stop. Nothing here waits for the device but the reading of the
     figures, once per --logging_steps, and fp16's loss scale.
     """
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    processes = distributed.world_size()
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
-    total_steps = config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    start = checkpoints.start() if checkpoints else Progress()
+    total_steps = config.max_steps
+    if total_steps < 0:
+        # What is done counts as it was done; the rest is counted in steps of today's size.
+        passed = start.epoch * steps_per_epoch + math.ceil(start.row / rows_per_step)
+        total_steps = start.step + max(0, math.ceil(config.num_train_epochs * steps_per_epoch) - passed)
+    if start.step and start.rows_per_step != rows_per_step:
+        print(f"a step has {rows_per_step} rows now, of {processes} processes; before the checkpoint, {start.rows_per_step}")
     state = TrainingState(config, encoder, total_steps, model.dtype)
     scaler = state.scaler
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
@@ -336,22 +396,29 @@ def fit(
     run = block_runner(config.gradient_checkpointing, config.torch_compile)
     if config.torch_compile:
         first_rows = next(step_rows(config, len(train_set), rows_per_step, 1))
-        examples = take(train_set, first_rows)
+        examples = take(train_set, distributed.share(first_rows))
         state.compile_seconds = compile_for(model, encoder.bake(), examples, max_tokens, run)
 
     if not (checkpoints and checkpoints.restore(state)) and evaluator:
         metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
     progress = state.progress
-    todo = itertools.islice(step_rows(config, len(train_set), rows_per_step, total_steps), progress.step, None)
+    progress.rows_per_step = rows_per_step
+    todo = step_rows(config, len(train_set), rows_per_step, total_steps - progress.step, progress.epoch, progress.row)
     if stops_early(config, progress):
         todo = iter(())
     started = time.perf_counter()
-    with tqdm(total=total_steps, initial=progress.step, unit="step", desc="training") as bar:
+    with tqdm(
+        total=total_steps, initial=progress.step, unit="step", desc="training", disable=not distributed.is_main()
+    ) as bar:
         for step, indices in enumerate(todo, start=progress.step + 1):
-            examples = take(train_set, indices)
+            examples = take(train_set, distributed.share(indices))  # this process's rows
+            labels, tokens = distributed.sum_of([count_labels(examples), sum(len(x.input_ids) for x in examples)])
             prefix = encoder()  # once per step: it is the same for all rows
             leaf = prefix.detach().requires_grad_()  # where the gradients of all rows meet
-            loss = accumulate_gradients(model, leaf, examples, scaler, max_tokens, run)
+            loss = accumulate_gradients(model, leaf, examples, labels, scaler, max_tokens, run)
+            if processes > 1:  # all that travels: the gradient of the prefix, and the loss
+                summed = distributed.all_sum(torch.cat((leaf.grad.flatten(), loss.view(1))))
+                leaf.grad, loss = summed[:-1].view_as(leaf), summed[-1]
 
             # An overflow of scaled fp16 gradients is the scaler's business: it skips the step and scales less.
             finite = loss.isfinite() & (leaf.grad.isfinite().all() | scaler.is_enabled())
@@ -370,11 +437,15 @@ def fit(
             state.optimizer.zero_grad(set_to_none=True)
             state.losses += loss
             progress.step = step
-            progress.tokens += sum(len(example.input_ids) for example in examples)
+            progress.tokens += int(tokens)
+            progress.row += len(indices)
+            if progress.row == len(train_set):
+                progress.epoch, progress.row = progress.epoch + 1, 0
             bar.update()
 
             logging = step % config.logging_steps == 0 or step == total_steps
-            evaluating = evaluator and step % (config.eval_steps or steps_per_epoch) == 0 and step < total_steps
+            interval_ends = step % config.eval_steps == 0 if config.eval_steps else progress.row == 0
+            evaluating = evaluator and interval_ends and step < total_steps
             saving = checkpoints and checkpoints.due(step)
             if not (logging or evaluating or saving):
                 continue
@@ -388,7 +459,7 @@ def fit(
                 metrics.write(
                     {
                         "step": step,
-                        "epoch": round(step / steps_per_epoch, 4),
+                        "epoch": round(progress.epoch + math.ceil(progress.row / rows_per_step) / steps_per_epoch, 4),
                         "loss": mean_loss,
                         "learning_rate": learning_rate,
                         "grad_norm": norm,
@@ -423,20 +494,20 @@ def accumulate_gradients(
     model: BloomForCausalLM,
     leaf: torch.Tensor,
     examples: list[Example],
+    labels: float,
     scaler: torch.amp.GradScaler,
     max_tokens: int,
     run: Callable[..., torch.Tensor] = run_block,
 ) -> torch.Tensor:
-    """Forward and backward for all rows of one optimizer step.
+    """Forward and backward for this process's rows of one optimizer step, of whose loss they are a part.
 
-    leaf: the prefix (layers, 2, heads, tokens, head_dim); its .grad receives the (scaled) gradient of the loss. Returns the
-    loss, the mean over all labels of the step: a scalar on the model's device. max_tokens bounds the memory of one pass;
-    run: a `block_runner`.
+    leaf: the prefix (layers, 2, heads, tokens, head_dim); its .grad receives the (scaled) gradient. labels: how many there
+    are in the whole step, over which the loss is the mean. Returns this part of it: a scalar on the model's device.
+    max_tokens bounds the memory of one pass; run: a `block_runner`.
     """
-    batches = list(pack(examples, max_tokens))
-    labels = sum(len(batch.labels) for batch in batches)
     loss = torch.zeros((), device=model.device)
-    for batch in batches:
+    leaf.grad = torch.zeros_like(leaf)
+    for batch in pack(examples, max_tokens):
         part = label_losses(model, batch.to(model.device), leaf, run).sum() / labels
         scaler.scale(part).backward()
         loss += part.detach()
@@ -453,7 +524,8 @@ def compile_for(
     started = time.perf_counter()
     try:
         scaler = torch.amp.GradScaler(model.device.type, enabled=False)
-        accumulate_gradients(model, prefix.clone().requires_grad_(), examples, scaler, max_tokens, run)
+        leaf = prefix.clone().requires_grad_()
+        accumulate_gradients(model, leaf, examples, count_labels(examples), scaler, max_tokens, run)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--torch_compile does not work here: {reason}; leave the flag out") from error
@@ -462,18 +534,26 @@ def compile_for(
     return seconds
 
 
-def step_rows(config: TrainConfig, rows: int, rows_per_step: int, total_steps: int) -> Iterator[list[int]]:
-    """The places of the rows of each optimizer step. An epoch's last step takes what is left of the epoch."""
+def count_labels(examples: list[Example]) -> int:
+    """How many labels are predicted: a row's first token has nothing before it that could."""
+    return sum(label != IGNORED for example in examples for label in example.labels[1:])
+
+
+def step_rows(
+    config: TrainConfig, rows: int, rows_per_step: int, total_steps: int, first_epoch: int = 0, row: int = 0
+) -> Iterator[list[int]]:
+    """The places of the rows of each optimizer step, from one of an epoch on. An epoch's last step takes what is left."""
     steps = 0
-    for epoch in itertools.count():
+    for epoch in itertools.count(first_epoch):
         order = torch.arange(rows)  # a tensor, because a list of ten million numbers takes 400 MB
         if config.shuffle:
             order = torch.randperm(rows, generator=torch.Generator().manual_seed(config.seed + epoch))
-        for start in range(0, rows, rows_per_step):
+        for start in range(row, rows, rows_per_step):
             if steps == total_steps:
                 return
             steps += 1
             yield order[start : start + rows_per_step].tolist()
+        row = 0
 
 
 class Evaluator:

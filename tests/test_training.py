@@ -20,7 +20,7 @@ from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.data import IGNORED, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.report import CARD_FILE, CONFIG_FILE, METRICS_FILE, PLOT_FILE
-from prefix_tuning.training import accumulate_gradients, load_splits, make_encoder, step_rows, train
+from prefix_tuning.training import accumulate_gradients, count_labels, load_splits, make_encoder, step_rows, train
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -74,7 +74,7 @@ def gradients(model, encoder, examples):
     """One step's gradients in the encoder, as the loop leaves them; returns the loss and the prefix that gave it."""
     prefix = encoder()
     leaf = prefix.detach().requires_grad_()
-    loss = accumulate_gradients(model, leaf, examples, NO_SCALER, max_tokens=1000)
+    loss = accumulate_gradients(model, leaf, examples, count_labels(examples), NO_SCALER, max_tokens=1000)
     prefix.backward(leaf.grad)
     return loss.item(), leaf.detach()
 

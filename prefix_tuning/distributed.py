@@ -1,0 +1,126 @@
+"""Many processes as one: the little that the program needs of torch.distributed. A process alone passes through it.
+
+`torchrun` starts the processes and sets RANK, LOCAL_RANK and WORLD_SIZE. Each holds the frozen base and the encoder; they
+meet once per optimizer step, to sum the gradient of the prefix. Process 0, `main`, is the one that prints and writes.
+"""
+
+import datetime
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(minutes=30)  # of a meeting; one process may evaluate or load while the others wait
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+class PeerLost(Exception):
+    """Another process is gone, so there will be no meeting."""
+
+
+def restarted() -> bool:
+    """Whether torchrun has started these processes anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Joins the other processes that torchrun started, if it did; all but main fall silent on stdout.
+
+    gloo carries what lies on the CPU, nccl what lies on CUDA.
+    """
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stdout if is_main() else nowhere):
+            yield
+    except PeerLost as error:
+        print(f"process {rank()}: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_on_each_machine() -> Iterator[None]:
+    """Lets one process per machine do something, and the others do it after that: they find it cached."""
+    waits = os.environ.get("LOCAL_RANK", "0") != "0"
+    if waits:
+        barrier()
+    yield
+    if not waits:
+        barrier()
+
+
+def barrier() -> None:
+    sum_of([0])
+
+
+def share(values: Sequence) -> Sequence:
+    """This process's part of `values`, which all processes have: every world_size-th."""
+    return values[rank() :: world_size()]
+
+
+def all_sum(tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Sums a tensor over all processes, in place: the same bits in each. Raises PeerLost if one of them is gone."""
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(tensor, operation)
+        except RuntimeError as error:
+            raise PeerLost(f"another process of this run has ended ({error})") from error
+    return tensor
+
+
+def sum_of(numbers: list[float]) -> list[float]:
+    """Each number summed over all processes, in float64, by way of the CPU: nothing waits for a GPU."""
+    return all_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
+def most_of(number: int) -> int:
+    """The largest of what the processes have."""
+    return int(all_sum(torch.tensor(number), dist.ReduceOp.MAX))
+
+
+def from_main(value):
+    """What main has: anything that JSON knows."""
+    return gather(value if is_main() else None)[0]
+
+
+def gather(value) -> list:
+    """What each process has, in the order of the ranks: anything that JSON knows."""
+    if not dist.is_initialized():
+        return [value]
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).long()
+    lengths = torch.zeros(world_size(), dtype=torch.int64)
+    lengths[rank()] = len(content)
+    lengths = all_sum(lengths).tolist()
+    parts = [torch.zeros(length, dtype=torch.int64) for length in lengths]
+    parts[rank()] = content
+    texts = all_sum(torch.cat(parts)).to(torch.uint8).split(lengths)
+    return [json.loads(bytes(text.tolist())) for text in texts]
+
+
+def check_equal(tensors: list[torch.Tensor], what: str) -> None:
+    """Raises RuntimeError unless all processes have the same bits, as a sum over them tells."""
+    sums = [int(tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in tensors]
+    if len({tuple(other) for other in gather(sums)}) > 1:
+        raise RuntimeError(f"the processes no longer have the same {what}")

@@ -1,0 +1,158 @@
+"""Several processes as one, on this machine with gloo."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from prefix_tuning.checkpoint import ADAPTER_FILE, ENCODER_FILE, find_checkpoints
+
+FLAGS = {
+    "eval_fraction": 0.2, "eval_exact_match": True, "max_steps": 6, "logging_steps": 1, "eval_steps": 3, "save_steps": 2,
+    "per_device_train_batch_size": 2, "num_virtual_tokens": 4, "learning_rate": 5e-3, "encoder_hidden_size": 24,
+}  # fmt: skip
+
+
+def start(script, processes, flags, *more, restarts=0):
+    """Starts train.py or infer.py under torchrun, or without for one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+    command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command = (command if processes > 1 else [sys.executable]) + [str(ROOT / script)]
+    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *more], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(script, processes, flags, *more, **options):
+    process = start(script, processes, flags, *more, **options)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def train(processes, flags, *more, **options):
+    code, out, err = run("train.py", processes, flags, *more, **options)
+    assert code == 0, err
+    return out
+
+
+def figures(folder):
+    """metrics.jsonl without the clock's figures and the memory."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
+    clocked = {"tokens_per_second", "train_seconds", "peak_memory_mb"}
+    return [{name: value for name, value in line.items() if name not in clocked} for line in lines]
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys() and all(a[name] == pytest.approx(b[name], rel=tolerance) for name in a), (a, b)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, rows_file):
+    """A run of one process with four times the accumulation: 8 rows a step."""
+    flags = FLAGS | {"dataset": rows_file, "gradient_accumulation_steps": 4}
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    train(1, flags | {"output_dir": folder})
+    return flags, folder
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_train_as_one_with_as_many_rows(alone, tmp_path, processes):
+    flags, folder = alone
+    flags = flags | {"gradient_accumulation_steps": 4 // processes, "output_dir": tmp_path / "out"}
+    out = train(processes, flags)
+    assert_close(figures(tmp_path / "out"), figures(folder))
+    assert out.count("frozen base: eval loss") == 1 and out.count("the prefix is saved in") == 1  # only main speaks
+    for name in (ENCODER_FILE, ADAPTER_FILE):
+        ours, theirs = load_file(tmp_path / "out" / name), load_file(folder / name)
+        assert all((ours[key] - theirs[key]).norm() <= 1e-3 * theirs[key].norm() for key in theirs)
+    files = {path.name for path in folder.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_steps_with_fewer_rows_than_processes_and_rows_without_labels(tmp_path, tokenizer):
+    rows = [{"instruction": "问" * length, "output": "答案"} for length in (3, 60, 4, 60, 60)]  # 60: cut before the answer
+    rows += [{"instruction": "a", "output": "b"}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    flags = {
+        **{name: FLAGS[name] for name in ("logging_steps", "num_virtual_tokens", "learning_rate")},
+        "dataset": tmp_path / "rows.jsonl", "max_length": 40, "num_train_epochs": 2, "shuffle": False,
+    }  # fmt: skip
+    train(1, flags | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 3})
+    train(3, flags | {"output_dir": tmp_path / "three", "gradient_accumulation_steps": 1})
+    assert_close(figures(tmp_path / "three"), figures(tmp_path / "one"))
+    assert len(figures(tmp_path / "one")) == 5  # 4 rows, 3 and 1, twice, and the summary
+
+
+def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
+    flags = alone[0] | {"gradient_accumulation_steps": 2, "max_steps": 40, "eval_steps": 100, "save_steps": 1}
+    whole = flags | {"output_dir": tmp_path / "whole"}
+    train(2, whole)
+    killed = flags | {"output_dir": tmp_path / "killed"}
+    process = start("train.py", 2, killed, restarts=2)
+    deadline = time.monotonic() + 120
+    while not find_checkpoints(tmp_path / "killed") and time.monotonic() < deadline and process.poll() is None:
+        os.sched_yield()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victim = next(pid for pid in children if b"RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(victim), signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "going on after step" in out
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+    for name in (ENCODER_FILE, ADAPTER_FILE):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path):
+    flags = alone[0] | {"gradient_accumulation_steps": 1, "num_train_epochs": 2, "max_steps": -1, "shuffle": False}
+    flags |= {"eval_exact_match": False, "eval_steps": 100, "output_dir": tmp_path / "out"}
+    train(2, flags | {"save_total_limit": 100})  # 32 rows, 4 a step: 8 steps an epoch
+    out = train(1, flags, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-10.safetensors"))
+    assert "a step has 2 rows now, of 1 processes; before the checkpoint, 4" in out
+    # After 10 steps of 4 rows, 24 of the second epoch's 32 are left: 12 steps of 2.
+    assert figures(tmp_path / "out")[-1]["steps"] == 22
+    rows = [line["loss"] for line in figures(tmp_path / "out") if "loss" in line]
+    assert len(rows) == 22
+
+
+def test_signals_stop_all_processes_after_the_same_step(alone, tmp_path):
+    flags = alone[0] | {"gradient_accumulation_steps": 1, "max_steps": 100_000, "save_steps": 10, "eval_steps": 10**6}
+    process = start("train.py", 2, flags | {"output_dir": tmp_path / "out"})
+    while not find_checkpoints(tmp_path / "out") and process.poll() is None:
+        os.sched_yield()
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0
+    stopped = re.search(r"SIGTERM: stopped after step (\d+); .*checkpoint-(\d+)\.safetensors is intact", err)
+    assert stopped and stopped[1] == stopped[2] and err.count("stopped after step") == 1
+
+
+def test_a_mistake_is_said_once(tmp_path):
+    code, _, err = run("train.py", 2, {"dataset": "nowhere.jsonl", "output_dir": tmp_path / "out"})
+    assert code != 0 and err.count("error: nowhere.jsonl: no such file") == 1
+
+
+def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned):
+    rows = [{"instruction": f"{a}加{b}等于多少？", "id": 10 * a + b} for a in range(1, 8) for b in range(1, 6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    flags = {"input": tmp_path / "rows.jsonl", "prefix": tuned["short"], "batch_size": 2, "max_new_tokens": 8}
+    for processes, name in ((1, "one"), (2, "two")):
+        code, _, err = run("infer.py", processes, flags | {"output": tmp_path / f"{name}.jsonl"})
+        assert code == 0, err
+    whole = (tmp_path / "one.jsonl").read_bytes()
+    assert (tmp_path / "two.jsonl").read_bytes() == whole
+    (tmp_path / "two.jsonl").write_bytes(whole[: len(whole) // 3])
+    code, _, err = run("infer.py", 2, flags | {"output": tmp_path / "two.jsonl"}, "--resume")
+    assert code == 0 and (tmp_path / "two.jsonl").read_bytes() == whole, err
