@@ -69,16 +69,19 @@ def _run(command: Callable[[list[str]], None]) -> None:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback."""
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # a closed one is None
         stream.reconfigure(errors="replace")  # what is no character, or cannot be shown, becomes a ? instead of an error
+    rank = os.environ.get("RANK", "0")  # torchrun's number of this process
+    main = rank == "0"
     disable_progress_bar()  # transformers' own, one per file of weights; ours stay
     try:
         command(sys.argv[1:])
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(("" if main else f"process {rank}: ") + "error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if main:
+            print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         sys.exit(130)
