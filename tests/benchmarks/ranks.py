@@ -1,0 +1,92 @@
+"""Kills random processes of a torchrun job until it has ended, and compares what it leaves with a job that was never killed.
+
+    python tests/benchmarks/ranks.py --kills 20 --processes 2
+
+Each job has a checkpoint after every step and as many restarts as it needs; torchrun goes on by itself. Weights must be the
+same bit for bit, metrics but for the clock's figures. A new job starts when one has ended before all kills are done.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = "--dataset bundled:short --eval_exact_match false --eval_steps 1000 --max_steps 60 --num_virtual_tokens 4"
+FLAGS += " --per_device_train_batch_size 2 --save_steps 1 --logging_steps 1"
+
+
+def start(processes: int, output: Path, restarts: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [f"--max_restarts={restarts}", str(ROOT / "train.py"), *FLAGS.split(), "--output_dir", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(output.parent / f"{output.name}.log", "w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def workers(job: subprocess.Popen) -> list[int]:
+    """The processes of a job, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")}
+    return [found[rank] for rank in sorted(found)]
+
+
+def left_by(output: Path) -> tuple[dict, list[dict]]:
+    tensors = load_file(output / "prefix_encoder.safetensors") | load_file(output / "adapter_model.safetensors")
+    clock = {"tokens_per_second", "train_seconds", "peak_memory_mb"}
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return tensors, [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    rng, kills, jobs, slowest = random.Random(args.seed), 0, 0, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole"
+        assert start(args.processes, whole, 0).wait() == 0
+        tensors, figures = left_by(whole)
+        while kills < args.kills:
+            output = Path(folder) / f"job{jobs}"
+            job = start(args.processes, output, restarts=100)
+            while job.poll() is None:
+                deadline = time.monotonic() + rng.uniform(2, 12)  # a start takes about six seconds
+                while job.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                running = workers(job) if job.poll() is None else []
+                if kills >= args.kills or len(running) < args.processes:
+                    continue
+                rank = rng.randrange(args.processes)
+                os.kill(running[rank], signal.SIGKILL)
+                kills, killed = kills + 1, time.monotonic()
+                # How long until the others are gone, and not stuck in a meeting?
+                while any(Path(f"/proc/{pid}").exists() for pid in running) and time.monotonic() < killed + 120:
+                    time.sleep(0.05)
+                slowest = max(slowest, time.monotonic() - killed)
+            jobs += 1
+            assert job.returncode == 0, Path(f"{output}.log").read_text()
+            found, lines = left_by(output)
+            assert lines == figures, "the metrics differ"
+            assert all(torch.equal(found[name], tensors[name]) for name in tensors), "the weights differ"
+            print(f"{jobs} jobs, {kills} kills, the same bits; the others ended within {slowest:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
