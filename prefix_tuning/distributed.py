@@ -8,13 +8,13 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 import torch
 import torch.distributed as dist
 
-TIMEOUT = datetime.timedelta(minutes=30)  # of a meeting; one process may evaluate or load while the others wait
+TIMEOUT = datetime.timedelta(hours=3)  # of a meeting: one process may prepare many rows while the others wait
 
 
 def rank() -> int:
@@ -44,7 +44,7 @@ def processes(device: torch.device) -> Iterator[None]:
 
     gloo carries what lies on the CPU, nccl what lies on CUDA.
     """
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
@@ -98,6 +98,13 @@ def sum_of(numbers: list[float]) -> list[float]:
 def most_of(number: int) -> int:
     """The largest of what the processes have."""
     return int(all_sum(torch.tensor(number), dist.ReduceOp.MAX))
+
+
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Makes all processes start from the same bits."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def from_main(value):

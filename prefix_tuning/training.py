@@ -122,6 +122,7 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
             evaluator = Evaluator(config, model, tokenizer, eval_rows)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, model, tokenizer, base).to(device)
+    distributed.copy_from_main(tensor.detach() for tensor in encoder.state_dict().values())
     checkpoints = Checkpoints(config, identity(config, base, digest(train_set), dtype), resumed)
     del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
 

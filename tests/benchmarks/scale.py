@@ -83,7 +83,6 @@ def work(args) -> None:
 
     from prefix_tuning import distributed
 
-    os.environ.setdefault("WORLD_SIZE", "1")
     with distributed.processes(torch.device("cpu")):
         model = make_model(args.shape, "cpu", torch.float32).requires_grad_(False).eval()
         generator = torch.Generator().manual_seed(0)
