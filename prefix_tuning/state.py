@@ -20,7 +20,7 @@ DECISIVE = (
 
 @dataclass
 class Progress:
-    """Where a run stands, in plain numbers."""
+    """Where a run stands, in plain numbers. Raises ValueError for what is none."""
 
     step: int = 0
     epoch: int = 0  # the next row to train on: its epoch, and its place in the order of that epoch
@@ -35,6 +35,11 @@ class Progress:
     best_step: int = -1
     best_loss: float | None = None
     evaluations_since_best: int = 0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, (int, float)) and not (name == "best_loss" and value is None):
+                raise ValueError(f"{name} is no number, but {value!r}")
 
 
 class TrainingState:
@@ -94,9 +99,6 @@ class TrainingState:
         if numbers["progress"].keys() != vars(self.progress).keys():
             raise ValueError("the checkpoint notes other figures than this program")
         self.progress = Progress(**numbers["progress"])
-        for name, value in vars(self.progress).items():
-            if not isinstance(value, (int, float)) and not (name == "best_loss" and value is None):
-                raise ValueError(f"{name} is no number, but {value!r}")
         device = self.losses.device
         for name in ("losses", "bad_step", "good_prefix"):
             setattr(self, name, tensors[name].to(device))

@@ -250,7 +250,7 @@ class Checkpoints:
             check_same_run(numbers["run"], run, str(path))
             try:
                 self.start()
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{path}: is no checkpoint of this program: {error!r}") from error
 
     def metrics_so_far(self) -> bytes:
@@ -564,10 +564,8 @@ class Evaluator:
 
     def __init__(self, config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Dataset):
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
-        self.answers_wanted, self.max_tokens = (
-            config.eval_exact_match,
-            max_tokens_per_batch(model, config.max_tokens_per_batch),
-        )
+        self.answers_wanted = config.eval_exact_match
+        self.max_tokens = max_tokens_per_batch(model, config.max_tokens_per_batch)
         self.tokenized = tokenize_rows(config.eval_dataset or config.dataset, rows, tokenizer, config.max_length)
         self.answers: dict[str, list[str]] = {}
 
