@@ -344,6 +344,10 @@ def test_pefts_adapters_answer_the_same_here_and_can_be_trained_further(
     model = PrefixBloom(base)
     model.attach("theirs", load_prefix(str(tmp_path)))
     assert complete(model, tokenizer, PROMPTS, **GREEDY) == peft_answers(theirs, tokenizer)
+    inputs = tokenizer(PROMPTS[0] + "巴黎", return_tensors="pt")
+    with torch.no_grad():
+        ours, peft = (each(**inputs, labels=inputs.input_ids).loss.item() for each in (model, theirs.eval()))
+    assert ours == pytest.approx(peft, rel=1e-5)
     capsys.readouterr()
     encoder, _ = load_encoder(str(tmp_path))
     assert "its numbers are trained directly, without a projection" in capsys.readouterr().out
