@@ -417,3 +417,17 @@ def test_compiled_layers_give_the_same_losses(settings, tmp_path, checkpointing)
     *compiled, summary = metrics_of(tmp_path / "compiled")
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
     assert plain_summary["compile_seconds"] == 0 < summary["compile_seconds"]
+
+
+def test_rows_not_yet_seen_come_in_the_same_order_in_steps_of_another_size():
+    config = TrainConfig(seed=3)
+
+    def flat(*arguments):
+        return [row for step in step_rows(config, 30, *arguments) for row in step]
+
+    whole = flat(4, 24)  # three epochs of 7 steps of 4 rows and one of 2
+    assert sorted(whole[:30]) == sorted(whole[30:60]) == list(range(30)) and whole[:30] != whole[30:60]
+    for epoch, row in ((0, 8), (1, 0), (1, 12)):
+        rest = whole[30 * epoch + row :]
+        for rows_per_step in (2, 4, 6):
+            assert flat(rows_per_step, 100, epoch, row)[: len(rest)] == rest
