@@ -7,9 +7,10 @@ from conftest import ROOT, prefix_config, random_bloom
 
 from prefix_tuning import demo
 from prefix_tuning.checkpoint import save_adapter
-from prefix_tuning.cli import parse_train_config
+from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.inference import infer
 
 
 def run(script, *flags, cwd=ROOT):
@@ -127,7 +128,6 @@ def test_infer_answers_from_any_folder_and_repeats_itself(trained):
     assert greedy.stdout.endswith("\n") and greedy.stdout.strip()
     # Only the answer is on stdout.
     assert "prefix" not in greedy.stdout
-    assert run("infer.py", "法国的首都是哪里？", cwd=trained).stdout == greedy.stdout
     sample = ["考试有哪些技巧？", "--max_length", "128", "--do_sample", "--temperature", "2"]
     first, again, other = (run("infer.py", *sample, "--seed", seed, cwd=trained).stdout for seed in "112")
     assert first == again != other
@@ -135,12 +135,16 @@ def test_infer_answers_from_any_folder_and_repeats_itself(trained):
     assert both[0].startswith("base     ") and both[-1] == f"chatbot  {greedy.stdout.strip()}"
 
 
-def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tokenizer):
+def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tokenizer, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
     question = "法国的首都是哪里？"
     prompt = len(tokenizer(f"Human: {question}\n\nAssistant: ").input_ids)
-    one = run("infer.py", question, "--max_new_tokens", "1", cwd=trained).stdout
-    assert run("infer.py", question, "--max_length", str(prompt + 1), cwd=trained).stdout == one
-    fails_with("leaves no room", "infer.py", question, "--max_length", str(prompt), cwd=trained)
+    infer(parse_infer_config([question, "--max_new_tokens", "1"]))
+    one = capsys.readouterr().out
+    infer(parse_infer_config([question, "--max_length", str(prompt + 1)]))
+    assert capsys.readouterr().out == one
+    with pytest.raises(UserError, match="leaves no room"):
+        infer(parse_infer_config([question, "--max_length", str(prompt)]))
 
 
 def test_a_prefix_for_another_base_is_refused(trained, tmp_path):

@@ -427,7 +427,6 @@ def test_in_a_pipe_there_are_answers_only(prefixes):
         command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags)]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, **options)
 
-    assert run(FRANCE, *prefixes).stdout == "巴黎\n"
     compared = run(FRANCE, *prefixes, "--compare")
     assert [line.split()[0] for line in compared.stdout.splitlines()] == ["base", "short", "sentence"]
     chat = run("--chat", *prefixes, input=f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n")
