@@ -18,16 +18,18 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.models.bloom.modeling_bloom import BloomBlock
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from prefix_tuning import demo
+from prefix_tuning import demo, distributed
 from prefix_tuning.attention import attend, attention_bias
 from prefix_tuning.checkpoint import portable_name
 from prefix_tuning.config import UserError
 from prefix_tuning.data import Batch
+from prefix_tuning.sharding import call, first_row, load_sharded, start_pass, whole
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,20 +67,25 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 _ONLY_LOOK = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
 
 
-def load_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[BloomForCausalLM, PreTrainedTokenizerBase]:
+def load_base(
+    name: str, dtype: torch.dtype, device: torch.device, shard: bool = False
+) -> tuple[BloomForCausalLM, PreTrainedTokenizerBase]:
     """Loads a Bloom model and its tokenizer by bundled name, hub name or path, and freezes the model.
 
-    Returns the model in `dtype` on `device`, in eval mode, with no parameter requiring a gradient, and its tokenizer with
-    left padding. Code that comes with a model is never run, and a pickled checkpoint is read only the way that runs none.
-    Raises UserError if there is no such model, if it is broken, or if it is no Bloom.
+    shard: load this process's part of the weights only (sharding.py). Returns the model in `dtype` on `device`, in eval
+    mode, with no parameter requiring a gradient, and its tokenizer with left padding. Code that comes with a model is never
+    run, and a pickled checkpoint is read only the way that runs none. Raises UserError if there is no such model, if it is
+    broken, or if it is no Bloom.
     """
     path = demo.resolve(name)
     try:
-        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-        if kind != "bloom":
-            raise UserError(f"--model_name_or_path {name} is a {kind} model; this program tunes Bloom")
-        model, report = BloomForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type != "bloom":
+            raise UserError(f"--model_name_or_path {name} is a {config.model_type} model; this program tunes Bloom")
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+        if shard:
+            return load_sharded(path, config, dtype, device), tokenizer
+        model, report = BloomForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # a broken file can make transformers and tokenizers raise anything
@@ -99,8 +106,7 @@ def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | No
     shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "hidden_size", "vocab_size")}
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        sample = tensor.flatten()[:: tensor.numel() // 64 | 1]  # an odd stride passes through all columns
-        weights.update(name.encode() + sample.bfloat16().float().cpu().numpy().tobytes())
+        weights.update(name.encode() + _sample(tensor).float().numpy().tobytes())
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if tokenizer else ""
     return {
         "name_or_path": portable_name(model.name_or_path),
@@ -108,6 +114,19 @@ def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | No
         "weights": None if model.dtype == torch.float16 else weights.hexdigest(),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest() if tokenizer else None,
     }
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Some 64 of a tensor's numbers, in bfloat16, on the CPU. Of a sharded one, all processes take part in it."""
+    stride = tensor.numel() // 64 | 1  # odd: it passes through all columns
+    if not isinstance(tensor, DTensor):
+        return tensor.flatten()[::stride].bfloat16().cpu()
+    places = torch.arange(0, tensor.numel(), stride) - first_row(tensor) * (tensor.numel() // tensor.shape[0])
+    local = tensor.to_local().flatten()
+    mine = (places >= 0) & (places < len(local))
+    bits = torch.zeros(len(places), dtype=torch.int32)  # whole numbers, of which all but one are zero: the sum is exact
+    bits[mine] = local[places[mine].to(local.device)].bfloat16().cpu().view(torch.int16).int()
+    return distributed.all_sum(bits).short().view(torch.bfloat16)
 
 
 def prefix_cache(prefixes: list[torch.Tensor]) -> tuple[DynamicCache, torch.Tensor]:
@@ -199,13 +218,13 @@ def packed_hidden(
     transformers' forward with the prefix as past_key_values and the rows padded to one length.
     """
     body, shape = model.transformer, model.config
-    hidden = body.word_embeddings_layernorm(body.word_embeddings(batch.input_ids))
+    hidden = body.word_embeddings_layernorm(F.embedding(batch.input_ids, whole(body.word_embeddings.weight)))
     if prefix is None:
         prefix = hidden.new_empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
     bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
     for index, block in enumerate(body.h):
         # After the last attention no token looks at another: only positions with a label go on.
-        hidden = run(block, hidden, batch, bias, prefix[index], only_labels=index == len(body.h) - 1)
+        hidden = call(run, block, hidden, batch, bias, prefix[index], index == len(body.h) - 1)
     return body.ln_f(hidden)
 
 
@@ -213,8 +232,13 @@ def label_losses(
     model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, run: Callable[..., torch.Tensor] = run_block
 ) -> torch.Tensor:
     """Cross-entropy in nats of every label of the batch: (labels,), at least float32. Arguments: `packed_hidden`."""
+    start_pass(model)
+    return call(_label_losses, model, batch, prefix, run)
+
+
+def _label_losses(model, batch, prefix, run):
     hidden = packed_hidden(model, batch, prefix, run)
-    return _FrozenHeadLoss.apply(hidden, model.lm_head.weight, batch.labels)
+    return _FrozenHeadLoss.apply(hidden, whole(model.lm_head.weight), batch.labels)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

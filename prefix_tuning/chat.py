@@ -5,9 +5,9 @@ import sys
 
 from transformers import PreTrainedTokenizerBase
 
-from prefix_tuning.config import InferConfig
+from prefix_tuning.config import DataArguments, InferConfig
 from prefix_tuning.data import prompt_of
-from prefix_tuning.generation import BASE, PrefixBloom
+from prefix_tuning.generation import PrefixBloom
 from prefix_tuning.inference import decoding_options, say, title
 
 with contextlib.suppress(ImportError):  # Windows; consoles there edit lines themselves
@@ -18,7 +18,6 @@ HELP = """\
 /prefix NAME  answer with another prefix, or with the base alone: base
 /compare      answer by the base and every prefix, or stop doing so
 /quit         end (so does Ctrl-D); Ctrl-C stops an answer"""
-DEFAULT_MAX_LENGTH = 256  # what train.py cuts rows at
 
 
 class Chat:
@@ -29,7 +28,7 @@ class Chat:
 
     def __init__(self, config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer, self.seed, self.comparing = model, tokenizer, config.seed, config.compare
-        self.max_length = config.max_length or DEFAULT_MAX_LENGTH
+        self.max_length = config.max_length or DataArguments.max_length
         self.options = decoding_options(config)
         if config.max_new_tokens is None:
             self.options["max_new_tokens"] = min(128, self.max_length // 2)
@@ -37,7 +36,7 @@ class Chat:
 
     def run(self) -> None:
         """Reads questions and commands until /quit or the end of the input."""
-        note(f"{', '.join([BASE, *self.model.prefixes])}: answering with {self.model.active}; /help lists the commands")
+        note(f"{', '.join(self.model.names)}: answering with {self.model.active}; /help lists the commands")
         while True:
             try:
                 line = ask_user("> ").strip()
@@ -58,11 +57,11 @@ class Chat:
         if name == "/reset":
             self.turns.clear()
             note("the conversation is forgotten")
-        elif name == "/prefix" and argument in (BASE, *self.model.prefixes):
+        elif name == "/prefix" and argument in self.model.names:
             self.model.use(argument)
             note(f"answering with {argument}")
         elif name == "/prefix":
-            note(f"there are {', '.join([BASE, *self.model.prefixes])}; now {self.model.active}: /prefix NAME")
+            note(f"there are {', '.join(self.model.names)}; now {self.model.active}: /prefix NAME")
         elif name == "/compare":
             self.comparing = not self.comparing
             note(f"comparing: {'on' if self.comparing else 'off'}")
@@ -76,7 +75,7 @@ class Chat:
             return
         answers: dict[str, list[str]] = {}
         try:
-            for name in [BASE, *self.model.prefixes] if self.comparing else [self.model.active]:
+            for name in self.model.names if self.comparing else [self.model.active]:
                 if self.comparing:
                     print(title(name, self.model), end="", flush=True)
                 answers[name] = []

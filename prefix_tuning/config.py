@@ -25,6 +25,11 @@ def reason_of(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: no half of a character (a lone surrogate) is in it."""
+    return value.isprintable() or not re.search("[\ud800-\udfff]", value)
+
+
 MOST = 2**62  # of what torch takes as a seed, with room to count on
 
 
@@ -81,6 +86,11 @@ class ModelArguments:
         "fp32 elsewhere. The encoder and the optimizer are always fp32.",
     )
     device: str = _flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
+    shard_base: bool = _flag(
+        False,
+        "Split the weights of the base over the processes that torchrun starts, and gather them layer by layer: for a base "
+        "that is larger than one device. The result stays the same. Reads safetensors only.",
+    )
     force: bool = _flag(False, _FORCE)
 
 
@@ -253,7 +263,7 @@ class DecodingArguments:
     max_length: int | None = _flag(
         None,
         "Longest question and answer together, in tokens, instead of --max_new_tokens. With --chat: the longest talk that "
-        "the model sees, answer included; None: 256, as train.py's.",
+        f"the model sees, answer included; None: {DataArguments.max_length}, as train.py's.",
     )
     do_sample: bool = _flag(False, "Draw tokens at random instead of always taking the likeliest.")
     temperature: float = _flag(1.0, "With --do_sample: below 1 is more careful, above 1 more daring.")
@@ -308,10 +318,11 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
         for name in ("top_k", "seed"):
             if not 0 <= getattr(self, name) <= MOST:
                 raise UserError(f"--{name} must be at least 0 and at most {MOST}, not {getattr(self, name)}")
-        if self.question and not self.question.isprintable() and re.search("[\ud800-\udfff]", self.question):
+        if self.question and not is_text(self.question):
             raise UserError("the question holds bytes that are no UTF-8 text")
-        if self.chat and (self.max_new_tokens or 1) >= (self.max_length or 256):
-            raise UserError("--max_new_tokens must leave room for a question in --max_length (256, if not given)")
+        longest = self.max_length or DataArguments.max_length
+        if self.chat and (self.max_new_tokens or 1) >= longest:
+            raise UserError(f"--max_new_tokens must leave room for a question in --max_length ({longest})")
         for name in ("temperature", "top_p", "top_k"):
             if not self.do_sample and getattr(self, name) != getattr(InferConfig, name):
                 raise UserError(f"--{name} is used with --do_sample only; add that flag")

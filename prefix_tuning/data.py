@@ -19,7 +19,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import demo
-from prefix_tuning.config import UserError
+from prefix_tuning.config import UserError, is_text
 
 IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
 
@@ -141,7 +141,7 @@ def _texts(name: str, place: str, row: dict, required: tuple[str, ...]) -> dict[
             value = ""
         if not isinstance(value, str):
             raise UserError(f"{name}, {place}: {column!r} must be a text, not {json.dumps(value, default=str)[:80]}")
-        if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not is_text(value):
             raise UserError(f"{name}, {place}: {column!r} holds half of a character (a lone surrogate)")
         texts[column] = value
     return texts
@@ -361,3 +361,12 @@ def _batch(rows: list[Example]) -> Batch:
         first_labels=[next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in shifted],
         slots=None if bool(in_row.all()) else in_row.flatten().nonzero().flatten(),
     )
+
+
+# A batch that asks for nothing: one token, no label.
+NO_LABELS = _batch([Example([0], [IGNORED])])
+
+
+def count_labels(examples: list[Example]) -> int:
+    """How many labels are predicted: a row's first token has nothing before it that could."""
+    return sum(label != IGNORED for example in examples for label in example.labels[1:])

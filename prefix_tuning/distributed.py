@@ -5,6 +5,7 @@ meet once per optimizer step, to sum the gradient of the prefix. Process 0, `mai
 """
 
 import datetime
+import gc
 import json
 import os
 import sys
@@ -15,6 +16,11 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(hours=3)  # of a meeting: one process may prepare many rows while the others wait
+
+
+def joined() -> bool:
+    """Whether torchrun has started this process, be it alone."""
+    return dist.is_initialized()
 
 
 def rank() -> int:
@@ -57,6 +63,7 @@ def processes(device: torch.device) -> Iterator[None]:
         print(f"process {rank()}: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
+        gc.collect()  # a process group that a sharded model still holds would abort the process when that ends
         dist.destroy_process_group()
 
 

@@ -9,9 +9,10 @@ from datasets import Dataset
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from prefix_tuning.bloom import label_losses
-from prefix_tuning.data import IGNORED, pack, prompt_of, take
+from prefix_tuning.data import NO_LABELS, count_labels, pack, prompt_of, take
 from prefix_tuning.distributed import gather, share, sum_of
-from prefix_tuning.generation import PrefixBloom, complete
+from prefix_tuning.generation import BASE, PrefixBloom, complete
+from prefix_tuning.sharding import in_step
 
 
 @torch.no_grad()
@@ -19,18 +20,19 @@ def row_losses(
     model: BloomForCausalLM, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> Iterator[tuple[float, int]]:
     """Of every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number."""
-    for start in range(0, len(tokenized), 1024):  # sorted by length within each thousand
-        examples = take(tokenized, list(range(start, min(start + 1024, len(tokenized)))))
-        order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
-        found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-        places = iter(order)
-        for batch in pack([examples[place] for place in order], max_tokens):
-            losses = label_losses(model, batch.to(model.device), prefix).double().cpu()
-            rows = list(itertools.islice(places, batch.rows))
-            counts = [sum(label != IGNORED for label in examples[place].labels[1:]) for place in rows]
-            for place, part in zip(rows, losses.split(counts), strict=True):
-                found[place] = part.sum().item(), len(part)
-        yield from found
+    with in_step(model, lambda: label_losses(model, NO_LABELS.to(model.device), prefix)):
+        for start in range(0, len(tokenized), 1024):  # sorted by length within each thousand
+            examples = take(tokenized, list(range(start, min(start + 1024, len(tokenized)))))
+            order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
+            found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+            places = iter(order)
+            for batch in pack([examples[place] for place in order], max_tokens):
+                losses = label_losses(model, batch.to(model.device), prefix).double().cpu()
+                rows = list(itertools.islice(places, batch.rows))
+                counts = [count_labels([examples[place]]) for place in rows]
+                for place, part in zip(rows, losses.split(counts), strict=True):
+                    found[place] = part.sum().item(), len(part)
+            yield from found
 
 
 def evaluate_loss(
@@ -50,7 +52,7 @@ def perplexity(loss: float) -> float:
 
 
 def answer_rows(
-    model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Dataset, prefix: torch.Tensor | None
+    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, rows: Dataset, prefix: torch.Tensor | None
 ) -> list[str]:
     """Greedy answers to the questions of `rows` (columns instruction and input), long enough to match their output.
 
@@ -58,12 +60,14 @@ def answer_rows(
     """
     prompts = [prompt_of(row["instruction"], row["input"]) for row in rows]
     longest = max(len(ids) for ids in tokenizer(list(rows["output"]), split_special_tokens=True).input_ids)
-    prefixed = PrefixBloom(model)
+    name = BASE
     if prefix is not None:
-        prefixed.attach("prefix", prefix)
+        name = "prefix"
+        model.attach(name, prefix)
+    with in_step(model, torch.no_grad()(lambda: model(torch.zeros(1, 1, dtype=torch.long, device=model.device)))):
+        mine = complete(model, tokenizer, share(prompts), prefix_name=name, max_new_tokens=longest + 1, do_sample=False)
     answers = [""] * len(prompts)
-    parts = gather(complete(prefixed, tokenizer, share(prompts), max_new_tokens=longest + 1, do_sample=False))
-    for process, part in enumerate(parts):
+    for process, part in enumerate(parts := gather(mine)):
         answers[process :: len(parts)] = part
     return answers
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from prefix_tuning.bloom import fingerprint, prefix_cache
 from prefix_tuning.checkpoint import Prefix, check_base
+from prefix_tuning.sharding import is_sharded
 
 BASE = "base"  # the name that stands for no prefix
 FEW_ROWS = 4  # a batch of no more is not made smaller: starting again would cost more than it saves
@@ -54,11 +55,11 @@ class PrefixBloom(BloomForCausalLM):
         if len({tensor.device for tensor in base.parameters()} | {base.device}) > 1 or base.device.type == "meta":
             raise ValueError("PrefixBloom wants a base that lies whole on one device")
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-        own = vars(copy.deepcopy(base, shared))
-        # accelerate's hooks put a `forward` into the instance, which would hide the one below.
-        vars(self).update(
-            {name: value for name, value in own.items() if name not in ("forward", "_old_forward", "_hf_hook")}
-        )
+        own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))  # what is sharded cannot be copied
+        # accelerate's hooks put a `forward` into the instance, which would hide the one below; for a model with FSDP's mark,
+        # `generate` would try to keep processes in step by itself.
+        left_out = ("forward", "_old_forward", "_hf_hook", "_is_fsdp_managed_module")
+        vars(self).update({name: value for name, value in own.items() if name not in left_out})
         # A prefix lives in the cache, which `generate` makes below.
         self.config.use_cache = self.generation_config.use_cache = True
         self.generation_config.cache_implementation = None
@@ -67,6 +68,11 @@ class PrefixBloom(BloomForCausalLM):
         self._fingerprint = fingerprint(base, tokenizer)
         for block in self.transformer.h:
             block.mlp.gelu_impl = nn.GELU(approximate="tanh")  # Bloom's GELU in one kernel instead of eight
+
+    @property
+    def names(self) -> list[str]:
+        """What rows can be answered by: the base, and all prefixes."""
+        return [BASE, *self.prefixes]
 
     def attach(self, name: str, prefix: Prefix | torch.Tensor, force: bool = False) -> None:
         """Makes a prefix usable under a name; one of that name is replaced. The first one attached is in use at once.
@@ -104,8 +110,8 @@ class PrefixBloom(BloomForCausalLM):
         if len(names) != rows:
             raise ValueError(f"{len(names)} prefixes are named for {rows} rows")
         for name in names:
-            if name != BASE and name not in self.prefixes:
-                raise ValueError(f"no prefix {name!r}; there are {', '.join([BASE, *self.prefixes])}")
+            if name not in self.names:
+                raise ValueError(f"no prefix {name!r}; there are {', '.join(self.names)}")
         shape = self.config
         none = torch.empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
         return [self.prefixes.get(name, none).to(self.device, self.dtype) for name in names]

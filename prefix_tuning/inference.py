@@ -95,7 +95,7 @@ def ask(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerB
         if config.max_length <= taken:
             raise UserError(f"--max_length {config.max_length} leaves no room for an answer; the question takes {taken}")
         options["max_new_tokens"] = config.max_length - taken
-    for name in [BASE, *model.prefixes] if config.compare else [model.active]:
+    for name in model.names if config.compare else [model.active]:
         if config.compare:
             print(title(name, model), end="", flush=True)
         say(model, tokenizer, prompt, name, config.seed, options)
@@ -144,7 +144,7 @@ class _Streamer(TextStreamer):
 
 def title(name: str, model: PrefixBloom) -> str:
     """What stands before an answer that is compared with others: in colour on a terminal that has it."""
-    text = name.ljust(max(len(other) for other in [BASE, *model.prefixes])) + "  "
+    text = name.ljust(max(len(other) for other in model.names)) + "  "
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
         return text
     return f"\033[{33 if name == BASE else 36}m{text}\033[0m"  # yellow, cyan
@@ -170,7 +170,7 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
     A run that stops, for whatever reason, leaves whole lines but for the last, and config.resume goes on behind them.
     """
     output, options = Path(config.output), decoding_options(config)
-    names, main, processes = [BASE, *model.prefixes], distributed.is_main(), distributed.world_size()
+    names, main, processes = model.names, distributed.is_main(), distributed.world_size()
     questions, window = read_questions(config.input, names), WINDOW * config.batch_size * processes
     done = 0
     try:
@@ -248,7 +248,7 @@ def score(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenize
     """Prints loss and perplexity of every row's answer, and over all labels, by the base and every prefix."""
     rows = load_rows(config.score, splits=("test", "validation", "train"))
     tokenized = tokenize(rows, tokenizer, max_length=sys.maxsize)
-    names, max_tokens = [BASE, *model.prefixes], max_tokens_per_batch(model)
+    names, max_tokens = model.names, max_tokens_per_batch(model)
     figures = []
     for name in names:
         losses = row_losses(model, tokenized, model.prefixes.get(name), max_tokens)

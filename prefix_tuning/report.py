@@ -84,7 +84,7 @@ def write_card(folder: Path) -> None:
         data=f"{settings['dataset'].removeprefix(LOCAL)}, {settings['train_rows']:,} rows"
         + (f"; held out: {held_out.removeprefix(LOCAL)}" if held_out else ""),
         steps=summary["steps"],
-        rows_per_step=settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"],
+        rows_per_step=settings["rows_per_step"],
         learning_rate=settings["learning_rate"],
         trainable=summary["trainable_parameters"],
         seconds=summary["train_seconds"],
@@ -110,12 +110,10 @@ def _figures(records: list[dict], save_best: bool) -> str:
     if not tuned:
         return text
     chosen = min(tuned, key=lambda record: record["eval_loss"]) if save_best else tuned[-1]
-    rows = [f"| this prefix, step {chosen['step']} |"]
-    if frozen:
-        rows.insert(0, "| frozen base |")
+    shown = [("frozen base", frozen)] if frozen else []
+    shown.append((f"this prefix, step {chosen['step']}", chosen))
     names = [name for name in ("eval_loss", "eval_perplexity", "eval_exact_match") if name in chosen]
-    for index, record in enumerate([frozen, chosen] if frozen else [chosen]):
-        rows[index] += "".join(f" {record[name]:.4g} |" for name in names)
+    rows = [f"| {title} |" + "".join(f" {record[name]:.4g} |" for name in names) for title, record in shown]
     head = "| on held-out rows | " + " | ".join(name.removeprefix("eval_").replace("_", " ") for name in names) + " |"
     return "\n".join([text, head, "|---" * (len(names) + 1) + "|", *rows, ""])
 

@@ -6,6 +6,7 @@ one backward at the end. It is the chain rule with the sum pulled out; the resul
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -57,9 +58,10 @@ from prefix_tuning.checkpoint import (
     write_json,
 )
 from prefix_tuning.config import Interrupted, PrefixConfig, TrainConfig, UserError
-from prefix_tuning.data import IGNORED, Example, digest, load_rows, pack, take, tokenize
+from prefix_tuning.data import NO_LABELS, Batch, Example, count_labels, digest, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
+from prefix_tuning.generation import PrefixBloom
 from prefix_tuning.report import (
     CARD_FILE,
     CONFIG_FILE,
@@ -70,6 +72,7 @@ from prefix_tuning.report import (
     push_to_hub,
     write_card,
 )
+from prefix_tuning.sharding import in_step
 from prefix_tuning.state import Progress, TrainingState, check_same_run, identity
 
 try:
@@ -92,6 +95,8 @@ def train(config: TrainConfig) -> dict:
 
 def _train(config: TrainConfig, device: torch.device) -> dict:
     output_dir = Path(config.output_dir)
+    if config.shard_base and not distributed.joined():
+        raise UserError("--shard_base splits the base over processes; start them: torchrun --nproc_per_node N train.py ...")
     resumed = find_resumed(config)
     if resumed is None and not config.overwrite_output_dir and not distributed.restarted():
         if (output_dir / ADAPTER_CONFIG_FILE).exists():
@@ -114,8 +119,9 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
         torch.use_deterministic_algorithms(True, warn_only=True)
     with distributed.first_on_each_machine():  # rows and tokens are prepared once, and found cached
         train_rows, eval_rows = load_splits(config)
-        model, tokenizer = load_base(config.model_name_or_path, dtype, device)
-        base = fingerprint(model, tokenizer)
+    model, tokenizer = load_base(config.model_name_or_path, dtype, device, config.shard_base)
+    base = fingerprint(model, tokenizer)
+    with distributed.first_on_each_machine():
         train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
         evaluator = None
         if eval_rows is not None and config.max_steps != 0:
@@ -377,8 +383,7 @@ def fit(
     Raises NotFinite, and Interrupted where a signal asks to stop. Nothing here waits for the device but the reading of the
     figures, once per --logging_steps, and fp16's loss scale.
     """
-    processes = distributed.world_size()
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    processes, rows_per_step = distributed.world_size(), global_batch_size(config)
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
     start = checkpoints.start() if checkpoints else Progress()
     total_steps = config.max_steps
@@ -486,6 +491,11 @@ def fit(
     return state
 
 
+def global_batch_size(config: TrainConfig) -> int:
+    """Rows of an optimizer step, of all processes together."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * distributed.world_size()
+
+
 def stops_early(config: TrainConfig, progress: Progress) -> bool:
     patience = config.early_stopping_patience
     return patience is not None and progress.evaluations_since_best >= patience
@@ -506,12 +516,17 @@ def accumulate_gradients(
     are in the whole step, over which the loss is the mean. Returns this part of it: a scalar on the model's device.
     max_tokens bounds the memory of one pass; run: a `block_runner`.
     """
-    loss = torch.zeros((), device=model.device)
-    leaf.grad = torch.zeros_like(leaf)
-    for batch in pack(examples, max_tokens):
+
+    def add(batch: Batch) -> torch.Tensor:
         part = label_losses(model, batch.to(model.device), leaf, run).sum() / labels
         scaler.scale(part).backward()
-        loss += part.detach()
+        return part.detach()
+
+    loss = torch.zeros((), device=model.device)
+    leaf.grad = torch.zeros_like(leaf)
+    with in_step(model, lambda: add(NO_LABELS)):
+        for batch in pack(examples, max_tokens):
+            loss += add(batch)
     return loss
 
 
@@ -526,18 +541,13 @@ def compile_for(
     try:
         scaler = torch.amp.GradScaler(model.device.type, enabled=False)
         leaf = prefix.clone().requires_grad_()
-        accumulate_gradients(model, leaf, examples, count_labels(examples), scaler, max_tokens, run)
+        accumulate_gradients(model, leaf, examples, 1, scaler, max_tokens, run)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--torch_compile does not work here: {reason}; leave the flag out") from error
     seconds = time.perf_counter() - started
     print(f"compiled in {seconds:.1f} s, which no figure below includes")
     return seconds
-
-
-def count_labels(examples: list[Example]) -> int:
-    """How many labels are predicted: a row's first token has nothing before it that could."""
-    return sum(label != IGNORED for example in examples for label in example.labels[1:])
 
 
 def step_rows(
@@ -574,12 +584,16 @@ class Evaluator:
         figures = evaluate_loss(self.model, self.tokenized, prefix, self.max_tokens)
         line = f"{title}: eval loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}"
         if self.answers_wanted:
-            answers = answer_rows(self.model, self.tokenizer, self.rows, prefix)
+            answers = answer_rows(self.prefixed, self.tokenizer, self.rows, prefix)
             self.answers["frozen base" if prefix is None else "with prefix"] = answers
             figures["eval_exact_match"] = exact_match(answers, self.rows)
             line += f", exact match {figures['eval_exact_match']:.1%} of {len(self.rows)} held-out questions"
         tqdm.write(line)
         return figures
+
+    @functools.cached_property
+    def prefixed(self) -> PrefixBloom:
+        return PrefixBloom(self.model)
 
     def show_answers(self) -> None:
         """Prints a handful of questions with the answers of the frozen base, if this run asked it, and the last ones."""
@@ -611,7 +625,9 @@ def describe_run(
         **settings,
         "prefix_config": dataclasses.asdict(prefix_config),
         "train_rows": rows,
+        "rows_per_step": global_batch_size(config),
         "ran_with": {
+            "processes": distributed.world_size(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "python": platform.python_version(),

@@ -25,9 +25,9 @@ FLAGS = "--dataset bundled:short --eval_exact_match false --eval_steps 1000 --ma
 FLAGS += " --per_device_train_batch_size 2 --save_steps 1 --logging_steps 1"
 
 
-def start(processes: int, output: Path, restarts: int) -> subprocess.Popen:
+def start(processes: int, output: Path, restarts: int, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [f"--max_restarts={restarts}", str(ROOT / "train.py"), *FLAGS.split(), "--output_dir", str(output)]
+    command += [f"--max_restarts={restarts}", str(ROOT / "train.py"), *FLAGS.split(), *more, "--output_dir", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(output.parent / f"{output.name}.log", "w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -57,15 +57,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--shard_base", action="store_true")
     args = parser.parse_args()
+    more = ["--shard_base"] * args.shard_base
     rng, kills, jobs, slowest = random.Random(args.seed), 0, 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
-        assert start(args.processes, whole, 0).wait() == 0
+        assert start(args.processes, whole, 0, *more).wait() == 0
         tensors, figures = left_by(whole)
         while kills < args.kills:
             output = Path(folder) / f"job{jobs}"
-            job = start(args.processes, output, restarts=100)
+            job = start(args.processes, output, 100, *more)
             while job.poll() is None:
                 deadline = time.monotonic() + rng.uniform(2, 12)  # a start takes about six seconds
                 while job.poll() is None and time.monotonic() < deadline:

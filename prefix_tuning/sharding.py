@@ -1,0 +1,160 @@
+"""A base larger than one device: PyTorch's fully_shard ("FSDP2"; Zhao et al. 2023) splits its weights over the processes.
+
+Each process keeps its rows of every weight. A layer's are gathered when a pass reaches it, and freed behind it, forward and
+backward; the embeddings, which are the head's weights too, where a pass starts and where the forward pass ends. Only prefix,
+encoder and optimizer are whole in each process.
+
+As the gathering takes all processes, all must go through the base equally often: one that is out of rows keeps `in_step`.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import MethodType
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from prefix_tuning import distributed
+from prefix_tuning.config import UserError
+
+_M_MMAP_THRESHOLD = -3  # of <malloc.h>
+
+
+def is_sharded(model: BloomForCausalLM) -> bool:
+    return isinstance(model.lm_head, FSDPModule)
+
+
+def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: torch.device) -> BloomForCausalLM:
+    """Loads this process's part of a Bloom from safetensors files; no process ever holds more of it.
+
+    All processes call it together. Returns the frozen model, whose weights are DTensors in `dtype` on `device`. Raises
+    UserError if there are no such files, or if they hold other weights than `config` describes.
+    """
+    files = weight_files(path)
+    with torch.device("meta"):
+        model = BloomForCausalLM(config).to(dtype).requires_grad_(False).eval()
+    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    shard(model, device)
+    fill(model, files)
+    return model
+
+
+def weight_files(path: str) -> list[str]:
+    """The safetensors files of a model by folder or hub name. Raises UserError if it has none."""
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index:
+        return get_checkpoint_shard_files(path, index)[0]
+    file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        hint = "save it as such once, where it fits: BloomForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)"
+        raise UserError(f"--shard_base reads safetensors files, and {path} has none; {hint}")
+    return [file]
+
+
+def shard(model: BloomForCausalLM, device: torch.device) -> None:
+    """Splits a model that lies on the meta device, and gives each process memory for its part, not yet filled."""
+    if device.type == "cpu":
+        return_freed_memory()
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    body = model.transformer
+    for group in (*body.h, [body.word_embeddings, model.lm_head], model):
+        fully_shard(group, mesh=mesh)
+    for module in (*body.h, model):
+        module.call = MethodType(lambda self, function, *args: function(self, *args), module)
+        register_fsdp_forward_method(module, "call")
+    model.to_empty(device=device)
+    model.pace = _Pace()
+    model.register_forward_pre_hook(model.pace.start_pass, prepend=True)  # for transformers' own forward
+
+
+def return_freed_memory() -> None:
+    """Has glibc hand freed weights back at once. It would keep them, in pieces between which small tensors come to lie, and
+    take new memory for the next layer's: in the end, for the whole base."""
+    with suppress(OSError, AttributeError):  # other systems have another malloc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def fill(model: BloomForCausalLM, files: list[str]) -> None:
+    """Reads this process's rows of every weight. Raises UserError for weights that are missing, or of another shape."""
+    missing = dict(model.named_parameters())
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open has no __iter__)
+                # The weights of the first Blooms are named without the head.
+                parameter = missing.pop(name if name in missing else f"transformer.{name}", None)
+                if parameter is None:
+                    continue
+                stored, local = file.get_slice(name), parameter.to_local()
+                if tuple(stored.get_shape()) != parameter.shape:
+                    shapes = f"{tuple(stored.get_shape())} where {tuple(parameter.shape)} is expected"
+                    raise UserError(f"{path}: {name} has the shape {shapes}")
+                first = first_row(parameter)
+                local.copy_(stored[first : first + len(local)])
+    if missing:
+        raise UserError(f"{Path(files[0]).parent} lacks {len(missing)} of its weights, such as {next(iter(missing))}")
+
+
+def first_row(tensor: DTensor) -> int:
+    """Where this process's rows begin in the whole tensor. fully_shard splits as torch.chunk does."""
+    rows = tensor.shape[0]
+    return min(rows, distributed.rank() * math.ceil(rows / distributed.world_size()))
+
+
+def call(function: Callable, module: nn.Module, *args):
+    """function(module, *args), for which the module's weights are gathered if it is sharded, and for its backward pass."""
+    return module.call(function, *args) if isinstance(module, FSDPModule) else function(module, *args)
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that no backward pass needs: if it is sharded, gathered. As a sum, which needs no memory but the result's."""
+    if not isinstance(weight, DTensor):
+        return weight
+    local, first = weight.to_local(), first_row(weight)
+    gathered = local.new_zeros(weight.shape)
+    gathered[first : first + len(local)] = local
+    return distributed.all_sum(gathered)
+
+
+class _Pace:
+    """Before each pass the processes tell each other whether they have work left; those without take part in it anyway."""
+
+    def __init__(self):
+        self.idle = False
+
+    def start_pass(self, *_) -> None:
+        if not self.idle:
+            distributed.most_of(1)
+
+    def go_idle(self, idle_pass: Callable[[], object]) -> None:
+        self.idle = True
+        while distributed.most_of(0):
+            idle_pass()
+        self.idle = False
+
+
+def start_pass(model: BloomForCausalLM) -> None:
+    """Every pass through a sharded base begins with this."""
+    if is_sharded(model):
+        model.pace.start_pass()
+
+
+@contextmanager
+def in_step(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
+    """Inside, a process may go through a sharded base as often as it has work, and then takes part in the others' passes.
+
+    idle_pass: gathers what their passes gather, and has no other effect.
+    """
+    yield
+    if is_sharded(model):
+        model.pace.go_idle(idle_pass)

@@ -1,0 +1,129 @@
+"""Peak memory of each process with --shard_base, by the number of processes, next to the ideal.
+
+    python tests/benchmarks/shards.py --shape 389m --processes 1 2 4
+
+A Bloom with random weights of a real shape is saved as float32, loaded by torchrun's processes and trained for some steps, a
+row of --tokens tokens per process and step, gloo, without the projection: what is left beside the base is small. Memory that
+only the process holds ("anonymous", /proc/self/status, read every 2 ms), above what it held before it loaded anything. The
+ideal: its share of the base, and one layer. "whole" is one process without the flag, whose base lies in pages of the file,
+which do not count: what it holds, the pass itself needs.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from speed import SHAPES, VIRTUAL_TOKENS, make_model
+
+
+def anonymous() -> float:
+    """MB that only this process holds."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
+class Peak:
+    """The most that `anonymous` has been, since the last look."""
+
+    def __init__(self):
+        self.most = anonymous()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        while True:
+            self.most = max(self.most, anonymous())
+            time.sleep(0.002)
+
+    def since(self) -> float:
+        most, self.most = self.most, anonymous()
+        return most
+
+
+def work(args) -> None:
+    """One of the processes."""
+    import torch
+    from datasets import Dataset
+    from torch import distributed as dist
+    from transformers import AutoConfig, BloomForCausalLM
+
+    from prefix_tuning import distributed
+    from prefix_tuning.config import PrefixConfig, TrainConfig
+    from prefix_tuning.encoder import PrefixEncoder
+    from prefix_tuning.sharding import load_sharded
+    from prefix_tuning.training import MetricsFile, fit
+
+    with distributed.processes(torch.device("cpu")):
+        before, peak = anonymous(), Peak()
+        if args.worker == "sharded":
+            config = AutoConfig.from_pretrained(args.model)
+            model = load_sharded(args.model, config, torch.float32, torch.device("cpu"))
+        else:
+            model = BloomForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False).eval()
+        loading, held = peak.since() - before, anonymous() - before
+        shape = model.config
+        encoder = PrefixEncoder(PrefixConfig(VIRTUAL_TOKENS, shape.n_layer, shape.n_head, shape.hidden_size, 1, False))
+        ids = torch.randint(4, shape.vocab_size, (args.steps * dist.get_world_size(), args.tokens)).tolist()
+        rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        settings = TrainConfig(
+            gradient_accumulation_steps=1, max_steps=args.steps, gradient_checkpointing=args.gradient_checkpointing
+        )
+        started = time.perf_counter()
+        fit(settings, model, encoder, rows, None, MetricsFile(io.StringIO()))
+        seconds = (time.perf_counter() - started) / args.steps
+        figures = {"loading": loading, "held": held, "training": peak.since() - before, "seconds": seconds}
+        worst = {name: max(found[name] for found in distributed.gather(figures)) for name in figures}
+        if distributed.is_main():
+            weights = [*model.named_parameters()]
+            worst["base"] = sum(tensor.numel() for _, tensor in weights) * 4 / 1e6
+            worst["layer"] = sum(tensor.numel() for name, tensor in weights if ".h.0." in name) * 4 / 1e6
+            worst["embeddings"] = shape.vocab_size * shape.hidden_size * 4 / 1e6
+            Path(args.result).write_text(json.dumps(worst))
+        distributed.barrier()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="389m")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        import torch
+
+        make_model(args.shape, "cpu", torch.float32).save_pretrained(folder)
+        print("MB above the start:      while loading  after loading  in training  ideal  s/step")
+        for worker, processes in [("whole", 1), *(("sharded", processes) for processes in args.processes)]:
+            result = Path(folder) / "result.json"
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command += [__file__, "--worker", worker, "--model", folder, "--result", str(result)]
+            command += ["--tokens", str(args.tokens), "--steps", str(args.steps)]
+            command += ["--gradient_checkpointing"] * args.gradient_checkpointing
+            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+            found = json.loads(result.read_text())
+            ideal = found["base"] / processes + (found["layer"] if worker == "sharded" else 0)
+            print(
+                f"{worker:8s} {processes} processes {found['loading']:16.0f} {found['held']:14.0f} "
+                f"{found['training']:12.0f} {ideal:6.0f} {found['seconds']:7.2f}"
+            )
+        sizes = {name: f"{found[name]:.0f} MB" for name in ("base", "layer", "embeddings")}
+        print(", ".join(f"{name} {size}" for name, size in sizes.items()))
+
+
+if __name__ == "__main__":
+    main()

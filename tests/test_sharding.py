@@ -1,0 +1,94 @@
+"""A sharded base. Here with one process, which has all of it; processes.py has the checks with several."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import examples_of, random_bloom
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from prefix_tuning import demo
+from prefix_tuning.bloom import label_losses, load_base
+from prefix_tuning.checkpoint import load_prefix
+from prefix_tuning.cli import parse_train_config
+from prefix_tuning.config import UserError
+from prefix_tuning.data import pack, prompt_of
+from prefix_tuning.generation import PrefixBloom, complete
+from prefix_tuning.sharding import load_sharded
+from prefix_tuning.training import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def sharded(folder, dtype=torch.float32):
+    return load_sharded(str(folder), AutoConfig.from_pretrained(folder), dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("files", ["one", "several", "headless"])
+def test_every_kind_of_checkpoint_is_read(group, tmp_path, files, dtype):
+    plain = random_bloom()
+    if files == "headless":  # as the first Blooms were saved
+        plain.config.save_pretrained(tmp_path)
+        plain.transformer.save_pretrained(tmp_path)
+        assert "word_embeddings.weight" in load_file(tmp_path / "model.safetensors")
+    else:
+        plain.save_pretrained(tmp_path, max_shard_size="1MB" if files == "several" else "5GB")
+        assert (tmp_path / "model.safetensors.index.json").exists() == (files == "several")
+    plain, model = plain.to(dtype), sharded(tmp_path, dtype)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.to_local(), theirs), name
+    batch = next(pack(examples_of([20, 50, 7]), 1000))
+    assert torch.allclose(label_losses(model, batch, None), label_losses(plain, batch, None), rtol=1e-5)
+
+
+def test_answers_are_those_of_the_whole_base(group, tuned):
+    plain, tokenizer = load_base(demo.MODEL, torch.float32, CPU)
+    model, _ = load_base(demo.MODEL, torch.float32, CPU, shard=True)
+    prompts = [prompt_of(question) for question in ("法国的首都是哪里？", "3加5等于多少？", "星期二用英语怎么说？")]
+    answers = []
+    for base in (plain, model):
+        prefixed = PrefixBloom(base)
+        prefixed.attach("short", load_prefix(str(tuned["short"])))
+        answers.append(complete(prefixed, tokenizer, prompts, max_new_tokens=12, do_sample=False))
+    assert answers[0] == answers[1] and all(answers[0])
+
+
+def test_a_base_that_cannot_be_sharded_is_one_line(group, tmp_path):
+    plain = random_bloom()
+    plain.config.save_pretrained(tmp_path)
+    torch.save(plain.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"--shard_base reads safetensors files, and .* has none; save it as such"):
+        sharded(tmp_path)
+    plain.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"transformer.ln_f.bias": torch.zeros(7)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"transformer.ln_f.bias has the shape \(7,\) where \(48,\) is expected"):
+        sharded(tmp_path)
+    del weights["transformer.h.1.mlp.dense_h_to_4h.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of its weights, such as transformer\.h\.1\.mlp\.dense_h_to_4h\.weight"):
+        sharded(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "tokenizer.json").write_bytes(Path(demo.resolve(demo.MODEL), "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(str(tmp_path), torch.float32, CPU, shard=True)
+
+
+def test_one_process_alone_is_told_to_start_several(tmp_path):
+    with pytest.raises(UserError, match="--shard_base splits the base over processes; start them: torchrun"):
+        train(parse_train_config(["--shard_base", "--output_dir", str(tmp_path / "out")]))
