@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, DynamicCac
 from transformers.models.bloom.modeling_bloom import BloomBlock
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from prefix_tuning import demo, distributed
+from prefix_tuning import demo
 from prefix_tuning.attention import attend, attention_bias
 from prefix_tuning.checkpoint import portable_name
 from prefix_tuning.config import UserError
 from prefix_tuning.data import Batch
-from prefix_tuning.sharding import call, first_row, load_sharded, start_pass, whole
+from prefix_tuning.sharding import call, first_row, is_sharded, load_sharded, start_pass, sum_of_parts, whole
 
 
 def resolve_device(name: str) -> torch.device:
@@ -68,14 +68,14 @@ _ONLY_LOOK = {"local_files_only": True, "_raise_exceptions_for_missing_entries":
 
 
 def load_base(
-    name: str, dtype: torch.dtype, device: torch.device, shard: bool = False
+    name: str, dtype: torch.dtype, device: torch.device, parts: int | None = None
 ) -> tuple[BloomForCausalLM, PreTrainedTokenizerBase]:
     """Loads a Bloom model and its tokenizer by bundled name, hub name or path, and freezes the model.
 
-    shard: load this process's part of the weights only (sharding.py). Returns the model in `dtype` on `device`, in eval
-    mode, with no parameter requiring a gradient, and its tokenizer with left padding. Code that comes with a model is never
-    run, and a pickled checkpoint is read only the way that runs none. Raises UserError if there is no such model, if it is
-    broken, or if it is no Bloom.
+    parts: how many processes share the weights, each loading a part only (sharding.py); None: each loads all. Returns the
+    model in `dtype` on `device`, in eval mode, with no parameter requiring a gradient, and its tokenizer with left padding.
+    Code that comes with a model is never run, and a pickled checkpoint is read only the way that runs none. Raises UserError
+    if there is no such model, if it is broken, or if it is no Bloom.
     """
     path = demo.resolve(name)
     try:
@@ -83,8 +83,8 @@ def load_base(
         if config.model_type != "bloom":
             raise UserError(f"--model_name_or_path {name} is a {config.model_type} model; this program tunes Bloom")
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
-        if shard:
-            return load_sharded(path, config, dtype, device), tokenizer
+        if parts:
+            return load_sharded(path, config, dtype, device, parts), tokenizer
         model, report = BloomForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except UserError:
         raise
@@ -126,7 +126,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     mine = (places >= 0) & (places < len(local))
     bits = torch.zeros(len(places), dtype=torch.int32)  # whole numbers, of which all but one are zero: the sum is exact
     bits[mine] = local[places[mine].to(local.device)].bfloat16().cpu().view(torch.int16).int()
-    return distributed.all_sum(bits).short().view(torch.bfloat16)
+    return sum_of_parts(bits, tensor).short().view(torch.bfloat16)
 
 
 def prefix_cache(prefixes: list[torch.Tensor]) -> tuple[DynamicCache, torch.Tensor]:
@@ -147,11 +147,12 @@ def max_tokens_per_batch(model: BloomForCausalLM, wanted: int | None = None) -> 
 
     A layer holds about ten numbers per token and hidden unit for the backward pass: four before the GELU, query, key and
     value, what attention returns, and what each of the two layer norms is given. On a CPU these stay within half a GiB, and
-    more than 640 tokens gain little; elsewhere they stay within two GiB.
+    more than 640 tokens gain little; elsewhere they stay within two GiB, or eight if every pass has to gather the base.
     """
     shape, on_cpu = model.config, model.device.type == "cpu"
     held_per_token = 10 * shape.hidden_size * shape.n_layer * model.dtype.itemsize
-    fitting = max(1, 2 ** (29 if on_cpu else 31) // held_per_token)
+    budget = 29 if on_cpu else 33 if is_sharded(model) else 31
+    fitting = max(1, 2**budget // held_per_token)
     return wanted or (min(640, fitting) if on_cpu else fitting)
 
 

@@ -65,22 +65,26 @@ class _Parser(HfArgumentParser):
         return values, {name for name in values if name in names or f"no_{name}" in names}
 
 
+def _is_main() -> bool:
+    """Whether this process is alone, or the first of those that torchrun has started: the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _run(command: Callable[[list[str]], None]) -> None:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback."""
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # a closed one is None
         stream.reconfigure(errors="replace")  # what is no character, or cannot be shown, becomes a ? instead of an error
-    rank = os.environ.get("RANK", "0")  # torchrun's number of this process
-    main = rank == "0"
     disable_progress_bar()  # transformers' own, one per file of weights; ours stay
     try:
         command(sys.argv[1:])
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(("" if main else f"process {rank}: ") + "error: " + " ".join(str(error).split()), file=sys.stderr)
+        who = "" if _is_main() else f"process {os.environ['RANK']}: "
+        print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        if main:
+        if _is_main():
             print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
@@ -106,7 +110,8 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
         parser.set_defaults(**settings)
         values, _ = parser.parse(argv)
         flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())
-        print(f"The bundled demo's own settings, which any flag overrides:\n  {flags}")
+        if _is_main():
+            print(f"The bundled demo's own settings, which any flag overrides:\n  {flags}")
     if values["prefix_from"] and (clash := sorted(given & PREFIX_SHAPE)):
         raise UserError(f"--prefix_from already fixes the prefix; leave out --{', --'.join(clash)}")
     return TrainConfig(**values)

@@ -91,6 +91,11 @@ class ModelArguments:
         "Split the weights of the base over the processes that torchrun starts, and gather them layer by layer: for a base "
         "that is larger than one device. The result stays the same. Reads safetensors only.",
     )
+    shard_degree: int | None = _flag(
+        None,
+        "With --shard_base: how many processes share one copy of the base; None: all. On several machines, those of one if "
+        "the base fits there: then gathering stays off the network.",
+    )
     force: bool = _flag(False, _FORCE)
 
 
@@ -190,6 +195,7 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             "max_steps": -1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "logging_steps": 1, "seed": 0,
             "learning_rate": 0, "eval_fraction": 0, "encoder_hidden_size": 1, "eval_steps": 1, "num_train_epochs": 0,
             "max_tokens_per_batch": 1, "save_steps": 0, "save_total_limit": 1, "early_stopping_patience": 1,
+            "shard_degree": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -203,6 +209,8 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             raise UserError(f"--eval_fraction must be below 1, not {self.eval_fraction}")
         if self.eval_fraction and self.eval_dataset:
             raise UserError("--eval_fraction and --eval_dataset exclude each other; choose one")
+        if self.shard_degree and not self.shard_base:
+            raise UserError("--shard_degree goes with --shard_base; add that flag")
         for name in ("save_best", "early_stopping_patience"):
             if getattr(self, name) and not (self.eval_fraction or self.eval_dataset):
                 raise UserError(f"--{name} needs held-out rows: --eval_dataset or --eval_fraction")

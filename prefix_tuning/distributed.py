@@ -87,11 +87,14 @@ def share(values: Sequence) -> Sequence:
     return values[rank() :: world_size()]
 
 
-def all_sum(tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
-    """Sums a tensor over all processes, in place: the same bits in each. Raises PeerLost if one of them is gone."""
+def all_sum(tensor: torch.Tensor, operation=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
+    """Sums a tensor over all processes, or a group of them, in place: the same bits in each.
+
+    Raises PeerLost if one of them is gone.
+    """
     if dist.is_initialized():
         try:
-            dist.all_reduce(tensor, operation)
+            dist.all_reduce(tensor, operation, group)
         except RuntimeError as error:
             raise PeerLost(f"another process of this run has ended ({error})") from error
     return tensor

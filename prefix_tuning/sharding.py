@@ -34,18 +34,19 @@ def is_sharded(model: BloomForCausalLM) -> bool:
     return isinstance(model.lm_head, FSDPModule)
 
 
-def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: torch.device) -> BloomForCausalLM:
+def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: torch.device, parts: int) -> BloomForCausalLM:
     """Loads this process's part of a Bloom from safetensors files; no process ever holds more of it.
 
-    All processes call it together. Returns the frozen model, whose weights are DTensors in `dtype` on `device`. Raises
-    UserError if there are no such files, or if they hold other weights than `config` describes.
+    parts: how many processes, neighbours by rank, share one copy of the base; it divides their number. All processes call
+    this together. Returns the frozen model, whose weights are DTensors in `dtype` on `device`. Raises UserError if there are
+    no such files, or if they hold other weights than `config` describes.
     """
     files = weight_files(path)
     with torch.device("meta"):
         model = BloomForCausalLM(config).to(dtype).requires_grad_(False).eval()
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         model.generation_config = GenerationConfig.from_pretrained(path)
-    shard(model, device)
+    shard(model, device, parts)
     fill(model, files)
     return model
 
@@ -62,11 +63,13 @@ def weight_files(path: str) -> list[str]:
     return [file]
 
 
-def shard(model: BloomForCausalLM, device: torch.device) -> None:
+def shard(model: BloomForCausalLM, device: torch.device, parts: int) -> None:
     """Splits a model that lies on the meta device, and gives each process memory for its part, not yet filled."""
     if device.type == "cpu":
         return_freed_memory()
-    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    copies = distributed.world_size() // parts
+    shape, names = ((copies, parts), ("copy", "part")) if copies > 1 else ((parts,), ("part",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     body = model.transformer
     for group in (*body.h, [body.word_embeddings, model.lm_head], model):
         fully_shard(group, mesh=mesh)
@@ -107,8 +110,13 @@ def fill(model: BloomForCausalLM, files: list[str]) -> None:
 
 def first_row(tensor: DTensor) -> int:
     """Where this process's rows begin in the whole tensor. fully_shard splits as torch.chunk does."""
-    rows = tensor.shape[0]
-    return min(rows, distributed.rank() * math.ceil(rows / distributed.world_size()))
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    return min(rows, mesh.get_local_rank("part") * math.ceil(rows / mesh["part"].size()))
+
+
+def sum_of_parts(tensor: torch.Tensor, sharded: DTensor) -> torch.Tensor:
+    """Sums a tensor over the processes that share one copy of the base, in place."""
+    return distributed.all_sum(tensor, group=sharded.device_mesh.get_group("part"))
 
 
 def call(function: Callable, module: nn.Module, *args):
@@ -123,7 +131,7 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
     local, first = weight.to_local(), first_row(weight)
     gathered = local.new_zeros(weight.shape)
     gathered[first : first + len(local)] = local
-    return distributed.all_sum(gathered)
+    return sum_of_parts(gathered, weight)
 
 
 class _Pace:

@@ -95,8 +95,15 @@ def train(config: TrainConfig) -> dict:
 
 def _train(config: TrainConfig, device: torch.device) -> dict:
     output_dir = Path(config.output_dir)
-    if config.shard_base and not distributed.joined():
-        raise UserError("--shard_base splits the base over processes; start them: torchrun --nproc_per_node N train.py ...")
+    processes, parts = distributed.world_size(), None
+    if config.shard_base:
+        if not distributed.joined():
+            raise UserError(
+                "--shard_base splits the base over processes; start them: torchrun --nproc_per_node N train.py ..."
+            )
+        parts = config.shard_degree or processes
+        if processes % parts:
+            raise UserError(f"--shard_degree {parts} does not divide the number of processes, {processes}")
     resumed = find_resumed(config)
     if resumed is None and not config.overwrite_output_dir and not distributed.restarted():
         if (output_dir / ADAPTER_CONFIG_FILE).exists():
@@ -119,7 +126,7 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
         torch.use_deterministic_algorithms(True, warn_only=True)
     with distributed.first_on_each_machine():  # rows and tokens are prepared once, and found cached
         train_rows, eval_rows = load_splits(config)
-    model, tokenizer = load_base(config.model_name_or_path, dtype, device, config.shard_base)
+    model, tokenizer = load_base(config.model_name_or_path, dtype, device, parts)
     base = fingerprint(model, tokenizer)
     with distributed.first_on_each_machine():
         train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)

@@ -1,4 +1,4 @@
-"""What each of several processes checks; test_distributed.py starts them, with the folder of a saved Bloom.
+"""What each of four processes checks; test_distributed.py starts them, with the folder of a saved Bloom.
 
 Their gradients and losses, summed, are those of one process with all rows: with a base that each has whole to 1e-6, with one
 that they share to 1e-5.
@@ -22,17 +22,20 @@ folder = sys.argv[1]
 
 with distributed.processes(CPU):
     plain = BloomForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
-    sharded = load_sharded(folder, AutoConfig.from_pretrained(folder), torch.float32, CPU)
-    assert fingerprint(sharded, None) == fingerprint(plain, None)
-    held = sum(parameter.to_local().numel() for parameter in sharded.parameters())
-    assert held < 1.05 * plain.num_parameters() / distributed.world_size()
+    models = [(plain, 1e-6)]
+    for parts in (4, 2):
+        sharded = load_sharded(folder, AutoConfig.from_pretrained(folder), torch.float32, CPU, parts)
+        assert fingerprint(sharded, None) == fingerprint(plain, None)
+        held = sum(parameter.to_local().numel() for parameter in sharded.parameters())
+        assert held < 1.05 * plain.num_parameters() / parts
+        models.append((sharded, 1e-5))
 
     examples = examples_of([5, 60, 3, 21, 8, 33, 70, 2])
     shape = plain.config
     torch.manual_seed(0)
     prefix = torch.randn(shape.n_layer, 2, shape.n_head, 4, shape.hidden_size // shape.n_head)
     # Rows of one process may make more passes than those of another, or none at all.
-    for model, tolerance in ((plain, 1e-6), (sharded, 1e-5)):
+    for model, tolerance in models:
         for used, checkpointing in ((examples, False), (examples, True), (examples[:1], False)):
             labels = count_labels(used)
             expected = prefix.clone().requires_grad_()

@@ -34,7 +34,7 @@ def group(tmp_path):
 
 
 def sharded(folder, dtype=torch.float32):
-    return load_sharded(str(folder), AutoConfig.from_pretrained(folder), dtype, CPU)
+    return load_sharded(str(folder), AutoConfig.from_pretrained(folder), dtype, CPU, parts=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,7 +57,7 @@ def test_every_kind_of_checkpoint_is_read(group, tmp_path, files, dtype):
 
 def test_answers_are_those_of_the_whole_base(group, tuned):
     plain, tokenizer = load_base(demo.MODEL, torch.float32, CPU)
-    model, _ = load_base(demo.MODEL, torch.float32, CPU, shard=True)
+    model, _ = load_base(demo.MODEL, torch.float32, CPU, parts=1)
     prompts = [prompt_of(question) for question in ("法国的首都是哪里？", "3加5等于多少？", "星期二用英语怎么说？")]
     answers = []
     for base in (plain, model):
@@ -86,7 +86,14 @@ def test_a_base_that_cannot_be_sharded_is_one_line(group, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(Path(demo.resolve(demo.MODEL), "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_base(str(tmp_path), torch.float32, CPU, shard=True)
+        load_base(str(tmp_path), torch.float32, CPU, parts=1)
+
+
+def test_a_degree_must_divide_the_processes(group, tmp_path):
+    with pytest.raises(UserError, match="--shard_degree 2 does not divide the number of processes, 1"):
+        train(parse_train_config(["--shard_base", "--shard_degree", "2", "--output_dir", str(tmp_path / "out")]))
+    with pytest.raises(UserError, match="--shard_degree goes with --shard_base"):
+        parse_train_config(["--shard_degree", "2"])
 
 
 def test_one_process_alone_is_told_to_start_several(tmp_path):

@@ -1,4 +1,4 @@
-"""Peak memory of each process with --shard_base, by the number of processes, next to the ideal.
+"""Peak memory of each process with --shard_base, by the number of processes, next to the ideal; and the bytes sent per step.
 
     python tests/benchmarks/shards.py --shape 389m --processes 1 2 4
 
@@ -6,7 +6,7 @@ A Bloom with random weights of a real shape is saved as float32, loaded by torch
 row of --tokens tokens per process and step, gloo, without the projection: what is left beside the base is small. Memory that
 only the process holds ("anonymous", /proc/self/status, read every 2 ms), above what it held before it loaded anything. The
 ideal: its share of the base, and one layer. "whole" is one process without the flag, whose base lies in pages of the file,
-which do not count: what it holds, the pass itself needs.
+which do not count: what it holds, the pass itself needs. Bytes are those of all processes, as scale.py reads them.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import threading
 import time
 from pathlib import Path
 
+from scale import bytes_sent
 from speed import SHAPES, VIRTUAL_TOKENS, make_model
 
 
@@ -63,7 +64,7 @@ def work(args) -> None:
         before, peak = anonymous(), Peak()
         if args.worker == "sharded":
             config = AutoConfig.from_pretrained(args.model)
-            model = load_sharded(args.model, config, torch.float32, torch.device("cpu"))
+            model = load_sharded(args.model, config, torch.float32, torch.device("cpu"), dist.get_world_size())
         else:
             model = BloomForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False).eval()
         loading, held = peak.since() - before, anonymous() - before
@@ -74,10 +75,12 @@ def work(args) -> None:
         settings = TrainConfig(
             gradient_accumulation_steps=1, max_steps=args.steps, gradient_checkpointing=args.gradient_checkpointing
         )
-        started = time.perf_counter()
+        distributed.barrier()
+        started, sent = time.perf_counter(), bytes_sent()
         fit(settings, model, encoder, rows, None, MetricsFile(io.StringIO()))
-        seconds = (time.perf_counter() - started) / args.steps
-        figures = {"loading": loading, "held": held, "training": peak.since() - before, "seconds": seconds}
+        distributed.barrier()
+        seconds, sent = (time.perf_counter() - started) / args.steps, (bytes_sent() - sent) / args.steps / 1e6
+        figures = {"loading": loading, "held": held, "training": peak.since() - before, "seconds": seconds, "sent": sent}
         worst = {name: max(found[name] for found in distributed.gather(figures)) for name in figures}
         if distributed.is_main():
             weights = [*model.named_parameters()]
@@ -106,7 +109,7 @@ def main() -> None:
         import torch
 
         make_model(args.shape, "cpu", torch.float32).save_pretrained(folder)
-        print("MB above the start:      while loading  after loading  in training  ideal  s/step")
+        print("MB above the start:      while loading  after loading  in training  ideal  s/step  sent, MB/step")
         for worker, processes in [("whole", 1), *(("sharded", processes) for processes in args.processes)]:
             result = Path(folder) / "result.json"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -119,7 +122,7 @@ def main() -> None:
             ideal = found["base"] / processes + (found["layer"] if worker == "sharded" else 0)
             print(
                 f"{worker:8s} {processes} processes {found['loading']:16.0f} {found['held']:14.0f} "
-                f"{found['training']:12.0f} {ideal:6.0f} {found['seconds']:7.2f}"
+                f"{found['training']:12.0f} {ideal:6.0f} {found['seconds']:7.2f} {found['sent']:14.0f}"
             )
         sizes = {name: f"{found[name]:.0f} MB" for name in ("base", "layer", "embeddings")}
         print(", ".join(f"{name} {size}" for name, size in sizes.items()))

@@ -1,0 +1,102 @@
+"""What many GPUs would give, on paper: memory, traffic and the floor of a step's time, for a base of any shape.
+
+    python tests/benchmarks/paper.py --shape 7b1 176b --gpus 8 64 512 --rows 512 --row_tokens 150
+
+Put in your own numbers. The rate of matrix products is one H100's, measured in bfloat16; the bandwidths of its memory, its
+link and its network are the vendors' figures (per GPU and direction). Bytes and memory follow formulas that scale.py and
+shards.py have measured at a smaller shape. A floor: everything at full rate, gathering hidden behind computing, nothing for
+launches, attention or waiting.
+
+To a copy: GPUs that share one copy of the base (--shard_base, --shard_degree). Memory: of one GPU. Sent: by one GPU per step.
+Tokens, computing, gathering: of one GPU per step. Floor: the larger of the two, and what every process does whatever its
+share: the sum with the others and the encoder's step. Stops: the number of GPUs at which computing is no more than what does
+not shrink; from there on, more GPUs gain little or nothing.
+"""
+
+import argparse
+import itertools
+from dataclasses import dataclass
+
+from speed import SHAPES
+
+SHAPES = SHAPES | {"176b": {"n_layer": 70, "hidden_size": 14_336, "n_head": 112, "vocab_size": 250_880}}
+HALF, SINGLE = 2, 4  # bytes of a number of the base, and of all that is trained
+LABELS = 0.7  # of the tokens of a row
+PASSES_OVER_ENCODER = 12  # reads and writes of as many bytes as it has, per step: forward, backward, clipping, AdamW
+
+
+@dataclass
+class Paper:
+    """One base on so many GPUs."""
+
+    shape: dict
+    gpus: int
+    parts: int  # GPUs that share one copy of the base
+    args: argparse.Namespace
+
+    def __post_init__(self):
+        hidden, layers, vocab = (self.shape[name] for name in ("hidden_size", "n_layer", "vocab_size"))
+        args, passes = self.args, 2  # a forward and a backward pass
+        self.layer, self.embeddings = 12 * hidden**2 + 13 * hidden, vocab * hidden
+        self.base = layers * self.layer + self.embeddings + 4 * hidden
+        self.prefix = layers * 2 * hidden * args.num_virtual_tokens
+        width = min(hidden, args.encoder_hidden_size)
+        self.encoder = args.num_virtual_tokens * hidden + (hidden + 1) * width + (width + 1) * layers * 2 * hidden
+
+        # Per step and GPU
+        self.tokens = args.rows * args.row_tokens / self.gpus
+        micro_batches = max(1, round(self.tokens / args.max_tokens_per_batch + 0.499))
+        work = (6 if args.gradient_checkpointing else 4) * layers * self.layer + 4 * self.embeddings * LABELS
+        self.computing = work * self.tokens / args.flops
+        summed = 2 * (self.gpus - 1) / self.gpus * self.prefix * SINGLE
+        share = (self.parts - 1) / self.parts  # of what is gathered, as much comes from others
+        gathered = share * (passes * layers * self.layer + 2 * 2 * self.embeddings) * HALF * micro_batches
+        self.sent = summed + gathered
+        self.gathering = gathered / self.bandwidth(self.parts)
+        self.alone = summed / self.bandwidth(self.gpus) + PASSES_OVER_ENCODER * self.encoder * SINGLE / args.memory_bandwidth
+        self.floor = max(self.computing, self.gathering) + self.alone
+        rest = max(self.gathering, self.alone)
+        self.stops = self.computing * self.gpus / rest
+
+        in_layers = (2 if args.gradient_checkpointing else 10) * hidden * layers * HALF
+        self.memory = (
+            (self.base / self.parts + (max(self.embeddings, 3 * self.layer) if self.parts > 1 else 0)) * HALF
+            + 4 * self.encoder * SINGLE  # weights, gradient, AdamW's two
+            + min(self.tokens, args.max_tokens_per_batch) * in_layers
+        )
+
+    def bandwidth(self, gpus: int) -> float:
+        return self.args.link if gpus <= self.args.gpus_per_node else self.args.network
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["7b1", "176b"])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--rows", type=int, default=512, help="rows of an optimizer step, of all GPUs together")
+    parser.add_argument("--row_tokens", type=float, default=150, help="mean tokens of a row")
+    parser.add_argument("--num_virtual_tokens", type=int, default=10)
+    parser.add_argument("--encoder_hidden_size", type=int, default=512)
+    parser.add_argument("--max_tokens_per_batch", type=float, default=2048)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--flops", type=float, default=798e12, help="of one GPU's matrix products, per second")
+    parser.add_argument("--memory_bandwidth", type=float, default=3.35e12, help="of one GPU, bytes per second")
+    parser.add_argument("--link", type=float, default=450e9, help="between GPUs of one machine, bytes per second")
+    parser.add_argument("--network", type=float, default=50e9, help="between machines, bytes per second and GPU")
+    parser.add_argument("--gpus_per_node", type=int, default=8)
+    parser.add_argument("--gpu_memory", type=float, default=80e9, help="bytes; a base that does not fit is left out")
+    args = parser.parse_args()
+    print("| base | GPUs | to a copy | memory, GB | sent, MB | tokens | computing, s | gathering, s | floor, s | stops |")
+    print("|" + "---|" * 10)
+    for name, gpus in itertools.product(args.shape, args.gpus):
+        for parts in dict.fromkeys((1, min(gpus, args.gpus_per_node), gpus)):
+            paper = Paper(SHAPES[name], gpus, parts, args)
+            figures = f"{paper.memory / 1e9:.1f} | {paper.sent / 1e6:,.0f} | {paper.tokens:,.0f} | {paper.computing:.3f}"
+            figures += f" | {paper.gathering:.3f} | {paper.floor:.3f} | {paper.stops:,.0f} |"
+            if paper.memory > args.gpu_memory:
+                figures = f"{paper.memory / 1e9:.0f}, too much |" + " |" * 6
+            print(f"| {name} | {gpus} | {parts} | {figures}")
+
+
+if __name__ == "__main__":
+    main()
