@@ -7,7 +7,7 @@ link and its network are the vendors' figures (per GPU and direction). Bytes and
 shards.py have measured at a smaller shape. A floor: everything at full rate, gathering hidden behind computing, nothing for
 launches, attention or waiting.
 
-To a copy: GPUs that share one copy of the base (--shard_base, --shard_degree). Memory: of one GPU. Sent: by one GPU per step.
+To a copy: GPUs that share one copy of the base (--shard_base, --shard_degree). Memory: of one GPU. Sent: by one, per step.
 Tokens, computing, gathering: of one GPU per step. Floor: the larger of the two, and what every process does whatever its
 share: the sum with the others and the encoder's step. Stops: the number of GPUs at which computing is no more than what does
 not shrink; from there on, more GPUs gain little or nothing.
@@ -15,6 +15,7 @@ not shrink; from there on, more GPUs gain little or nothing.
 
 import argparse
 import itertools
+import math
 from dataclasses import dataclass
 
 from speed import SHAPES
@@ -45,7 +46,7 @@ class Paper:
 
         # Per step and GPU
         self.tokens = args.rows * args.row_tokens / self.gpus
-        micro_batches = max(1, round(self.tokens / args.max_tokens_per_batch + 0.499))
+        micro_batches = math.ceil(self.tokens / args.max_tokens_per_batch)
         work = (6 if args.gradient_checkpointing else 4) * layers * self.layer + 4 * self.embeddings * LABELS
         self.computing = work * self.tokens / args.flops
         summed = 2 * (self.gpus - 1) / self.gpus * self.prefix * SINGLE
