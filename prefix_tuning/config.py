@@ -73,6 +73,16 @@ def _flag(default, help: str):
 _FORCE = "Use a prefix even if the base has other weights or another tokenizer than the one that it was trained on."
 
 
+_SHARD_BASE = (
+    "Split the weights of the base over the processes that torchrun starts, and gather them layer by layer: for a base that "
+    "is larger than one device. The result stays the same. Reads safetensors only."
+)
+_SHARD_DEGREE = (
+    "With --shard_base: how many processes share one copy of the base; None: all. On several machines, those of one if the "
+    "base fits there: then gathering stays off the network."
+)
+
+
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
@@ -86,16 +96,8 @@ class ModelArguments:
         "fp32 elsewhere. The encoder and the optimizer are always fp32.",
     )
     device: str = _flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
-    shard_base: bool = _flag(
-        False,
-        "Split the weights of the base over the processes that torchrun starts, and gather them layer by layer: for a base "
-        "that is larger than one device. The result stays the same. Reads safetensors only.",
-    )
-    shard_degree: int | None = _flag(
-        None,
-        "With --shard_base: how many processes share one copy of the base; None: all. On several machines, those of one if "
-        "the base fits there: then gathering stays off the network.",
-    )
+    shard_base: bool = _flag(False, _SHARD_BASE)
+    shard_degree: int | None = _flag(None, _SHARD_DEGREE)
     force: bool = _flag(False, _FORCE)
 
 
@@ -195,7 +197,6 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             "max_steps": -1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "logging_steps": 1, "seed": 0,
             "learning_rate": 0, "eval_fraction": 0, "encoder_hidden_size": 1, "eval_steps": 1, "num_train_epochs": 0,
             "max_tokens_per_batch": 1, "save_steps": 0, "save_total_limit": 1, "early_stopping_patience": 1,
-            "shard_degree": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -209,8 +210,6 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             raise UserError(f"--eval_fraction must be below 1, not {self.eval_fraction}")
         if self.eval_fraction and self.eval_dataset:
             raise UserError("--eval_fraction and --eval_dataset exclude each other; choose one")
-        if self.shard_degree and not self.shard_base:
-            raise UserError("--shard_degree goes with --shard_base; add that flag")
         for name in ("save_best", "early_stopping_patience"):
             if getattr(self, name) and not (self.eval_fraction or self.eval_dataset):
                 raise UserError(f"--{name} needs held-out rows: --eval_dataset or --eval_fraction")
@@ -260,6 +259,8 @@ class BaseArguments:
     model_name_or_path: str | None = _flag(None, "The base, where it is not found under the name that the prefix notes.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "Compute type, as for train.py.")
     device: str = _flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
+    shard_base: bool = _flag(False, _SHARD_BASE)
+    shard_degree: int | None = _flag(None, _SHARD_DEGREE)
     force: bool = _flag(False, _FORCE)
 
 
@@ -303,7 +304,7 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
         users = {
             "output": ("--input", "--score"), "resume": ("--input",), "batch_size": ("--input",),
             "compare": ("a question", "--chat"), "num_return_sequences": ("a question", "--input"),
-            "max_length": ("a question", "--chat"),
+            "max_length": ("a question", "--chat"), "shard_base": ("a question", "--input", "--score"),
             **dict.fromkeys(("max_new_tokens", "do_sample", "repetition_penalty", "num_beams", "cache"), answering),
         }  # fmt: skip
         for name, using in users.items():

@@ -64,7 +64,7 @@ def answer_rows(
     if prefix is not None:
         name = "prefix"
         model.attach(name, prefix)
-    with in_step(model, torch.no_grad()(lambda: model(torch.zeros(1, 1, dtype=torch.long, device=model.device)))):
+    with model.in_step():
         mine = complete(model, tokenizer, share(prompts), prefix_name=name, max_new_tokens=longest + 1, do_sample=False)
     answers = [""] * len(prompts)
     for process, part in enumerate(parts := gather(mine)):

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from transformers import (
 
 from prefix_tuning.bloom import fingerprint, prefix_cache
 from prefix_tuning.checkpoint import Prefix, check_base
-from prefix_tuning.sharding import is_sharded
+from prefix_tuning.sharding import in_step, is_sharded
 
 BASE = "base"  # the name that stands for no prefix
 FEW_ROWS = 4  # a batch of no more is not made smaller: starting again would cost more than it saves
@@ -128,6 +129,11 @@ class PrefixBloom(BloomForCausalLM):
         cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)])
         cache.prefix_mask = mask[::copies]  # for `generate`, should it go on from this cache
         return torch.cat((cache.prefix_mask, attention_mask), dim=1), cache
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """`sharding.in_step` around what several processes generate, each as many tokens as it likes."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return in_step(self, torch.no_grad()(lambda: self(token)))
 
     @functools.wraps(BloomForCausalLM.forward)  # transformers reads off the signature what a model can do
     def forward(

@@ -23,6 +23,7 @@ from prefix_tuning.config import InferConfig, Interrupted, UserError
 from prefix_tuning.data import load_rows, prompt_of, read_questions, tokenize
 from prefix_tuning.evaluation import perplexity, row_losses
 from prefix_tuning.generation import BASE, PrefixBloom, complete_batches
+from prefix_tuning.sharding import parts_of_base
 
 WINDOW = 8  # batches of a file that are sorted by length together
 
@@ -38,13 +39,14 @@ def infer(config: InferConfig) -> None:
 
 
 def _infer(config: InferConfig, device: torch.device) -> None:
-    if distributed.world_size() > 1 and not config.input:
-        raise UserError("several processes can only share an --input; start infer.py without torchrun")
+    parts = parts_of_base(config.shard_base, config.shard_degree)
+    if distributed.world_size() > 1 and not (config.input or config.shard_base):
+        raise UserError("several processes can share an --input or, by --shard_base, a base; else start infer.py alone")
     names = [BASE, *config.named_prefixes()]
     rows = sum(1 for _ in read_questions(config.input, names)) if config.input else 0  # no mistake waits for the model
     if config.output:
         check_output(config)
-    model, tokenizer = open_model(config, device)
+    model, tokenizer = open_model(config, device, parts)
     try:
         if config.chat:
             from prefix_tuning.chat import Chat  # readline, which it imports, is for terminals only
@@ -63,13 +65,13 @@ def _infer(config: InferConfig, device: torch.device) -> None:
         raise UserError(f"{model.device} ran out of memory; {hint}") from error
 
 
-def open_model(config: InferConfig, device: torch.device) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
-    """The base with all prefixes attached, and its tokenizer."""
+def open_model(config: InferConfig, device: torch.device, parts: int | None) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
+    """The base, of which so many processes may share a copy, with all prefixes attached; and its tokenizer."""
     folders = config.named_prefixes()
     prefixes = {name: load_prefix(folder) for name, folder in folders.items()}
     first = next(iter(prefixes))
     base_name = config.model_name_or_path or base_of(folders[first], prefixes[first].base["name_or_path"])
-    base, tokenizer = load_base(base_name, resolve_dtype(config.precision, device), device)
+    base, tokenizer = load_base(base_name, resolve_dtype(config.precision, device), device, parts)
     model = PrefixBloom(base, tokenizer)
     for name, prefix in prefixes.items():
         model.attach(name, prefix, config.force)
@@ -98,7 +100,8 @@ def ask(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerB
     for name in model.names if config.compare else [model.active]:
         if config.compare:
             print(title(name, model), end="", flush=True)
-        say(model, tokenizer, prompt, name, config.seed, options)
+        with model.in_step():  # several processes that share the base say the same; main is heard
+            say(model, tokenizer, prompt, name, config.seed, options)
 
 
 def say(
@@ -183,12 +186,12 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
                 part = list(itertools.islice(questions, window))
                 if position + len(part) <= done:
                     continue
-                mine = distributed.share(part)
+                own = distributed.share(part)
                 batches = complete_batches(
                     model,
                     tokenizer,
-                    [prompt for _, prompt, _ in mine],
-                    [prefix or model.active for _, _, prefix in mine],
+                    [prompt for _, prompt, _ in own],
+                    [prefix or model.active for _, _, prefix in own],
                     config.batch_size,
                     config.seed + position,
                     first=max(0, done - position) // processes,
@@ -197,7 +200,9 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
                 answers: dict[int, list[str]] = {}
                 # Every process takes as many turns, some of them empty: they meet after each.
                 for _ in range(math.ceil(math.ceil(len(part) / processes) / config.batch_size)):
-                    for process, (places, completions) in enumerate(distributed.gather(next(batches, ([], [])))):
+                    with model.in_step():
+                        mine = next(batches, ([], []))
+                    for process, (places, completions) in enumerate(distributed.gather(mine)):
                         answers.update(zip((place * processes + process for place in places), completions, strict=True))
                     while done - position in answers:
                         row, response = part[done - position][0], answers[done - position]

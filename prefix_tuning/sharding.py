@@ -34,6 +34,20 @@ def is_sharded(model: BloomForCausalLM) -> bool:
     return isinstance(model.lm_head, FSDPModule)
 
 
+def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
+    """How many processes share one copy of the base; None: each has its own. Raises UserError if that cannot be."""
+    if not shard_base:
+        if shard_degree is not None:
+            raise UserError("--shard_degree goes with --shard_base; add that flag")
+        return None
+    if not distributed.joined():
+        raise UserError("--shard_base splits the base over processes; start them: torchrun --nproc_per_node N ...")
+    processes = distributed.world_size()
+    if shard_degree is not None and (shard_degree < 1 or processes % shard_degree):
+        raise UserError(f"--shard_degree {shard_degree} does not divide the number of processes, {processes}")
+    return shard_degree or processes
+
+
 def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: torch.device, parts: int) -> BloomForCausalLM:
     """Loads this process's part of a Bloom from safetensors files; no process ever holds more of it.
 
@@ -74,8 +88,8 @@ def shard(model: BloomForCausalLM, device: torch.device, parts: int) -> None:
     for group in (*body.h, [body.word_embeddings, model.lm_head], model):
         fully_shard(group, mesh=mesh)
     for module in (*body.h, model):
-        module.call = MethodType(lambda self, function, *args: function(self, *args), module)
-        register_fsdp_forward_method(module, "call")
+        module.gathered_call = MethodType(lambda self, function, *args: function(self, *args), module)
+        register_fsdp_forward_method(module, "gathered_call")
     model.to_empty(device=device)
     model.pace = _Pace()
     model.register_forward_pre_hook(model.pace.start_pass, prepend=True)  # for transformers' own forward
@@ -121,7 +135,8 @@ def sum_of_parts(tensor: torch.Tensor, sharded: DTensor) -> torch.Tensor:
 
 def call(function: Callable, module: nn.Module, *args):
     """function(module, *args), for which the module's weights are gathered if it is sharded, and for its backward pass."""
-    return module.call(function, *args) if isinstance(module, FSDPModule) else function(module, *args)
+    # Not asked by its class: a PrefixBloom has this from the base whose modules it shares.
+    return module.gathered_call(function, *args) if hasattr(module, "gathered_call") else function(module, *args)
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ from prefix_tuning.report import (
     push_to_hub,
     write_card,
 )
-from prefix_tuning.sharding import in_step
+from prefix_tuning.sharding import in_step, parts_of_base
 from prefix_tuning.state import Progress, TrainingState, check_same_run, identity
 
 try:
@@ -95,15 +95,7 @@ def train(config: TrainConfig) -> dict:
 
 def _train(config: TrainConfig, device: torch.device) -> dict:
     output_dir = Path(config.output_dir)
-    processes, parts = distributed.world_size(), None
-    if config.shard_base:
-        if not distributed.joined():
-            raise UserError(
-                "--shard_base splits the base over processes; start them: torchrun --nproc_per_node N train.py ..."
-            )
-        parts = config.shard_degree or processes
-        if processes % parts:
-            raise UserError(f"--shard_degree {parts} does not divide the number of processes, {processes}")
+    parts = parts_of_base(config.shard_base, config.shard_degree)
     resumed = find_resumed(config)
     if resumed is None and not config.overwrite_output_dir and not distributed.restarted():
         if (output_dir / ADAPTER_CONFIG_FILE).exists():

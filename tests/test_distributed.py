@@ -171,5 +171,5 @@ def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned):
     whole = (tmp_path / "one.jsonl").read_bytes()
     assert (tmp_path / "two.jsonl").read_bytes() == whole
     (tmp_path / "two.jsonl").write_bytes(whole[: len(whole) // 3])
-    code, _, err = run("infer.py", 2, flags | {"output": tmp_path / "two.jsonl"}, "--resume")
+    code, _, err = run("infer.py", 2, flags | {"output": tmp_path / "two.jsonl"}, "--resume", "--shard_base")
     assert code == 0 and (tmp_path / "two.jsonl").read_bytes() == whole, err

@@ -406,7 +406,7 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
 
     flags = ["--chat", "--prefix", str(tuned["short"]), "--max_length", "80", "--max_new_tokens", "20"]
     config = parse_infer_config(flags)
-    chat = Chat(config, *open_model(config, torch.device("cpu")))
+    chat = Chat(config, *open_model(config, torch.device("cpu"), None))
     asked = []
     for number in range(4):
         chat.answer(f"{number}加5等于多少？")

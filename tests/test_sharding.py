@@ -59,12 +59,15 @@ def test_answers_are_those_of_the_whole_base(group, tuned):
     plain, tokenizer = load_base(demo.MODEL, torch.float32, CPU)
     model, _ = load_base(demo.MODEL, torch.float32, CPU, parts=1)
     prompts = [prompt_of(question) for question in ("法国的首都是哪里？", "3加5等于多少？", "星期二用英语怎么说？")]
-    answers = []
+    answers, losses = [], []
     for base in (plain, model):
         prefixed = PrefixBloom(base)
         prefixed.attach("short", load_prefix(str(tuned["short"])))
         answers.append(complete(prefixed, tokenizer, prompts, max_new_tokens=12, do_sample=False))
+        batch = next(pack(examples_of([20, 50, 7]), 1000))
+        losses.append(label_losses(prefixed, batch, prefixed.prefixes["short"]))
     assert answers[0] == answers[1] and all(answers[0])
+    assert torch.allclose(*losses, rtol=1e-5)
 
 
 def test_a_base_that_cannot_be_sharded_is_one_line(group, tmp_path):
@@ -93,7 +96,7 @@ def test_a_degree_must_divide_the_processes(group, tmp_path):
     with pytest.raises(UserError, match="--shard_degree 2 does not divide the number of processes, 1"):
         train(parse_train_config(["--shard_base", "--shard_degree", "2", "--output_dir", str(tmp_path / "out")]))
     with pytest.raises(UserError, match="--shard_degree goes with --shard_base"):
-        parse_train_config(["--shard_degree", "2"])
+        train(parse_train_config(["--shard_degree", "1", "--output_dir", str(tmp_path / "out")]))
 
 
 def test_one_process_alone_is_told_to_start_several(tmp_path):
