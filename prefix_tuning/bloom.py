@@ -29,18 +29,21 @@ from prefix_tuning.attention import attend, attention_bias
 from prefix_tuning.checkpoint import portable_name
 from prefix_tuning.config import UserError
 from prefix_tuning.data import Batch
-from prefix_tuning.sharding import call, first_row, is_sharded, load_sharded, start_pass, sum_of_parts, whole
+from prefix_tuning.sharding import begin_pass, call, first_row, is_sharded, load_sharded, sum_of_parts, whole
 
 
 def resolve_device(name: str) -> torch.device:
     """The device for a --device flag. Raises UserError if this machine has no such device.
 
-    auto: CUDA, where torchrun has started several processes each its own; else mps, else the CPU.
+    auto: CUDA; else mps, where there is one process; else the CPU. Of several processes each takes a CUDA device of its own.
     """
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not several else "cpu"
+    if several and name not in ("cuda", "cpu"):
+        raise UserError(f"--device {name} cannot be shared by several processes; use cuda or cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -233,7 +236,7 @@ def label_losses(
     model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, run: Callable[..., torch.Tensor] = run_block
 ) -> torch.Tensor:
     """Cross-entropy in nats of every label of the batch: (labels,), at least float32. Arguments: `packed_hidden`."""
-    start_pass(model)
+    begin_pass(model)
     return call(_label_losses, model, batch, prefix, run)
 
 

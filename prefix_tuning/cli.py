@@ -6,6 +6,7 @@ import itertools
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 
 from transformers import HfArgumentParser
@@ -80,6 +81,8 @@ def _run(command: Callable[[list[str]], None]) -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
+        if not _is_main():
+            time.sleep(5)  # if main says the same, torchrun ends this process before it repeats it
         who = "" if _is_main() else f"process {os.environ['RANK']}: "
         print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

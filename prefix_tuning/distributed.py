@@ -1,7 +1,8 @@
 """Many processes as one: the little that the program needs of torch.distributed. A process alone passes through it.
 
-`torchrun` starts the processes and sets RANK, LOCAL_RANK and WORLD_SIZE. Each holds the frozen base and the encoder; they
-meet once per optimizer step, to sum the gradient of the prefix. Process 0, `main`, is the one that prints and writes.
+`torchrun` starts the processes and sets RANK, LOCAL_RANK and WORLD_SIZE. Each holds the encoder and the frozen base, or a
+part of that (sharding.py); they meet once per optimizer step, to sum the gradient of the prefix. Process 0, `main`, is the
+one that prints and writes.
 """
 
 import datetime
@@ -11,9 +12,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from prefix_tuning.config import reason_of
 
 TIMEOUT = datetime.timedelta(hours=3)  # of a meeting: one process may prepare many rows while the others wait
 
@@ -35,13 +39,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-class PeerLost(Exception):
-    """Another process is gone, so there will be no meeting."""
-
-
-def restarted() -> bool:
-    """Whether torchrun has started these processes anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def job() -> str | None:
+    """What tells this torchrun from any other, the same after each of its restarts: the folder of its logs. None without."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../JOB/attempt_N/LOCAL_RANK/error.json
+    return Path(file).parents[2].name if file else None
 
 
 @contextmanager
@@ -55,12 +56,19 @@ def processes(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart, torchrun's store still holds the addresses of the dead. (Machines do not count restarts alike.)
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=processes)
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stdout if is_main() else nowhere):
             yield
-    except PeerLost as error:
-        print(f"process {rank()}: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        print(f"process {rank}: another process of this run has ended ({reason_of(error)})", file=sys.stderr)
         sys.exit(1)
     finally:
         gc.collect()  # a process group that a sharded model still holds would abort the process when that ends
@@ -88,15 +96,9 @@ def share(values: Sequence) -> Sequence:
 
 
 def all_sum(tensor: torch.Tensor, operation=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
-    """Sums a tensor over all processes, or a group of them, in place: the same bits in each.
-
-    Raises PeerLost if one of them is gone.
-    """
+    """Sums a tensor over all processes, or a group of them, in place: the same bits in each."""
     if dist.is_initialized():
-        try:
-            dist.all_reduce(tensor, operation, group)
-        except RuntimeError as error:
-            raise PeerLost(f"another process of this run has ended ({error})") from error
+        dist.all_reduce(tensor, operation, group)
     return tensor
 
 

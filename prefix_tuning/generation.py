@@ -35,7 +35,7 @@ class _PrefixBloomConfig(BloomConfig):
 class PrefixBloom(BloomForCausalLM):
     """A Bloom that has any number of prefixes, of which every row of a batch can use its own.
 
-        model = PrefixBloom(base)                                # any BloomForCausalLM that lies whole on one device
+        model = PrefixBloom(base)                                # any BloomForCausalLM that lies on one device
         model.attach("short", load_prefix("./chatbot"))
         model.generate(**inputs)                                 # with the prefix in use: the first one attached
         model.generate(**inputs, prefix_name=["short", "base"])  # by row; "base" is the frozen base alone
@@ -44,7 +44,7 @@ class PrefixBloom(BloomForCausalLM):
 
     It is a BloomForCausalLM itself, made of new modules around the tensors of `base`: what takes one, such as transformers'
     pipeline, takes this. None of the above changes `base`; but the weights are in memory once, so who changes them changes
-    them for both.
+    them for both. (A base that is sharded over processes cannot be copied: its modules and its config are taken over.)
     """
 
     config_class = _PrefixBloomConfig

@@ -31,7 +31,7 @@ _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def is_sharded(model: BloomForCausalLM) -> bool:
-    return isinstance(model.lm_head, FSDPModule)
+    return isinstance(model.lm_head, FSDPModule)  # a PrefixBloom is none itself, but shares the modules of its base
 
 
 def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
@@ -44,7 +44,8 @@ def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
         raise UserError("--shard_base splits the base over processes; start them: torchrun --nproc_per_node N ...")
     processes = distributed.world_size()
     if shard_degree is not None and (shard_degree < 1 or processes % shard_degree):
-        raise UserError(f"--shard_degree {shard_degree} does not divide the number of processes, {processes}")
+        hint = "leave it out for one copy among all, or name a divisor"
+        raise UserError(f"--shard_degree {shard_degree} does not divide the number of processes, {processes}; {hint}")
     return shard_degree or processes
 
 
@@ -67,14 +68,12 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
 
 def weight_files(path: str) -> list[str]:
     """The safetensors files of a model by folder or hub name. Raises UserError if it has none."""
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    if index:
+    if file := cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+        return [file]
+    if index := cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
         return get_checkpoint_shard_files(path, index)[0]
-    file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        hint = "save it as such once, where it fits: BloomForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)"
-        raise UserError(f"--shard_base reads safetensors files, and {path} has none; {hint}")
-    return [file]
+    hint = "save it as such once, where it fits: BloomForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)"
+    raise UserError(f"--shard_base reads safetensors files, and {path} has none; {hint}")
 
 
 def shard(model: BloomForCausalLM, device: torch.device, parts: int) -> None:
@@ -85,41 +84,51 @@ def shard(model: BloomForCausalLM, device: torch.device, parts: int) -> None:
     shape, names = ((copies, parts), ("copy", "part")) if copies > 1 else ((parts,), ("part",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     body = model.transformer
+    # Embeddings and head are a group for transformers' forward only, which takes them as they come; training takes `whole`.
     for group in (*body.h, [body.word_embeddings, model.lm_head], model):
         fully_shard(group, mesh=mesh)
+    # fully_shard gathers around the method `forward`, and around what is registered here: training has a forward of its own.
     for module in (*body.h, model):
-        module.gathered_call = MethodType(lambda self, function, *args: function(self, *args), module)
+        module.gathered_call = MethodType(_call, module)
         register_fsdp_forward_method(module, "gathered_call")
     model.to_empty(device=device)
     model.pace = _Pace()
-    model.register_forward_pre_hook(model.pace.start_pass, prepend=True)  # for transformers' own forward
+    model.register_forward_pre_hook(model.pace.begin_pass, prepend=True)  # for transformers' forward
+
+
+def _call(module: nn.Module, function: Callable, *args):
+    return function(module, *args)
 
 
 def return_freed_memory() -> None:
     """Has glibc hand freed weights back at once. It would keep them, in pieces between which small tensors come to lie, and
     take new memory for the next layer's: in the end, for the whole base."""
-    with suppress(OSError, AttributeError):  # other systems have another malloc
+    with suppress(OSError, AttributeError, TypeError):  # other systems have another malloc
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def fill(model: BloomForCausalLM, files: list[str]) -> None:
     """Reads this process's rows of every weight. Raises UserError for weights that are missing, or of another shape."""
     missing = dict(model.named_parameters())
+    other_names = {name.removeprefix("transformer."): name for name in missing}  # the first Blooms were named so
+    if model.lm_head.weight is model.transformer.word_embeddings.weight:
+        other_names["lm_head.weight"] = "transformer.word_embeddings.weight"
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                # The weights of the first Blooms are named without the head.
-                parameter = missing.pop(name if name in missing else f"transformer.{name}", None)
+                parameter = missing.pop(name if name in missing else other_names.get(name), None)
                 if parameter is None:
                     continue
                 stored, local = file.get_slice(name), parameter.to_local()
                 if tuple(stored.get_shape()) != parameter.shape:
                     shapes = f"{tuple(stored.get_shape())} where {tuple(parameter.shape)} is expected"
-                    raise UserError(f"{path}: {name} has the shape {shapes}")
+                    hint = "its config.json belongs to another model"
+                    raise UserError(f"--model_name_or_path: {path}: {name} has the shape {shapes}; {hint}")
                 first = first_row(parameter)
                 local.copy_(stored[first : first + len(local)])
     if missing:
-        raise UserError(f"{Path(files[0]).parent} lacks {len(missing)} of its weights, such as {next(iter(missing))}")
+        folder = Path(files[0]).parent
+        raise UserError(f"--model_name_or_path {folder} lacks {len(missing)} of its weights, such as {next(iter(missing))}")
 
 
 def first_row(tensor: DTensor) -> int:
@@ -150,12 +159,12 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
 
 
 class _Pace:
-    """Before each pass the processes tell each other whether they have work left; those without take part in it anyway."""
+    """Before each pass the processes vote: 1, I have one to make; 0, I have none left. While anyone has, all make one."""
 
     def __init__(self):
         self.idle = False
 
-    def start_pass(self, *_) -> None:
+    def begin_pass(self, *_) -> None:
         if not self.idle:
             distributed.most_of(1)
 
@@ -166,15 +175,15 @@ class _Pace:
         self.idle = False
 
 
-def start_pass(model: BloomForCausalLM) -> None:
-    """Every pass through a sharded base begins with this."""
+def begin_pass(model: BloomForCausalLM) -> None:
+    """Every pass through a base that may be sharded begins with this."""
     if is_sharded(model):
-        model.pace.start_pass()
+        model.pace.begin_pass()
 
 
 @contextmanager
 def in_step(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
-    """Inside, a process may go through a sharded base as often as it has work, and then takes part in the others' passes.
+    """Inside, a process may go through a sharded base as often as it has work; at the end, it joins the others' passes.
 
     idle_pass: gathers what their passes gather, and has no other effect.
     """

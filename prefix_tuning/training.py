@@ -96,8 +96,9 @@ def train(config: TrainConfig) -> dict:
 def _train(config: TrainConfig, device: torch.device) -> dict:
     output_dir = Path(config.output_dir)
     parts = parts_of_base(config.shard_base, config.shard_degree)
-    resumed = find_resumed(config)
-    if resumed is None and not config.overwrite_output_dir and not distributed.restarted():
+    restarted = distributed.from_main(begun_by(distributed.job(), output_dir))
+    resumed = find_resumed(config, restarted)
+    if not (resumed or restarted or config.overwrite_output_dir):
         if (output_dir / ADAPTER_CONFIG_FILE).exists():
             hint = "add --overwrite_output_dir or name another --output_dir"
             raise UserError(f"{config.output_dir} holds a prefix already; {hint}")
@@ -150,6 +151,7 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
                 (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # of an earlier run; this one's weights are past help
             if error.good_prefix is not None:
                 kept = f"the last good prefix is saved in {config.output_dir} (for infer.py; it cannot be trained further)"
+            distributed.barrier()  # until it is saved: torchrun stops all processes when the first one ends
             hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
             raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
         except (MemoryError, RuntimeError) as error:
@@ -183,16 +185,25 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
     return summary
 
 
-def find_resumed(config: TrainConfig) -> tuple[Path, dict, dict] | None:
+def begun_by(job: str | None, output_dir: Path) -> bool:
+    """Whether the run in this folder is one that the same torchrun has begun, before a failure."""
+    try:
+        noted = json.loads((output_dir / CONFIG_FILE).read_text("utf-8"))["ran_with"]["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return job is not None and noted == job
+
+
+def find_resumed(config: TrainConfig, restarted: bool) -> tuple[Path, dict, dict] | None:
     """The checkpoint to go on from, as main finds it: path, tensors and state. None if there is none, or none is wanted.
 
-    After a restart by torchrun that is the newest one of this run, wherever the run had begun.
+    restarted: by torchrun after a failure; then it is the newest one of this run, wherever the run had begun.
     """
     where, found = config.resume_from_checkpoint, None
-    if distributed.restarted() and find_checkpoints(Path(config.output_dir)):
-        where = "latest"
-    if distributed.is_main() and where:
-        found = newest_checkpoint(where, Path(config.output_dir))
+    if distributed.is_main():
+        if restarted and find_checkpoints(Path(config.output_dir)):
+            where = "latest"
+        found = newest_checkpoint(where, Path(config.output_dir)) if where else None
     path = distributed.from_main(found and str(found[0]))
     return found or (path and (Path(path), *load_checkpoint(Path(path))))
 
@@ -627,6 +638,7 @@ def describe_run(
         "rows_per_step": global_batch_size(config),
         "ran_with": {
             "processes": distributed.world_size(),
+            "job": distributed.job(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "python": platform.python_version(),

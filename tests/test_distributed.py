@@ -114,7 +114,7 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
     whole = flags | {"output_dir": tmp_path / "whole"}
     train(2, whole)
     killed = flags | {"output_dir": tmp_path / "killed"}
-    process = start("train.py", 2, killed, restarts=2)
+    process = start("train.py", 2, killed, restarts=1)  # no attempt is wasted
     deadline = time.monotonic() + 120
     while not find_checkpoints(tmp_path / "killed") and time.monotonic() < deadline and process.poll() is None:
         select.select([], [], [], 0.02)
@@ -156,9 +156,12 @@ def test_signals_stop_all_processes_after_the_same_step(alone, tmp_path):
     assert stopped and stopped[1] == stopped[2] and err.count("stopped after step") == 1
 
 
-def test_a_mistake_is_said_once(tmp_path):
-    code, _, err = run("train.py", 2, {"dataset": "nowhere.jsonl", "output_dir": tmp_path / "out"})
-    assert code != 0 and err.count("error: nowhere.jsonl: no such file") == 1
+def test_a_finished_run_is_refused_once_per_attempt_and_stays(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "training_config.json").write_text('{"ran_with": {"job": "another"}}')
+    code, out, err = run("train.py", 2, {"output_dir": tmp_path}, restarts=1)
+    assert code != 0 and err.count("holds a prefix already") == 2 and "bundled demo's own settings" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "training_config.json"]
 
 
 def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned):

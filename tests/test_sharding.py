@@ -38,7 +38,7 @@ def sharded(folder, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("files", ["one", "several", "headless"])
+@pytest.mark.parametrize("files", ["one", "several", "headless", "under the head's name", "two sets"])
 def test_every_kind_of_checkpoint_is_read(group, tmp_path, files, dtype):
     plain = random_bloom()
     if files == "headless":  # as the first Blooms were saved
@@ -48,6 +48,13 @@ def test_every_kind_of_checkpoint_is_read(group, tmp_path, files, dtype):
     else:
         plain.save_pretrained(tmp_path, max_shard_size="1MB" if files == "several" else "5GB")
         assert (tmp_path / "model.safetensors.index.json").exists() == (files == "several")
+    path = tmp_path / "model.safetensors"
+    if files == "under the head's name":
+        weights = load_file(path)
+        weights["lm_head.weight"] = weights.pop("transformer.word_embeddings.weight")
+        save_file(weights, path, {"format": "pt"})
+    if files == "two sets":  # transformers takes the one without an index, so the other must not matter
+        (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "other.safetensors"}}')
     plain, model = plain.to(dtype), sharded(tmp_path, dtype)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.to_local(), theirs), name

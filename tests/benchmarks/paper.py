@@ -2,15 +2,15 @@
 
     python tests/benchmarks/paper.py --shape 7b1 176b --gpus 8 64 512 --rows 512 --row_tokens 150
 
-Put in your own numbers. The rate of matrix products is one H100's, measured in bfloat16; the bandwidths of its memory, its
-link and its network are the vendors' figures (per GPU and direction). Bytes and memory follow formulas that scale.py and
-shards.py have measured at a smaller shape. A floor: everything at full rate, gathering hidden behind computing, nothing for
-launches, attention or waiting.
+Put in your own numbers. The rate of matrix products is one H100's, measured in bfloat16; the bandwidths of memory, of the
+link, and of a network with a 400 Gbit/s card for each of 8 GPUs are the vendors' figures (one direction). Bytes and memory
+follow formulas that scale.py and shards.py have measured at a smaller shape. A floor: everything at full rate, gathering
+hidden behind computing, nothing for launches, latency, attention or waiting.
 
 To a copy: GPUs that share one copy of the base (--shard_base, --shard_degree). Memory: of one GPU. Sent: by one, per step.
 Tokens, computing, gathering: of one GPU per step. Floor: the larger of the two, and what every process does whatever its
-share: the sum with the others and the encoder's step. Stops: the number of GPUs at which computing is no more than what does
-not shrink; from there on, more GPUs gain little or nothing.
+share: the sum with the others and the encoder's step. Stops: the number of GPUs at which computing takes no longer than
+what does not shrink, one gathering or the encoder's step, or at which each has one row; more gain little or nothing.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from speed import SHAPES
 SHAPES = SHAPES | {"176b": {"n_layer": 70, "hidden_size": 14_336, "n_head": 112, "vocab_size": 250_880}}
 HALF, SINGLE = 2, 4  # bytes of a number of the base, and of all that is trained
 LABELS = 0.7  # of the tokens of a row
+LABELS_AT_ONCE = 256  # whose logits the loss holds
 PASSES_OVER_ENCODER = 12  # reads and writes of as many bytes as it has, per step: forward, backward, clipping, AdamW
 
 
@@ -45,29 +46,31 @@ class Paper:
         self.encoder = args.num_virtual_tokens * hidden + (hidden + 1) * width + (width + 1) * layers * 2 * hidden
 
         # Per step and GPU
-        self.tokens = args.rows * args.row_tokens / self.gpus
+        self.tokens = math.ceil(args.rows / self.gpus) * args.row_tokens
         micro_batches = math.ceil(self.tokens / args.max_tokens_per_batch)
         work = (6 if args.gradient_checkpointing else 4) * layers * self.layer + 4 * self.embeddings * LABELS
         self.computing = work * self.tokens / args.flops
         summed = 2 * (self.gpus - 1) / self.gpus * self.prefix * SINGLE
         share = (self.parts - 1) / self.parts  # of what is gathered, as much comes from others
-        gathered = share * (passes * layers * self.layer + 2 * 2 * self.embeddings) * HALF * micro_batches
-        self.sent = summed + gathered
-        self.gathering = gathered / self.bandwidth(self.parts)
+        gathered = share * (passes * layers * self.layer + 2 * 2 * self.embeddings) * HALF  # per forward and backward pass
+        self.sent = summed + micro_batches * gathered
+        self.gathering = micro_batches * gathered / self.bandwidth(self.parts)
         self.alone = summed / self.bandwidth(self.gpus) + PASSES_OVER_ENCODER * self.encoder * SINGLE / args.memory_bandwidth
         self.floor = max(self.computing, self.gathering) + self.alone
-        rest = max(self.gathering, self.alone)
-        self.stops = self.computing * self.gpus / rest
+        rest = max(gathered / self.bandwidth(self.parts), self.alone)
+        self.stops = min(args.rows, work * args.rows * args.row_tokens / args.flops / rest)
 
         in_layers = (2 if args.gradient_checkpointing else 10) * hidden * layers * HALF
         self.memory = (
             (self.base / self.parts + (max(self.embeddings, 3 * self.layer) if self.parts > 1 else 0)) * HALF
             + 4 * self.encoder * SINGLE  # weights, gradient, AdamW's two
             + min(self.tokens, args.max_tokens_per_batch) * in_layers
+            + 3 * LABELS_AT_ONCE * vocab * SINGLE  # logits, their softmax, their gradient
         )
 
     def bandwidth(self, gpus: int) -> float:
-        return self.args.link if gpus <= self.args.gpus_per_node else self.args.network
+        """Of one GPU: between machines, rings share the network cards of each, and go on inside over the links."""
+        return self.args.link if gpus <= self.args.gpus_per_node else min(self.args.link, self.args.network)
 
 
 def main() -> None:
@@ -83,9 +86,9 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=798e12, help="of one GPU's matrix products, per second")
     parser.add_argument("--memory_bandwidth", type=float, default=3.35e12, help="of one GPU, bytes per second")
     parser.add_argument("--link", type=float, default=450e9, help="between GPUs of one machine, bytes per second")
-    parser.add_argument("--network", type=float, default=50e9, help="between machines, bytes per second and GPU")
+    parser.add_argument("--network", type=float, default=400e9, help="of all cards of one machine, bytes per second")
     parser.add_argument("--gpus_per_node", type=int, default=8)
-    parser.add_argument("--gpu_memory", type=float, default=80e9, help="bytes; a base that does not fit is left out")
+    parser.add_argument("--gpu_memory", type=float, default=72e9, help="bytes, of which CUDA's and nccl's own are taken off")
     args = parser.parse_args()
     print("| base | GPUs | to a copy | memory, GB | sent, MB | tokens | computing, s | gathering, s | floor, s | stops |")
     print("|" + "---|" * 10)
