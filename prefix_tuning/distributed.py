@@ -57,9 +57,12 @@ def processes(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # After a restart, torchrun's store still holds the addresses of the dead. (Machines do not count restarts alike.)
+    # After a restart, torchrun's store still holds the addresses of the dead.
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    elif os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        # Several machines do not count restarts alike; a new store for each must come from torchrun.
+        print("a restart may hang: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=processes)
     try:

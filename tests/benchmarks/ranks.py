@@ -2,7 +2,7 @@
 
     python tests/benchmarks/ranks.py --kills 20 --processes 2
 
-Each job has a checkpoint after every step and as many restarts as it needs; torchrun goes on by itself. Weights must be the
+Each job has a checkpoint after every step and no more restarts than kills; torchrun goes on by itself. Weights must be the
 same bit for bit, metrics but for the clock's figures. A new job starts when one has ended before all kills are done.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
         tensors, figures = left_by(whole)
         while kills < args.kills:
             output = Path(folder) / f"job{jobs}"
-            job = start(args.processes, output, 100, *more)
+            job = start(args.processes, output, args.kills, *more)  # one attempt for each kill
             while job.poll() is None:
                 deadline = time.monotonic() + rng.uniform(2, 12)  # a start takes about six seconds
                 while job.poll() is None and time.monotonic() < deadline:
