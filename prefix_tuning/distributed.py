@@ -56,22 +56,21 @@ def processes(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # After a restart, torchrun's store still holds the addresses of the dead.
-    if os.environ["GROUP_WORLD_SIZE"] == "1":
+    store, number, total = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    one_machine, kept = os.environ["GROUP_WORLD_SIZE"] == "1", os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+    if one_machine:  # after a restart, a store that torchrun keeps still holds the addresses of the dead
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    elif os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        # Several machines do not count restarts alike; a new store for each must come from torchrun.
-        print("a restart may hang: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
+    elif kept and number == 0 and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":  # machines do not count restarts alike
+        print("a restart may hang; against that, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun", file=sys.stderr)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=processes)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=number, world_size=total)
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stdout if is_main() else nowhere):
             yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        print(f"process {rank}: another process of this run has ended ({reason_of(error)})", file=sys.stderr)
+        print(f"process {number}: another process of this run has ended ({reason_of(error)})", file=sys.stderr)
         sys.exit(1)
     finally:
         gc.collect()  # a process group that a sharded model still holds would abort the process when that ends
