@@ -11,6 +11,7 @@ from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.inference import infer
+from prefix_tuning.training import train
 
 
 def run(script, *flags, cwd=ROOT):
@@ -122,16 +123,21 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_infer_answers_from_any_folder_and_repeats_itself(trained):
+def test_infer_answers_from_any_folder_and_repeats_itself(trained, monkeypatch, capsys):
     greedy = run("infer.py", "法国的首都是哪里？", cwd=trained)
     assert greedy.returncode == 0, greedy.stderr
     assert greedy.stdout.endswith("\n") and greedy.stdout.strip()
     # Only the answer is on stdout.
     assert "prefix" not in greedy.stdout
+    monkeypatch.chdir(trained)
     sample = ["考试有哪些技巧？", "--max_length", "128", "--do_sample", "--temperature", "2"]
-    first, again, other = (run("infer.py", *sample, "--seed", seed, cwd=trained).stdout for seed in "112")
-    assert first == again != other
-    both = run("infer.py", "--compare", "法国的首都是哪里？", cwd=trained).stdout.splitlines()
+    answers = []
+    for seed in "112":
+        infer(parse_infer_config([*sample, "--seed", seed]))
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+    infer(parse_infer_config(["--compare", "法国的首都是哪里？"]))
+    both = capsys.readouterr().out.splitlines()
     assert both[0].startswith("base     ") and both[-1] == f"chatbot  {greedy.stdout.strip()}"
 
 
@@ -147,10 +153,13 @@ def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tok
         infer(parse_infer_config([question, "--max_length", str(prompt)]))
 
 
-def test_a_prefix_for_another_base_is_refused(trained, tmp_path):
+def test_a_prefix_for_another_base_is_refused(trained, tmp_path, monkeypatch):
     model = random_bloom()
     torch.manual_seed(0)
     encoder = PrefixEncoder(prefix_config(model))
     save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
-    fails_with("a prefix for 3 layers", "infer.py", "你好", "--prefix", str(tmp_path))
-    fails_with("holds a prefix already", "train.py", cwd=trained)
+    with pytest.raises(UserError, match="a prefix for 3 layers"):
+        infer(parse_infer_config(["你好", "--prefix", str(tmp_path)]))
+    monkeypatch.chdir(trained)
+    with pytest.raises(UserError, match="holds a prefix already"):
+        train(parse_train_config([]))
