@@ -206,11 +206,16 @@ def _locate(name: str, file: str) -> Path | None:
         raise UserError(f"{name}: no such folder; train a prefix with train.py")
     try:
         cached_file(name, ADAPTER_CONFIG_FILE)  # every such repository has it: else it is none, or out of reach
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        found = find_file(name, file)
     except OSError as error:
         reason = reason_of(error)
         raise UserError(f"{name}: no such folder, nor a repository of the hub that can be reached: {reason}") from error
     return Path(found) if found else None
+
+
+def find_file(name: str, file: str) -> str | None:
+    """The path of a file of a folder, or of a repository on the hub, which is fetched; None if there is no such file."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
 
 
 def _noted_base(path: Path, file) -> dict:

@@ -200,7 +200,7 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and least <= value):
+            if value is not None and not (math.isfinite(value) and value >= least):
                 raise UserError(f"--{name} must be at least {least}, not {value}")
         if self.seed > MOST:
             raise UserError(f"--seed must be at most {MOST}, not {self.seed}")

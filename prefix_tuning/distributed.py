@@ -22,11 +22,6 @@ from prefix_tuning.config import reason_of
 TIMEOUT = datetime.timedelta(hours=3)  # of a meeting: one process may prepare many rows while the others wait
 
 
-def joined() -> bool:
-    """Whether torchrun has started this process, be it alone."""
-    return dist.is_initialized()
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

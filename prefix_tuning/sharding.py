@@ -15,16 +15,18 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from prefix_tuning import distributed
+from prefix_tuning.checkpoint import find_file
 from prefix_tuning.config import UserError
 
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
@@ -40,7 +42,7 @@ def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
         if shard_degree is not None:
             raise UserError("--shard_degree goes with --shard_base; add that flag")
         return None
-    if not distributed.joined():
+    if not dist.is_initialized():
         raise UserError("--shard_base splits the base over processes; start them: torchrun --nproc_per_node N ...")
     processes = distributed.world_size()
     if shard_degree is not None and (shard_degree < 1 or processes % shard_degree):
@@ -59,7 +61,7 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
     files = weight_files(path)
     with torch.device("meta"):
         model = BloomForCausalLM(config).to(dtype).requires_grad_(False).eval()
-    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+    if find_file(path, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(path)
     shard(model, device, parts)
     fill(model, files)
@@ -68,9 +70,9 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
 
 def weight_files(path: str) -> list[str]:
     """The safetensors files of a model by folder or hub name. Raises UserError if it has none."""
-    if file := cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+    if file := find_file(path, SAFE_WEIGHTS_NAME):
         return [file]
-    if index := cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
+    if index := find_file(path, SAFE_WEIGHTS_INDEX_NAME):
         return get_checkpoint_shard_files(path, index)[0]
     hint = "save it as such once, where it fits: BloomForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)"
     raise UserError(f"--shard_base reads safetensors files, and {path} has none; {hint}")

@@ -146,10 +146,10 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
                 state = fit(config, model, encoder, train_set, evaluator, metrics, checkpoints)
         except NotFinite as error:
             kept = "there is no good prefix to keep"
-            if error.good_prefix is not None and distributed.is_main():
-                save_adapter(output_dir, error.good_prefix, encoder.config, base)
-                (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # of an earlier run; this one's weights are past help
             if error.good_prefix is not None:
+                if distributed.is_main():
+                    save_adapter(output_dir, error.good_prefix, encoder.config, base)
+                    (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # an earlier run's; this one's weights are past help
                 kept = f"the last good prefix is saved in {config.output_dir} (for infer.py; it cannot be trained further)"
             distributed.barrier()  # until it is saved: torchrun stops all processes when the first one ends
             hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
@@ -327,15 +327,12 @@ class Checkpoints:
         """Writes a checkpoint. Raises Interrupted if a signal was the reason."""
         distributed.check_equal(list(state.encoder.parameters()), "weights")
         if distributed.is_main():
-            self.write(state, metrics)
+            numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
+            save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.config.save_total_limit)
         if self.signal:
             distributed.barrier()  # until it is written
             name = signal.Signals(self.signal).name
             raise Interrupted(f"{name}: stopped after step {state.progress.step}{self.how_to_go_on()}", self.signal)
-
-    def write(self, state: TrainingState, metrics: "MetricsFile") -> None:
-        numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
-        save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.config.save_total_limit)
 
     def how_to_go_on(self) -> str:
         """The way back to work, if there is a checkpoint: part of a message."""

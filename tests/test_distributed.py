@@ -1,5 +1,6 @@
 """Several processes as one, on this machine with gloo."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, random_bloom
 from safetensors.torch import load_file
+from test_faults import assert_same_run, metrics_of
 
 from prefix_tuning import training
 from prefix_tuning.checkpoint import ADAPTER_FILE, ENCODER_FILE, find_checkpoints
@@ -57,11 +58,13 @@ def train_here(flags):
     training.train(parse_train_config([part for name, value in flags.items() for part in (f"--{name}", str(value))]))
 
 
-def figures(folder):
-    """metrics.jsonl without the clock's figures and the memory."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
-    clocked = {"tokens_per_second", "train_seconds", "peak_memory_mb"}
-    return [{name: value for name, value in line.items() if name not in clocked} for line in lines]
+def worker(job, rank):
+    """The process of torchrun's that has this rank; None if there is none at the moment."""
+    for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return int(pid)
+    return None
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -83,7 +86,7 @@ def test_two_processes_train_as_one_with_as_many_rows(alone, tmp_path):
     flags, folder = alone
     flags = flags | {"gradient_accumulation_steps": 2, "output_dir": tmp_path / "out"}
     out = train(2, flags)
-    assert_close(figures(tmp_path / "out"), figures(folder))
+    assert_close(metrics_of(tmp_path / "out"), metrics_of(folder))
     assert out.count("frozen base: eval loss") == 1 and out.count("the prefix is saved in") == 1  # only main speaks
     for name in (ENCODER_FILE, ADAPTER_FILE):
         ours, theirs = load_file(tmp_path / "out" / name), load_file(folder / name)
@@ -111,8 +114,8 @@ def test_steps_with_fewer_rows_than_processes_and_rows_without_labels(tmp_path, 
     train_here(flags | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 3})
     train(3, flags | {"output_dir": tmp_path / "three", "gradient_accumulation_steps": 1, "shard_base": True})
     # Adam divides by the root of tiny squares at first: what differs in the seventh digit may soon differ in the fifth.
-    assert_close(figures(tmp_path / "three"), figures(tmp_path / "one"), tolerance=1e-4)
-    assert len(figures(tmp_path / "one")) == 5  # 4 rows, 3 and 1, twice, and the summary
+    assert_close(metrics_of(tmp_path / "three"), metrics_of(tmp_path / "one"), tolerance=1e-4)
+    assert len(metrics_of(tmp_path / "one")) == 5  # 4 rows, 3 and 1, twice, and the summary
 
 
 def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
@@ -124,16 +127,11 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
     deadline = time.monotonic() + 120
     while not find_checkpoints(tmp_path / "killed") and time.monotonic() < deadline and process.poll() is None:
         select.select([], [], [], 0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    victim = next(pid for pid in children if b"RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(int(victim), signal.SIGKILL)
+    os.kill(worker(process, 1), signal.SIGKILL)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "going on after step" in out
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
-    for name in (ENCODER_FILE, ADAPTER_FILE):
-        ours, theirs = load_file(tmp_path / "killed" / name), load_file(tmp_path / "whole" / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path, capsys):
@@ -144,9 +142,9 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path, 
     train_here(flags | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-10.safetensors"})
     assert "a step has 2 rows now, of 1 processes; before the checkpoint, 4" in capsys.readouterr().out
     # After 10 steps of 4 rows, 24 of the second epoch's 32 are left: 12 steps of 2.
-    assert figures(tmp_path / "out")[-1]["steps"] == 22
+    assert metrics_of(tmp_path / "out")[-1]["steps"] == 22
     train_here(flags | {"output_dir": tmp_path / "one"})
-    went_on, whole = ([line["loss"] for line in figures(tmp_path / name) if "loss" in line] for name in ("out", "one"))
+    went_on, whole = ([line["loss"] for line in metrics_of(tmp_path / name) if "loss" in line] for name in ("out", "one"))
     assert went_on[10:] == pytest.approx(whole[20:], rel=1e-6)
 
 

@@ -7,7 +7,6 @@ same bit for bit, metrics but for the clock's figures. A new job starts when one
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -17,39 +16,21 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROOT = Path(__file__).resolve().parents[2]
+from conftest import ROOT
+from test_distributed import torchrun, worker
+from test_faults import assert_same_run
+
 FLAGS = "--dataset bundled:short --eval_exact_match false --eval_steps 1000 --max_steps 60 --num_virtual_tokens 4"
 FLAGS += " --per_device_train_batch_size 2 --save_steps 1 --logging_steps 1"
 
 
 def start(processes: int, output: Path, restarts: int, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [f"--max_restarts={restarts}", str(ROOT / "train.py"), *FLAGS.split(), *more, "--output_dir", str(output)]
+    command = [*torchrun(processes, restarts), str(ROOT / "train.py"), *FLAGS.split(), *more, "--output_dir", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(output.parent / f"{output.name}.log", "w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-
-def workers(job: subprocess.Popen) -> list[int]:
-    """The processes of a job, by rank."""
-    found = {}
-    for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        found |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")}
-    return [found[rank] for rank in sorted(found)]
-
-
-def left_by(output: Path) -> tuple[dict, list[dict]]:
-    tensors = load_file(output / "prefix_encoder.safetensors") | load_file(output / "adapter_model.safetensors")
-    clock = {"tokens_per_second", "train_seconds", "peak_memory_mb"}
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return tensors, [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
 def main() -> None:
@@ -64,7 +45,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         assert start(args.processes, whole, 0, *more).wait() == 0
-        tensors, figures = left_by(whole)
         while kills < args.kills:
             output = Path(folder) / f"job{jobs}"
             job = start(args.processes, output, args.kills, *more)  # one attempt for each kill
@@ -72,8 +52,8 @@ def main() -> None:
                 deadline = time.monotonic() + rng.uniform(2, 12)  # a start takes about six seconds
                 while job.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.05)
-                running = workers(job) if job.poll() is None else []
-                if kills >= args.kills or len(running) < args.processes:
+                running = [worker(job, rank) for rank in range(args.processes)] if job.poll() is None else [None]
+                if kills >= args.kills or None in running:
                     continue
                 rank = rng.randrange(args.processes)
                 os.kill(running[rank], signal.SIGKILL)
@@ -84,9 +64,7 @@ def main() -> None:
                 slowest = max(slowest, time.monotonic() - killed)
             jobs += 1
             assert job.returncode == 0, Path(f"{output}.log").read_text()
-            found, lines = left_by(output)
-            assert lines == figures, "the metrics differ"
-            assert all(torch.equal(found[name], tensors[name]) for name in tensors), "the weights differ"
+            assert_same_run(output, whole)
             print(f"{jobs} jobs, {kills} kills, the same bits; the others ended within {slowest:.1f} s", flush=True)
 
 

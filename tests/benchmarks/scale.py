@@ -101,6 +101,20 @@ def work(args) -> None:
         dist.barrier()
 
 
+def launch(script: str, processes: int, flags: list[str]) -> dict:
+    """Runs a script as so many processes, which share the cores; returns what it has written to its --result."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        done = subprocess.run(
+            [*command, script, *flags, "--result", str(result)], env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            sys.exit(done.stderr)
+        return json.loads(result.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="389m")
@@ -113,18 +127,11 @@ def main() -> None:
     if args.worker:
         work(args)
         return
-    cores = os.cpu_count() or 1
     for processes in args.processes:
         figures = {}
         for contestant in ("peft", "ours"):
-            with tempfile.TemporaryDirectory() as folder:
-                result = Path(folder) / "result.json"
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-                command += [__file__, "--worker", contestant, "--result", str(result)]
-                command += ["--shape", args.shape, "--tokens", str(args.tokens), "--steps", str(args.steps)]
-                environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // processes))}
-                subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                figures[contestant] = json.loads(result.read_text())
+            flags = ["--worker", contestant, "--shape", args.shape, "--tokens", str(args.tokens), "--steps", str(args.steps)]
+            figures[contestant] = launch(__file__, processes, flags)
         for contestant, found in figures.items():
             megabytes = found["bytes_per_step"] / 1e6
             print(

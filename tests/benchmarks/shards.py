@@ -12,16 +12,13 @@ which do not count: what it holds, the pass itself needs. Bytes are those of all
 import argparse
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from scale import bytes_sent
+from scale import bytes_sent, launch
 from speed import SHAPES, VIRTUAL_TOKENS, make_model
 
 
@@ -111,14 +108,8 @@ def main() -> None:
         make_model(args.shape, "cpu", torch.float32).save_pretrained(folder)
         print("MB above the start:      while loading  after loading  in training  ideal  s/step  sent, MB/step")
         for worker, processes in [("whole", 1), *(("sharded", processes) for processes in args.processes)]:
-            result = Path(folder) / "result.json"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            command += [__file__, "--worker", worker, "--model", folder, "--result", str(result)]
-            command += ["--tokens", str(args.tokens), "--steps", str(args.steps)]
-            command += ["--gradient_checkpointing"] * args.gradient_checkpointing
-            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-            found = json.loads(result.read_text())
+            flags = ["--worker", worker, "--model", folder, "--tokens", str(args.tokens), "--steps", str(args.steps)]
+            found = launch(__file__, processes, flags + ["--gradient_checkpointing"] * args.gradient_checkpointing)
             ideal = found["base"] / processes + (found["layer"] if worker == "sharded" else 0)
             print(
                 f"{worker:8s} {processes} processes {found['loading']:16.0f} {found['held']:14.0f} "
