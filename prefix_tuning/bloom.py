@@ -145,17 +145,24 @@ def prefix_cache(prefixes: list[torch.Tensor]) -> tuple[DynamicCache, torch.Tens
     return DynamicCache([(key, value) for key, value in rows]), mask.to(rows.device)
 
 
+def held_per_token(model: BloomForCausalLM) -> int:
+    """Bytes that a forward pass holds per token for its backward pass.
+
+    A layer holds about ten numbers per token and hidden unit: four before the GELU, query, key and value, what attention
+    returns, and what each of the two layer norms is given.
+    """
+    return 10 * model.config.hidden_size * model.config.n_layer * model.dtype.itemsize
+
+
 def max_tokens_per_batch(model: BloomForCausalLM, wanted: int | None = None) -> int:
     """Tokens of one forward pass: those wanted, or what the device and the model suggest (tests/benchmarks/NOTES.md).
 
-    A layer holds about ten numbers per token and hidden unit for the backward pass: four before the GELU, query, key and
-    value, what attention returns, and what each of the two layer norms is given. On a CPU these stay within half a GiB, and
-    more than 640 tokens gain little; elsewhere they stay within two GiB, or eight if every pass has to gather the base.
+    What a pass holds for its backward pass stays within half a GiB on a CPU, where more than 640 tokens gain little;
+    elsewhere within two GiB, or eight if every pass has to gather the base.
     """
-    shape, on_cpu = model.config, model.device.type == "cpu"
-    held_per_token = 10 * shape.hidden_size * shape.n_layer * model.dtype.itemsize
+    on_cpu = model.device.type == "cpu"
     budget = 29 if on_cpu else 33 if is_sharded(model) else 31
-    fitting = max(1, 2**budget // held_per_token)
+    fitting = max(1, 2**budget // held_per_token(model))
     return wanted or (min(640, fitting) if on_cpu else fitting)
 
 

@@ -157,9 +157,7 @@ def load_encoder(name: str) -> tuple[PrefixEncoder, dict]:
         if "text_prefix" in file.keys():  # noqa: SIM118 (safe_open has no __contains__)
             expected["text_prefix"] = (config.num_virtual_tokens, config.num_layers * 2 * config.token_dim)
         weights, base = _read_tensors(path, file, expected), _noted_base(path, file)
-    encoder.text_prefix = weights.pop("text_prefix", None)
-    encoder.load_state_dict(weights, strict=False, assign=True)
-    return encoder.requires_grad_(), base
+    return PrefixEncoder.from_weights(config, weights), base
 
 
 def load_prefix(name: str) -> Prefix:
@@ -254,20 +252,26 @@ def check_base(prefix_shape: tuple[int, ...], noted: dict, base: dict, prefix_na
         print(f"{message}{' and another '.join(differing) or 'name'}", file=sys.stderr)
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int | None) -> None:
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int | None) -> Path:
     """Writes checkpoint-STEP.safetensors, then removes all but the `keep` newest; None keeps all. state: anything JSON."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state)
-    with replacing(folder / f"checkpoint-{step}.safetensors") as draft:
+    written = folder / f"checkpoint-{step}.safetensors"
+    with replacing(written) as draft:
         save_file(tensors, draft, {"format": "pt", "state": text, "sha256": _checksum(tensors, text)})
     for path in find_checkpoints(folder)[: -keep if keep else 0]:
         path.unlink()
+    return written
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, intact or not."""
-    found = {path: path.stem.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*.safetensors")}
-    return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
+    found = folder.glob("checkpoint-*.safetensors")
+    return sorted((path for path in found if path.stem.removeprefix("checkpoint-").isdecimal()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("checkpoint-"))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -300,7 +304,7 @@ def newest_checkpoint(where: str, output_dir: Path) -> tuple[Path, dict[str, tor
             print(f"passed over: {error}", file=sys.stderr)
     if where != "latest":
         raise UserError(f"--resume_from_checkpoint {where}: no such checkpoint, nor a folder that holds an intact one")
-    print(f"{output_dir} holds no checkpoint to go on from: starting from the beginning")
+    print(f"{output_dir} holds no checkpoint to resume from: starting from the beginning")
     return None
 
 

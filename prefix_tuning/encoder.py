@@ -69,6 +69,15 @@ class PrefixEncoder(nn.Module):
         # A buffer that is None does not appear in the state_dict: the keys then equal PEFT's.
         self.register_buffer("text_prefix", None)
 
+    @classmethod
+    def from_weights(cls, config: PrefixConfig, weights: dict[str, torch.Tensor]) -> "PrefixEncoder":
+        """The encoder with this `state_dict`, whose tensors it takes over. Raises RuntimeError if it is another's."""
+        with torch.device("meta"):  # nothing is allocated
+            encoder = cls(config)
+        encoder.text_prefix = weights.get("text_prefix")
+        encoder.load_state_dict(weights, assign=True)
+        return encoder.requires_grad_()
+
     def forward(self) -> torch.Tensor:
         """Returns the prefix (layers, 2, heads, tokens, head_dim), float32, differentiable in the parameters."""
         flat = self.embedding.weight  # every virtual token is used, in order: no index look-up needed

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
+from prefix_tuning import signals
 from prefix_tuning.bloom import label_losses
 from prefix_tuning.data import NO_LABELS, count_labels, pack, prompt_of, take
 from prefix_tuning.distributed import gather, share, sum_of
@@ -27,6 +28,8 @@ def row_losses(
             found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
             places = iter(order)
             for batch in pack([examples[place] for place in order], max_tokens):
+                if signals.heard():  # who called asks all processes, by stop_if_heard
+                    return
                 losses = label_losses(model, batch.to(model.device), prefix).double().cpu()
                 rows = list(itertools.islice(places, batch.rows))
                 counts = [count_labels([examples[place]]) for place in rows]
@@ -38,10 +41,14 @@ def row_losses(
 def evaluate_loss(
     model: BloomForCausalLM, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> dict[str, float]:
-    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset; processes share the rows."""
+    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset; processes share the rows.
+
+    Raises Interrupted in all of them, after the pass at hand, if one has heard a signal.
+    """
     losses, labels = 0.0, 0
     for loss, count in row_losses(model, tokenized.select(share(range(len(tokenized)))), prefix, max_tokens):
         losses, labels = losses + loss, labels + count
+    signals.stop_if_heard()
     losses, labels = sum_of([losses, labels])
     return {"eval_loss": losses / labels, "eval_perplexity": perplexity(losses / labels)}
 
@@ -56,7 +63,8 @@ def answer_rows(
 ) -> list[str]:
     """Greedy answers to the questions of `rows` (columns instruction and input), long enough to match their output.
 
-    Processes share the questions, and all get all answers.
+    Processes share the questions, and all get all answers. Raises Interrupted in all of them, after the batch at hand, if
+    one has heard a signal.
     """
     prompts = [prompt_of(row["instruction"], row["input"]) for row in rows]
     longest = max(len(ids) for ids in tokenizer(list(rows["output"]), split_special_tokens=True).input_ids)
@@ -66,6 +74,7 @@ def answer_rows(
         model.attach(name, prefix)
     with model.in_step():
         mine = complete(model, tokenizer, share(prompts), prefix_name=name, max_new_tokens=longest + 1, do_sample=False)
+    signals.stop_if_heard()
     answers = [""] * len(prompts)
     for process, part in enumerate(parts := gather(mine)):
         answers[process :: len(parts)] = part

@@ -20,6 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from prefix_tuning import signals
 from prefix_tuning.bloom import fingerprint, prefix_cache
 from prefix_tuning.checkpoint import Prefix, check_base
 from prefix_tuning.sharding import in_step, is_sharded
@@ -262,6 +263,8 @@ def complete_batches(
     ids = tokenizer(prompts, split_special_tokens=True).input_ids if prompts else []
     order = sorted(range(len(prompts)), key=lambda place: (names[place], len(ids[place])))
     for start in range(0, len(order), batch_size):
+        if signals.heard():  # nobody wants the answers any more
+            return
         places = order[start : start + batch_size]
         if max(places) < first:
             continue

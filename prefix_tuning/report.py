@@ -119,7 +119,8 @@ def _figures(records: list[dict], save_best: bool) -> str:
 
 
 def plot_curves(folder: Path) -> None:
-    """Draws training.png, loss and evaluation over steps, if matplotlib is installed."""
+    """Draws training.png, loss and evaluation over steps, if matplotlib is installed. One of an earlier run is removed."""
+    (folder / PLOT_FILE).unlink(missing_ok=True)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -151,14 +152,14 @@ def plot_curves(folder: Path) -> None:
         figure.savefig(draft, format="png", dpi=120)
 
 
-def open_board(folder: Path, first_step: int):
-    """A SummaryWriter for TensorBoard. What an earlier run showed from `first_step` on is withdrawn."""
+def open_board(folder: Path, step: int):
+    """A SummaryWriter for TensorBoard, for a run that stands after `step`. What was shown of later steps is withdrawn."""
     from torch.utils.tensorboard import SummaryWriter
 
-    if first_step == 0:
+    if step == 0:
         for old in (folder / BOARD_FOLDER).glob("events.out.tfevents.*"):
             old.unlink()
-    return SummaryWriter(str(folder / BOARD_FOLDER), purge_step=first_step)
+    return SummaryWriter(str(folder / BOARD_FOLDER), purge_step=step + 1 if step else 0)
 
 
 def create_repository(name: str) -> str:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from transformers import get_scheduler
 
-from prefix_tuning.config import TrainConfig, UserError
+from prefix_tuning.config import TrainConfig
 from prefix_tuning.encoder import PrefixEncoder
 
-# Settings that decide what the next step does. A run that goes on with others would be neither the old one nor a new one.
-DECISIVE = (
-    "precision", "max_length", "num_virtual_tokens", "prefix_projection", "encoder_hidden_size", "prefix_init", "init_text",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "max_grad_norm", "shuffle", "seed", "eval_fraction",
-)  # fmt: skip
+
+class NotFinite(Exception):
+    """The loss or the gradient of `step` was not finite; `good_prefix` is the last prefix for which both were, if any."""
+
+    def __init__(self, step: int, good_prefix: torch.Tensor | None):
+        self.step, self.good_prefix = step, good_prefix
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Progress:
     logged_step: int = 0  # the same three at the last line of metrics
     logged_seconds: float = 0.0
     logged_tokens: int = 0
+    learning_rate: float = 0.0  # of the last step
     evaluated_step: int = -1
     best_step: int = -1
     best_loss: float | None = None
@@ -46,8 +47,12 @@ class TrainingState:
     """The encoder, what trains it, and the figures on the way.
 
     On the device, so that the loop need not wait for it: `losses`, the sum of the losses since the last line of metrics;
-    `bad_step`, the first step whose loss or gradient was not finite; `good_prefix`, the prefix of the last step before that.
+    `grad_norm`, of the last step before clipping; `bad_step`, the first step whose loss or gradient was not finite;
+    `good_prefix`, the prefix of the last step before that.
     """
+
+    FIGURES = ("losses", "grad_norm", "bad_step", "good_prefix")
+    MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
     def __init__(self, config: TrainConfig, encoder: PrefixEncoder, total_steps: int, model_dtype: torch.dtype):
         self.encoder, self.progress = encoder, Progress()
@@ -57,10 +62,17 @@ class TrainingState:
         device = self.good_prefix.device
         # Only fp16 needs its loss scaled; where it is off, the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(device.type, enabled=model_dtype == torch.float16)
-        self.losses = torch.zeros((), device=device)
+        self.losses, self.grad_norm = torch.zeros((), device=device), torch.zeros((), device=device)
         self.bad_step = torch.full((), math.inf, device=device)
         self.best_weights: dict[str, torch.Tensor] = {}
         self.compile_seconds = 0.0
+
+    def check_finite(self) -> None:
+        """Raises NotFinite if a loss or gradient so far was not finite, or the weights are not. Waits for the device."""
+        weights_finite = self.encoder.bake().isfinite().all()
+        first = torch.where(weights_finite, self.bad_step, self.bad_step.clamp(max=self.progress.step + 1)).item()
+        if first < math.inf:
+            raise NotFinite(int(first), self.good_prefix if first > 1 else None)
 
     def note_evaluation(self, loss: float, keep_best: bool) -> None:
         """Takes note of an eval loss, and of the weights if it is the lowest so far and they are to be kept."""
@@ -72,56 +84,65 @@ class TrainingState:
                 self.best_weights = {name: tensor.cpu().clone() for name, tensor in self.encoder.state_dict().items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of a checkpoint, by name."""
-        own = {name: getattr(self, name) for name in ("losses", "bad_step", "good_prefix")}
-        weights = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
-        best = {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
-        moments = {
-            f"optimizer.{name}.{key}": value
-            for name, parameter in self.encoder.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
+        """All tensors of a checkpoint, by PART.NAME."""
+        moments = {name: self.optimizer.state[parameter] for name, parameter in self.encoder.named_parameters()}
+        parts = {
+            "figures": {name: getattr(self, name) for name in self.FIGURES},
+            "encoder": self.encoder.state_dict(),
+            "best": self.best_weights,
+            # None of them exists while fp16 has skipped every step.
+            **{key: {name: own[key] for name, own in moments.items() if own} for key in self.MOMENTS},
         }
-        random = {"random.cpu": torch.get_rng_state()}
-        if self.losses.is_cuda:
-            random["random.cuda"] = torch.cuda.get_rng_state(self.losses.device)
-        return {**own, **weights, **best, **moments, **random}
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def numbers(self) -> dict:
         """The rest of a checkpoint, as JSON takes it."""
         return {
             "progress": dataclasses.asdict(self.progress),
+            "prefix_config": dataclasses.asdict(self.encoder.config),
             "scheduler_steps": self.scheduler.last_epoch,
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict) -> None:
-        """Becomes the state that `tensors` and `numbers` describe. Raises KeyError or ValueError if they describe none."""
+        """Becomes the state that a checkpoint describes, whose weights the encoder has already.
+
+        Raises KeyError, TypeError or ValueError if it describes no such state, or holds a tensor that has no use here.
+        """
         if numbers["progress"].keys() != vars(self.progress).keys():
             raise ValueError("the checkpoint notes other figures than this program")
         self.progress = Progress(**numbers["progress"])
-        device = self.losses.device
-        for name in ("losses", "bad_step", "good_prefix"):
-            setattr(self, name, tensors[name].to(device))
-        with torch.no_grad():
-            for name, tensor in self.encoder.state_dict().items():
-                if tensors[f"encoder.{name}"].shape != tensor.shape:
-                    raise ValueError(f"encoder.{name} has another shape")
-                tensor.copy_(tensors[f"encoder.{name}"])
-        for name, parameter in self.encoder.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{name}.{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self.best_weights = {
-            name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")
+        weights, parameters = self.encoder.state_dict(), dict(self.encoder.named_parameters())
+        expected = {
+            "figures": {name: getattr(self, name) for name in self.FIGURES},
+            "encoder": weights,
+            "best": weights,
+            "step": {name: torch.zeros(()) for name in parameters},
+            "exp_avg": parameters,
+            "exp_avg_sq": parameters,
         }
+        parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in expected}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        for part, found in parts.items():
+            if found and _kinds(found) != _kinds(expected[part]):
+                raise ValueError(f"the checkpoint's {part} is {_kinds(found)}, not {_kinds(expected[part])}")
+        for name in self.FIGURES:
+            setattr(self, name, parts["figures"][name].to(self.losses.device))
+        self.best_weights = parts["best"]
+        if any(parts[key] for key in self.MOMENTS):
+            for name, parameter in parameters.items():
+                self.optimizer.state[parameter] = {key: parts[key][name].to(parameter.device) for key in self.MOMENTS}
         if steps := numbers["scheduler_steps"]:
-            # The rate is a function of the step alone: stand before the step, and take it.
+            # step() recomputes the rate from last_epoch, so it is set to one less first.
             vars(self.scheduler).update(last_epoch=steps - 1, _step_count=steps + 1)
             self.scheduler.step()
         self.scaler.load_state_dict(numbers["scaler"])
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.losses.is_cuda and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], device)
+
+
+def _kinds(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def make_optimizer(encoder: PrefixEncoder, config: TrainConfig) -> torch.optim.AdamW:
@@ -133,25 +154,3 @@ def make_optimizer(encoder: PrefixEncoder, config: TrainConfig) -> torch.optim.A
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
-
-
-def identity(config: TrainConfig, base: dict, rows: str, dtype: torch.dtype) -> dict:
-    """What a checkpoint and the run that goes on from it must have in common. base: a `fingerprint`; rows: a `digest`."""
-    return {
-        **{name: getattr(config, name) for name in DECISIVE},
-        "precision": str(dtype).removeprefix("torch."),
-        **{f"base model's {key}": value for key, value in base.items() if key != "name_or_path"},
-        "dataset": rows,
-    }
-
-
-def check_same_run(noted: dict, now: dict, checkpoint: str) -> None:
-    """Raises UserError naming what differs, if a checkpoint was made by a run of another `identity`."""
-    differing = [name for name in now if noted.get(name) != now[name]]
-    if not differing:
-        return
-    said = [
-        f"--{name} {noted.get(name)}, not {now[name]}" if name in DECISIVE else f"another {name.replace('_', ' ')}"
-        for name in differing
-    ]
-    raise UserError(f"{checkpoint}: was made with {'; '.join(said)}; go on with the same, or train anew without it")

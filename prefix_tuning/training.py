@@ -12,13 +12,11 @@ import json
 import math
 import os
 import platform
-import signal
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -28,10 +26,11 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
-from prefix_tuning import distributed
+from prefix_tuning import distributed, signals
 from prefix_tuning.bloom import (
     block_runner,
     fingerprint,
+    held_per_token,
     is_out_of_memory,
     label_losses,
     load_base,
@@ -42,13 +41,9 @@ from prefix_tuning.bloom import (
     text_prefix,
 )
 from prefix_tuning.checkpoint import (
-    ADAPTER_CONFIG_FILE,
     ENCODER_FILE,
     check_base,
-    find_checkpoints,
-    load_checkpoint,
     load_encoder,
-    newest_checkpoint,
     portable_name,
     remove_drafts,
     replacing,
@@ -61,9 +56,9 @@ from prefix_tuning.config import Interrupted, PrefixConfig, TrainConfig, UserErr
 from prefix_tuning.data import NO_LABELS, Batch, Example, count_labels, digest, load_rows, pack, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
+from prefix_tuning.files.writing import locked
 from prefix_tuning.generation import PrefixBloom
 from prefix_tuning.report import (
-    CARD_FILE,
     CONFIG_FILE,
     METRICS_FILE,
     create_repository,
@@ -72,8 +67,17 @@ from prefix_tuning.report import (
     push_to_hub,
     write_card,
 )
+from prefix_tuning.resume import (
+    Resumed,
+    check_same_run,
+    clear_checkpoints,
+    find_resumed,
+    identity,
+    metrics_so_far,
+    restore,
+)
 from prefix_tuning.sharding import in_step, parts_of_base
-from prefix_tuning.state import Progress, TrainingState, check_same_run, identity
+from prefix_tuning.state import NotFinite, Progress, TrainingState
 
 try:
     import resource
@@ -85,36 +89,24 @@ def train(config: TrainConfig) -> dict:
     """Runs the training that `config` describes, writes its output folder and returns the summary of metrics.jsonl.
 
     Of several processes that torchrun has started, each trains on its part of every step's rows, and main writes. Raises
-    UserError for a mistake in the settings or the data, for a disk that is full, and for a loss that stops being finite;
-    Interrupted after a signal.
+    UserError for a mistake in the settings or the data, for a disk or memory that is full, and for a loss that stops being
+    finite; Interrupted after a signal.
     """
     device = resolve_device(config.device)
-    with distributed.processes(device):
+    with distributed.processes(device), locked(Path(config.output_dir)) if distributed.is_main() else nullcontext():
         return _train(config, device)
 
 
 def _train(config: TrainConfig, device: torch.device) -> dict:
     output_dir = Path(config.output_dir)
     parts = parts_of_base(config.shard_base, config.shard_degree)
-    restarted = distributed.from_main(begun_by(distributed.job(), output_dir))
-    resumed = find_resumed(config, restarted)
-    if not (resumed or restarted or config.overwrite_output_dir):
-        if (output_dir / ADAPTER_CONFIG_FILE).exists():
-            hint = "add --overwrite_output_dir or name another --output_dir"
-            raise UserError(f"{config.output_dir} holds a prefix already; {hint}")
-        if find_checkpoints(output_dir) and not config.resume_from_checkpoint:
-            hint = "go on with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
-            raise UserError(f"{config.output_dir} holds checkpoints of a run that did not finish; {hint}")
-        if (output_dir / CARD_FILE).exists():
-            raise UserError(
-                f"{config.output_dir} holds a {CARD_FILE}, which a model card would replace; name another folder"
-            )
+    resumed = find_resumed(config)
     # What the hub has against it should be known before the training.
     repository = create_repository(config.push_to_hub) if config.push_to_hub and distributed.is_main() else None
     dtype = resolve_dtype(config.precision, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        # The same seed gives the same bits; cuBLAS wants its part said before its first product.
+        # The same seed gives the same bits; cuBLAS reads this variable before its first matmul.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     with distributed.first_on_each_machine():  # rows and tokens are prepared once, and found cached
@@ -126,56 +118,40 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
         evaluator = None
         if eval_rows is not None and config.max_steps != 0:
             evaluator = Evaluator(config, model, tokenizer, eval_rows)
-    torch.manual_seed(config.seed)
-    encoder = make_encoder(config, model, tokenizer, base).to(device)
-    distributed.copy_from_main(tensor.detach() for tensor in encoder.state_dict().values())
-    checkpoints = Checkpoints(config, identity(config, base, digest(train_set), dtype), resumed)
-    del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
+    contents = {
+        "model_name_or_path": {key: value for key, value in base.items() if key != "name_or_path"},
+        "dataset": digest(train_rows),
+        "eval_dataset": digest(eval_rows) if eval_rows is not None else None,
+    }
+    run = identity(config, dtype, contents)
+    if resumed:
+        check_same_run(resumed, run)
+    checkpoints = Checkpoints(config, run, resumed)
+    with out_of_memory_explained(config, model, checkpoints):
+        torch.manual_seed(config.seed)
+        encoder = (resumed.encoder() if resumed else make_encoder(config, model, tokenizer, base)).to(device)
+        total_steps = count_steps(config, len(train_set), resumed.progress() if resumed else Progress())
+        state = TrainingState(config, encoder, total_steps, model.dtype)
+        if resumed:
+            restore(state, resumed)
+        if distributed.is_main():
+            prepare_output(output_dir, describe_run(config, encoder.config, device, dtype, len(train_set)), resumed)
+        del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
 
-    if distributed.is_main():
-        description = describe_run(config, encoder.config, device, dtype, len(train_set))
-        prepare_output(output_dir, description, checkpoints)
-    # An earlier prefix stays in place until the new one is whole.
-    board = None
-    if config.report_to == "tensorboard" and distributed.is_main():
-        board = open_board(output_dir, checkpoints.next_step())
-    with open(output_dir / METRICS_FILE if distributed.is_main() else os.devnull, "a", encoding="utf-8") as file:
-        metrics = MetricsFile(file, board)
-        try:
-            with checkpoints.listening():
-                state = fit(config, model, encoder, train_set, evaluator, metrics, checkpoints)
-        except NotFinite as error:
-            kept = "there is no good prefix to keep"
-            if error.good_prefix is not None:
-                if distributed.is_main():
-                    save_adapter(output_dir, error.good_prefix, encoder.config, base)
-                    (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # an earlier run's; this one's weights are past help
-                kept = f"the last good prefix is saved in {config.output_dir} (for infer.py; it cannot be trained further)"
-            distributed.barrier()  # until it is saved: torchrun stops all processes when the first one ends
-            hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
-            raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            budget = max_tokens_per_batch(model, config.max_tokens_per_batch)
-            hint = f"lower --max_tokens_per_batch (it was {budget}) or add --gradient_checkpointing"
-            raise UserError(f"{device} ran out of memory; {hint}{checkpoints.how_to_go_on()}") from error
-        save_output(output_dir, encoder, base)
-        progress = state.progress
-        if evaluator and progress.evaluated_step != progress.step:
-            # After the saving: nothing that happens here can lose the prefix.
-            figures = evaluator(encoder.bake(), f"step {progress.step}")
-            metrics.write({"step": progress.step, **figures})
-            state.note_evaluation(figures["eval_loss"], config.save_best)
-        if state.best_weights and progress.best_step != progress.step:
-            encoder.load_state_dict(state.best_weights)
-            save_output(output_dir, encoder, base)
-            print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
-        summary = summarise(state)
-        metrics.write(summary)
-    if distributed.is_main():
-        plot_curves(output_dir)
-        write_card(output_dir)
+        board = None
+        if config.report_to == "tensorboard" and distributed.is_main():
+            board = open_board(output_dir, state.progress.step)
+        with open(output_dir / METRICS_FILE if distributed.is_main() else os.devnull, "a", encoding="utf-8") as file:
+            metrics = MetricsFile(file, board)
+            try:
+                with signals.listening("heard; a checkpoint is written, then the run stops (a second one stops it at once)"):
+                    fit(config, model, state, train_set, total_steps, evaluator, metrics, checkpoints)
+                    summary = finish(config, state, base, evaluator, metrics, checkpoints)
+            except NotFinite as error:
+                raise UserError(keep_good_prefix(config, error, encoder.config, base)) from None
+            except Interrupted as stop:
+                after = f"{stop} after step {state.progress.step}{checkpoints.how_to_resume()}"
+                raise Interrupted(after, stop.signal) from None
     if evaluator:
         evaluator.show_answers()
     print(f"{summary['steps']} steps in {summary['train_seconds']:.1f} s; the prefix is saved in {config.output_dir}")
@@ -185,45 +161,86 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
     return summary
 
 
-def begun_by(job: str | None, output_dir: Path) -> bool:
-    """Whether the run in this folder is one that the same torchrun has begun, before a failure."""
-    try:
-        noted = json.loads((output_dir / CONFIG_FILE).read_text("utf-8"))["ran_with"]["job"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return job is not None and noted == job
-
-
-def find_resumed(config: TrainConfig, restarted: bool) -> tuple[Path, dict, dict] | None:
-    """The checkpoint to go on from, as main finds it: path, tensors and state. None if there is none, or none is wanted.
-
-    restarted: by torchrun after a failure; then it is the newest one of this run, wherever the run had begun.
-    """
-    where, found = config.resume_from_checkpoint, None
+def finish(
+    config: TrainConfig,
+    state: TrainingState,
+    base: dict,
+    evaluator: "Evaluator | None",
+    metrics: "MetricsFile",
+    checkpoints: "Checkpoints",
+) -> dict:
+    """What follows the last step: saves the prefix, evaluates it, saves the best one instead if that is wanted, and writes
+    the summary, which is returned, the curves and the model card."""
+    output_dir, progress = Path(config.output_dir), state.progress
+    save_output(output_dir, state.encoder, base)  # before the evaluation: nothing that happens there can lose it
+    if evaluator and progress.evaluated_step != progress.step:
+        evaluate(config, state, evaluator, metrics, checkpoints)
+    if state.best_weights and progress.best_step != progress.step:
+        state.encoder.load_state_dict(state.best_weights)
+        save_output(output_dir, state.encoder, base)
+        print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
+    summary = summarise(state)
+    metrics.write(summary)
     if distributed.is_main():
-        if restarted and find_checkpoints(Path(config.output_dir)):
-            where = "latest"
-        found = newest_checkpoint(where, Path(config.output_dir)) if where else None
-    path = distributed.from_main(found and str(found[0]))
-    return found or (path and (Path(path), *load_checkpoint(Path(path))))
+        plot_curves(output_dir)
+        write_card(output_dir)
+    return summary
 
 
-def prepare_output(output_dir: Path, description: dict, checkpoints: "Checkpoints") -> None:
-    """Makes the folder, clears it of what a killed run left, and writes what is known before the first step.
+def keep_good_prefix(config: TrainConfig, error: "NotFinite", prefix_config: PrefixConfig, base: dict) -> str:
+    """Saves the last prefix of a run whose loss is no longer finite, if there is one. Returns what to tell the user."""
+    kept, output_dir = "there is no good prefix to keep", Path(config.output_dir)
+    if error.good_prefix is not None:
+        if distributed.is_main():
+            save_adapter(output_dir, error.good_prefix, prefix_config, base)
+            (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # an earlier run's; this one's weights are not finite
+        kept = f"the last good prefix is saved in {config.output_dir} (for infer.py; it cannot be trained further)"
+    distributed.barrier()  # until it is saved: torchrun stops all processes when the first one ends
+    hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
+    return f"the loss is no longer finite at step {error.step}; {kept}; {hint}"
 
-    Raises UserError if it cannot be made.
-    """
+
+@contextmanager
+def out_of_memory_explained(config: TrainConfig, model: BloomForCausalLM, checkpoints: "Checkpoints") -> Iterator[None]:
+    """Turns running out of memory into a UserError that names what takes most of it, and what makes that smaller."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be made: {error.strerror}; name another folder") from error
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = memory_hint(config, model)
+        raise UserError(f"{model.device} ran out of memory; {hint}{checkpoints.how_to_resume()}") from error
+
+
+def memory_hint(config: TrainConfig, model: BloomForCausalLM) -> str:
+    """What makes a run smaller: whichever is larger, the encoder with its optimizer or what a forward pass keeps."""
+    with torch.device("meta"):
+        parameters = PrefixEncoder(prefix_config_of(config, model)).parameters()
+    encoder_bytes = 16 * sum(parameter.numel() for parameter in parameters)  # weight, gradient and AdamW's two moments
+    max_tokens = max_tokens_per_batch(model, config.max_tokens_per_batch)
+    if encoder_bytes > max(max_tokens, config.max_length) * held_per_token(model):  # a long row has a pass of its own
+        cause = f"the encoder and its optimizer take {encoder_bytes / 2**30:.1f} GiB"
+        if not config.prefix_projection:
+            return f"{cause}: lower --num_virtual_tokens (it was {config.num_virtual_tokens})"
+        return f"{cause}: lower --encoder_hidden_size (it was {config.encoder_hidden_size or model.config.hidden_size})"
+    hints = []
+    if max_tokens > config.max_length:
+        hints.append(f"lower --max_tokens_per_batch (it was {max_tokens})")
+    if not config.gradient_checkpointing:
+        hints.append("add --gradient_checkpointing")
+    return " or ".join(hints) or f"lower --max_length (it was {config.max_length})"
+
+
+def prepare_output(output_dir: Path, description: dict, resumed: Resumed | None) -> None:
+    """Clears the folder of what a killed or replaced run left, and writes what is known before the first step.
+
+    An earlier prefix stays in place until the new one is whole.
+    """
     remove_drafts(output_dir)
-    if checkpoints.resumed is None:
-        for old in find_checkpoints(output_dir):
-            old.unlink()
+    clear_checkpoints(output_dir, resumed)
     write_json(output_dir / CONFIG_FILE, description)
     with replacing(output_dir / METRICS_FILE) as draft:
-        draft.write_bytes(checkpoints.metrics_so_far())
+        draft.write_bytes(metrics_so_far(resumed))
 
 
 def save_output(output_dir: Path, encoder: PrefixEncoder, base: dict) -> None:
@@ -250,94 +267,41 @@ def summarise(state: TrainingState) -> dict:
 
 
 class Checkpoints:
-    """When a run is saved, and from where it goes on.
+    """Writes the checkpoints of a run. run: its `identity`; resumed: where it comes from, if it is resumed."""
 
-    resumed: path, tensors and state of the checkpoint to go on from, or None. Raises UserError if it is another run's.
-    """
-
-    def __init__(self, config: TrainConfig, run: dict, resumed: tuple[Path, dict, dict] | None):
-        self.config, self.folder, self.run, self.resumed = config, Path(config.output_dir), run, resumed
-        self.heard = 0  # the number of the signal that this process has got
-        self.signal = 0  # ... that all have agreed to stop for
-        if resumed:
-            path, _, numbers = resumed
-            if not (isinstance(numbers.get("run"), dict) and isinstance(numbers.get("metrics_bytes"), int)):
-                raise UserError(f"{path}: is no checkpoint of this program")
-            check_same_run(numbers["run"], run, str(path))
-            try:
-                self.start()
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}: is no checkpoint of this program: {error!r}") from error
-
-    def metrics_so_far(self) -> bytes:
-        """What metrics.jsonl held when the checkpoint was written; later lines will be written again."""
-        if not self.resumed:
-            return b""
-        path, _, numbers = self.resumed
-        file, length = path.with_name(METRICS_FILE), numbers["metrics_bytes"]
-        lines = file.read_bytes()[:length] if file.exists() else b""
-        if len(lines) < length:
-            print(f"{file}: has lost lines since the checkpoint was written; they stay lost", file=sys.stderr)
-        return lines[: lines.rfind(b"\n") + 1]
-
-    def start(self) -> Progress:
-        """Where the run goes on, or begins."""
-        return Progress(**self.resumed[2]["progress"]) if self.resumed else Progress()
-
-    def next_step(self) -> int:
-        """The first step whose figures are not in metrics.jsonl yet; 0 is the frozen base."""
-        return self.start().step + 1 if self.resumed else 0
-
-    def restore(self, state: TrainingState) -> bool:
-        """Brings `state` to where the checkpoint was written. Returns False if there is none."""
-        if not self.resumed:
-            return False
-        path, tensors, numbers = self.resumed
-        try:
-            state.restore(tensors, numbers)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path}: is no checkpoint of this run: {error!r}") from error
-        self.resumed = None  # its tensors are in the state now
-        print(f"going on after step {state.progress.step}, from {path}")
-        return True
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGINT and SIGTERM let the step end and be saved; a second one stops the process at once."""
-
-        def note(number: int, frame) -> None:
-            self.heard = number
-            signal.signal(number, signal.SIG_DFL)
-
-        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        before = {number: signal.signal(number, note) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def due(self, step: int) -> bool:
-        """Whether to save after this step; all processes agree on it."""
-        self.signal = distributed.most_of(self.heard)
-        save_steps = self.config.save_steps
-        return self.signal > 0 or (save_steps > 0 and step % save_steps == 0)
+    def __init__(self, config: TrainConfig, run: dict, resumed: Resumed | None):
+        self.folder, self.run, self.save_total_limit = Path(config.output_dir), run, config.save_total_limit
+        self.newest = resumed.path if resumed else None  # the one to resume from, should the run stop
 
     def save(self, state: TrainingState, metrics: "MetricsFile") -> None:
-        """Writes a checkpoint. Raises Interrupted if a signal was the reason."""
+        """Writes a checkpoint. All processes call this together; main writes."""
         distributed.check_equal(list(state.encoder.parameters()), "weights")
+        self._write(state, metrics)
+
+    def _write(self, state: TrainingState, metrics: "MetricsFile") -> None:
         if distributed.is_main():
             numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
-            save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.config.save_total_limit)
-        if self.signal:
-            distributed.barrier()  # until it is written
-            name = signal.Signals(self.signal).name
-            raise Interrupted(f"{name}: stopped after step {state.progress.step}{self.how_to_go_on()}", self.signal)
+            step, keep = state.progress.step, self.save_total_limit
+            self.newest = save_checkpoint(self.folder, step, state.tensors(), numbers, keep)
 
-    def how_to_go_on(self) -> str:
-        """The way back to work, if there is a checkpoint: part of a message."""
-        found = find_checkpoints(self.folder)
-        return f"; {found[-1]} is intact, go on with --resume_from_checkpoint latest" if found else ""
+    @contextmanager
+    def saved_if_left(self, state: TrainingState, metrics: "MetricsFile") -> Iterator[None]:
+        """Around what changes no weights: writes a checkpoint if a signal or an error ends it early."""
+        try:
+            yield
+        except BaseException as error:
+            if state.progress.step:
+                self._write(state, metrics)
+            if isinstance(error, Interrupted):
+                distributed.barrier()  # until it is written: torchrun stops all processes when the first one ends
+            raise
+
+    def how_to_resume(self) -> str:
+        """Part of a message: the newest checkpoint and how to resume from it, if there is one."""
+        if self.newest is None:
+            return ""
+        where = "latest" if self.newest.parent.samefile(self.folder) else self.newest
+        return f"; {self.newest} is intact, resume with --resume_from_checkpoint {where}"
 
 
 class MetricsFile:
@@ -363,67 +327,79 @@ class MetricsFile:
                     self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
+    def write_interval(self, state: TrainingState, steps_per_epoch: int) -> dict:
+        """Writes the line of the steps since the last one, and starts a new interval. Waits for the device."""
+        progress = state.progress
+        steps, seconds = progress.step - progress.logged_step, progress.seconds - progress.logged_seconds
+        loss, grad_norm = torch.stack((state.losses / steps, state.grad_norm)).tolist()
+        epoch = progress.epoch + math.ceil(progress.row / progress.rows_per_step) / steps_per_epoch
+        line = {
+            "step": progress.step,
+            "epoch": round(epoch, 4),
+            "loss": loss,
+            "learning_rate": progress.learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round((progress.tokens - progress.logged_tokens) / seconds, 1),
+        }
+        self.write(line)
+        state.losses.zero_()
+        progress.logged_step, progress.logged_seconds = progress.step, progress.seconds
+        progress.logged_tokens = progress.tokens
+        return line
+
     def flushed_bytes(self) -> int:
         """The length of the file, all of which is on the disk now."""
         os.fsync(self.file.fileno())
         return self.file.tell()
 
 
-class NotFinite(Exception):
-    """The loss or the gradient of `step` was not finite; `good_prefix` is the last prefix for which both were, if any."""
-
-    def __init__(self, step: int, good_prefix: torch.Tensor | None):
-        self.step, self.good_prefix = step, good_prefix
-
-
 def fit(
     config: TrainConfig,
     model: BloomForCausalLM,
-    encoder: PrefixEncoder,
+    state: TrainingState,
     train_set: Dataset,
+    total_steps: int,
     evaluator: "Evaluator | None",
     metrics: MetricsFile,
-    checkpoints: "Checkpoints | None" = None,
-) -> TrainingState:
-    """The loop: trains `encoder` in place, from where `checkpoints` says, and writes to `metrics` as it goes.
+    checkpoints: "Checkpoints",
+) -> None:
+    """The loop: trains `state.encoder` in place, from where `state` stands to `total_steps`, and writes as it goes.
 
     Raises NotFinite, and Interrupted where a signal asks to stop. Nothing here waits for the device but the reading of the
     figures, once per --logging_steps, and fp16's loss scale.
     """
+    encoder, progress, scaler = state.encoder, state.progress, state.scaler
     processes, rows_per_step = distributed.world_size(), global_batch_size(config)
     steps_per_epoch = math.ceil(len(train_set) / rows_per_step)
-    start = checkpoints.start() if checkpoints else Progress()
-    total_steps = config.max_steps
-    if total_steps < 0:
-        # What is done counts as it was done; the rest is counted in steps of today's size.
-        passed = start.epoch * steps_per_epoch + math.ceil(start.row / rows_per_step)
-        total_steps = start.step + max(0, math.ceil(config.num_train_epochs * steps_per_epoch) - passed)
-    if start.step and start.rows_per_step != rows_per_step:
-        print(f"a step has {rows_per_step} rows now, of {processes} processes; before the checkpoint, {start.rows_per_step}")
-    state = TrainingState(config, encoder, total_steps, model.dtype)
-    scaler = state.scaler
     trainable = sum(parameter.numel() for parameter in encoder.parameters())
     size = f"{len(train_set):,} rows, {total_steps:,} steps, {trainable:,} trainable parameters"
     print(f"{size}, {model.dtype} on {model.device}")
+    if progress.step and progress.rows_per_step != rows_per_step:
+        before = progress.rows_per_step
+        print(f"rows per step changed from {before} to {rows_per_step} ({processes} processes)")
+    if progress.step and progress.step == total_steps:
+        print(f"the run is over already: it stands at step {progress.step}, and nothing is left to train")
+    progress.rows_per_step = rows_per_step
     max_tokens = max_tokens_per_batch(model, config.max_tokens_per_batch)
     run = block_runner(config.gradient_checkpointing, config.torch_compile)
-    if config.torch_compile:
+    if config.torch_compile and progress.step < total_steps:
         first_rows = next(step_rows(config, len(train_set), rows_per_step, 1))
         examples = take(train_set, distributed.share(first_rows))
         state.compile_seconds = compile_for(model, encoder.bake(), examples, max_tokens, run)
 
-    if not (checkpoints and checkpoints.restore(state)) and evaluator:
+    if evaluator and progress.step == 0:
         metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
-    progress = state.progress
-    progress.rows_per_step = rows_per_step
     todo = step_rows(config, len(train_set), rows_per_step, total_steps - progress.step, progress.epoch, progress.row)
-    if stops_early(config, progress):
-        todo = iter(())
     started = time.perf_counter()
     with tqdm(
         total=total_steps, initial=progress.step, unit="step", desc="training", disable=not distributed.is_main()
     ) as bar:
+        if evaluator and evaluation_due(config, progress, total_steps):  # a signal kept the checkpoint's run from it
+            evaluate(config, state, evaluator, metrics, checkpoints)
         for step, indices in enumerate(todo, start=progress.step + 1):
+            if stops_early(config, progress):
+                tqdm.write(f"step {progress.step}: no lower eval loss since step {progress.best_step}; stopping early")
+                break
             examples = take(train_set, distributed.share(indices))  # this process's rows
             labels, tokens = distributed.sum_of([count_labels(examples), sum(len(x.input_ids) for x in examples)])
             prefix = encoder()  # once per step: it is the same for all rows
@@ -440,8 +416,8 @@ def fit(
             prefix.backward(torch.where(finite, leaf.grad, 0))  # once through the encoder
 
             scaler.unscale_(state.optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf)
-            learning_rate = state.scheduler.get_last_lr()[0]
+            state.grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf)
+            progress.learning_rate = state.scheduler.get_last_lr()[0]
             scale = scaler.get_scale()
             scaler.step(state.optimizer)
             scaler.update()
@@ -457,45 +433,54 @@ def fit(
             bar.update()
 
             logging = step % config.logging_steps == 0 or step == total_steps
-            interval_ends = step % config.eval_steps == 0 if config.eval_steps else progress.row == 0
-            evaluating = evaluator and interval_ends and step < total_steps
-            saving = checkpoints and checkpoints.due(step)
-            if not (logging or evaluating or saving):
+            evaluating = evaluator and evaluation_due(config, progress, total_steps)
+            saving = config.save_steps > 0 and step % config.save_steps == 0
+            if not (logging or evaluating or saving or distributed.most_of(signals.heard())):
                 continue
-            next_prefix = encoder.bake()
-            bad_step = torch.where(next_prefix.isfinite().all(), state.bad_step, state.bad_step.clamp(max=step + 1))
-            mean_loss = state.losses / max(1, step - progress.logged_step)
-            mean_loss, norm, first_bad = torch.stack((mean_loss, grad_norm, bad_step)).tolist()
             progress.seconds += time.perf_counter() - started
             if logging:
-                speed = (progress.tokens - progress.logged_tokens) / (progress.seconds - progress.logged_seconds)
-                metrics.write(
-                    {
-                        "step": step,
-                        "epoch": round(progress.epoch + math.ceil(progress.row / rows_per_step) / steps_per_epoch, 4),
-                        "loss": mean_loss,
-                        "learning_rate": learning_rate,
-                        "grad_norm": norm,
-                        "tokens_per_second": round(speed, 1),
-                    }
-                )
-                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.2e}", tok_s=f"{speed:,.0f}", refresh=False)
-                state.losses.zero_()
-                progress.logged_step, progress.logged_seconds = step, progress.seconds
-                progress.logged_tokens = progress.tokens
-            if first_bad < math.inf:
-                raise NotFinite(int(first_bad), state.good_prefix if first_bad > 1 else None)
+                line = metrics.write_interval(state, steps_per_epoch)
+                loss, rate, speed = line["loss"], line["learning_rate"], line["tokens_per_second"]
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}", tok_s=f"{speed:,.0f}", refresh=False)
+            state.check_finite()
+            with checkpoints.saved_if_left(state, metrics):
+                signals.stop_if_heard()
             if evaluating:
-                figures = evaluator(next_prefix, f"step {step}")
-                metrics.write({"step": step, **figures})
-                state.note_evaluation(figures["eval_loss"], config.save_best)
+                evaluate(config, state, evaluator, metrics, checkpoints)
             if saving:
                 checkpoints.save(state, metrics)
-            if evaluating and stops_early(config, progress):
-                tqdm.write(f"step {step}: no lower eval loss since step {progress.best_step}; stopping early")
-                break
             started = time.perf_counter()
-    return state
+    if progress.logged_step < progress.step:  # stopped early, between two lines
+        metrics.write_interval(state, steps_per_epoch)
+
+
+def count_steps(config: TrainConfig, rows: int, start: Progress) -> int:
+    """Optimizer steps of the whole run, of which `start` has some behind it; never fewer than those."""
+    if config.max_steps >= 0:
+        return max(config.max_steps, start.step)
+    # What is done counts as it was done; the rest is counted in steps of today's size.
+    rows_per_step = global_batch_size(config)
+    steps_per_epoch = math.ceil(rows / rows_per_step)
+    passed = start.epoch * steps_per_epoch + math.ceil(start.row / rows_per_step)
+    return start.step + max(0, math.ceil(config.num_train_epochs * steps_per_epoch) - passed)
+
+
+def evaluation_due(config: TrainConfig, progress: Progress, total_steps: int) -> bool:
+    """Whether the prefix is to be evaluated as it stands. That of the last step is, but once it is saved (`finish`)."""
+    step = progress.step
+    interval_ends = step % config.eval_steps == 0 if config.eval_steps else progress.row == 0
+    return interval_ends and 0 < step < total_steps and progress.evaluated_step != step
+
+
+def evaluate(
+    config: TrainConfig, state: TrainingState, evaluator: "Evaluator", metrics: MetricsFile, checkpoints: "Checkpoints"
+) -> None:
+    """Evaluates the prefix as it stands. If that is cut short, a checkpoint is there, from which a run evaluates again."""
+    step = state.progress.step
+    with checkpoints.saved_if_left(state, metrics):
+        figures = evaluator(state.encoder.bake(), f"step {step}")
+    metrics.write({"step": step, **figures})
+    state.note_evaluation(figures["eval_loss"], config.save_best)
 
 
 def global_batch_size(config: TrainConfig) -> int:
@@ -680,6 +665,19 @@ def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     return rows, None
 
 
+def prefix_config_of(config: TrainConfig, model: BloomForCausalLM) -> PrefixConfig:
+    """The shape of a new prefix for this base."""
+    shape = model.config
+    return PrefixConfig(
+        num_virtual_tokens=config.num_virtual_tokens,
+        num_layers=shape.n_layer,
+        num_attention_heads=shape.n_head,
+        token_dim=shape.hidden_size,
+        encoder_hidden_size=config.encoder_hidden_size or shape.hidden_size,
+        prefix_projection=config.prefix_projection,
+    )
+
+
 def make_encoder(
     config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, base: dict
 ) -> PrefixEncoder:
@@ -687,21 +685,11 @@ def make_encoder(
 
     base: the `fingerprint` of the model, which an earlier run's must match.
     """
-    shape = model.config
     if config.prefix_from:
         encoder, noted = load_encoder(config.prefix_from)
         check_base(encoder.bake().shape, noted, base, config.prefix_from, config.force)
         return encoder
-    encoder = PrefixEncoder(
-        PrefixConfig(
-            num_virtual_tokens=config.num_virtual_tokens,
-            num_layers=shape.n_layer,
-            num_attention_heads=shape.n_head,
-            token_dim=shape.hidden_size,
-            encoder_hidden_size=config.encoder_hidden_size or shape.hidden_size,
-            prefix_projection=config.prefix_projection,
-        )
-    )
+    encoder = PrefixEncoder(prefix_config_of(config, model))
     text = None
     if config.prefix_init == "text":
         text = text_prefix(model, tokenizer, config.init_text, config.num_virtual_tokens).cpu()

@@ -53,6 +53,28 @@ def tuned(tmp_path_factory):
     return folders
 
 
+@pytest.fixture
+def settings(tmp_path, tokenizer, rows_file):
+    """11 steps, one and a half epochs, with evaluations and checkpoints at steps that do not coincide."""
+    random_bloom().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return {
+        "model_name_or_path": str(tmp_path / "base"),
+        "dataset": str(rows_file),
+        "eval_dataset": str(rows_file),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "num_train_epochs": 1.5,
+        "learning_rate": 1e-2,
+        "logging_steps": 4,
+        "eval_steps": 3,
+        "save_steps": 1,
+        "save_best": True,
+    }
+
+
 def random_bloom(seed=0, dtype=torch.float32, **options) -> BloomForCausalLM:
     """A small Bloom whose biases and layer norms are random too, so that no term hides behind a zero or a one."""
     torch.manual_seed(seed)

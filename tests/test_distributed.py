@@ -130,7 +130,7 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
     os.kill(worker(process, 1), signal.SIGKILL)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path, 
     flags |= {"eval_exact_match": False, "eval_steps": 100, "output_dir": tmp_path / "out"}
     train(2, flags | {"save_total_limit": 100})  # 32 rows, 4 a step: 8 steps an epoch
     train_here(flags | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-10.safetensors"})
-    assert "a step has 2 rows now, of 1 processes; before the checkpoint, 4" in capsys.readouterr().out
+    assert "rows per step changed from 4 to 2 (1 processes)" in capsys.readouterr().out
     # After 10 steps of 4 rows, 24 of the second epoch's 32 are left: 12 steps of 2.
     assert metrics_of(tmp_path / "out")[-1]["steps"] == 22
     train_here(flags | {"output_dir": tmp_path / "one"})

@@ -62,6 +62,19 @@ def test_a_base_of_the_hub_stands_in_the_cards_front(finished, tmp_path):
     assert "\nbase_model: Langboat/bloom-1b4-zh\n" in card and 'from_pretrained("Langboat/bloom-1b4-zh")' in card
 
 
+def test_the_card_tells_of_the_best_prefix_if_that_was_saved(finished, tmp_path):
+    lines = records(finished)
+    for line, loss in zip([line for line in lines if "eval_loss" in line][1:], (1.25, 1.75), strict=True):
+        line["eval_loss"] = loss  # of steps 2 and 4
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    settings = json.loads((finished / "training_config.json").read_text("utf-8"))
+    for save_best, shown in ((True, "| this prefix, step 2 | 1.25 |"), (False, "| this prefix, step 4 | 1.75 |")):
+        (tmp_path / "training_config.json").write_text(json.dumps(settings | {"save_best": save_best}), "utf-8")
+        write_card(tmp_path)
+        card = (tmp_path / "README.md").read_text("utf-8")
+        assert shown in card and card.count("| this prefix") == 1
+
+
 def test_curves_are_drawn_where_matplotlib_is_installed(finished, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     (tmp_path / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text("utf-8"), "utf-8")

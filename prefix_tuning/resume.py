@@ -1,0 +1,179 @@
+"""Resuming a run: from which checkpoint, what must be as it was, and what becomes of the rest of the folder.
+
+A checkpoint holds all that the next steps depend on, so a resumed run is the run that it resumes, bit for bit. Each setting
+of TrainConfig stands in one of the three lists below.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from prefix_tuning import distributed
+from prefix_tuning.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    find_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    portable_name,
+    step_of,
+)
+from prefix_tuning.config import PrefixConfig, TrainConfig, UserError
+from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.report import CARD_FILE, CONFIG_FILE, METRICS_FILE
+from prefix_tuning.state import Progress, TrainingState
+
+# These change the remaining steps, or what their figures mean: with others, no command reproduces the run, so a resume
+# refuses them.
+SAME = (
+    "precision", "max_length", "eval_fraction", "eval_exact_match", "save_best",
+    "num_virtual_tokens", "prefix_projection", "encoder_hidden_size", "prefix_init", "init_text", "prefix_from",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_grad_norm", "shuffle", "seed",
+)  # fmt: skip
+# These name something: the name may change, what it names may not.
+CONTENT = ("model_name_or_path", "dataset", "eval_dataset")
+# These are taken from the new command line: how long to train, what to report and save, and how to compute the same.
+NEW = (
+    "num_train_epochs", "max_steps", "early_stopping_patience", "eval_steps", "logging_steps", "save_steps",
+    "save_total_limit", "report_to", "push_to_hub", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
+    "device", "shard_base", "shard_degree", "force", "max_tokens_per_batch", "gradient_checkpointing", "torch_compile",
+)  # fmt: skip
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that a run resumes from: where it lies, its tensors, and what else it notes."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    numbers: dict
+
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return Progress(**self.numbers["progress"])
+
+    def encoder(self) -> PrefixEncoder:
+        """The encoder as it was, on the CPU. Raises UserError if the checkpoint does not hold just the weights of one."""
+        own = "encoder."
+        weights = {name.removeprefix(own): tensor for name, tensor in self.tensors.items() if name.startswith(own)}
+        try:
+            return PrefixEncoder.from_weights(PrefixConfig(**self.numbers["prefix_config"]), weights)
+        except (KeyError, TypeError, RuntimeError, UserError) as error:
+            raise UserError(f"{self.path}: is no checkpoint of this program: {error!r}") from error
+
+
+def begun_by(job: str | None, output_dir: Path) -> bool:
+    """Whether the run in this folder is one that the same torchrun has begun, before a failure."""
+    try:
+        noted = json.loads((output_dir / CONFIG_FILE).read_text("utf-8"))["ran_with"]["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return job is not None and noted == job
+
+
+def find_resumed(config: TrainConfig) -> Resumed | None:
+    """The checkpoint to resume from, as main finds it. None if there is none, or none is wanted.
+
+    After a failure torchrun starts its processes anew: then it is the newest checkpoint of this run, wherever the run had
+    begun. Raises UserError if the output folder holds what the run would replace, and is not told to.
+    """
+    output_dir, where, found = Path(config.output_dir), config.resume_from_checkpoint, None
+    if distributed.is_main():
+        restarted = begun_by(distributed.job(), output_dir)
+        if restarted and find_checkpoints(output_dir):
+            where = "latest"
+        found = newest_checkpoint(where, output_dir) if where else None
+        if not (restarted or config.overwrite_output_dir or (found and found[0].parent.samefile(output_dir))):
+            refuse_to_replace(output_dir, where)
+    path = distributed.from_main(found and str(found[0]))
+    if path is None:
+        return None
+    resumed = Resumed(*(found or (Path(path), *load_checkpoint(Path(path)))))
+    try:
+        if not (isinstance(resumed.numbers["run"], dict) and isinstance(resumed.numbers["metrics_bytes"], int)):
+            raise ValueError("it notes no run")
+        resumed.progress()
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is no checkpoint of this program: {error!r}") from error
+    return resumed
+
+
+def refuse_to_replace(folder: Path, where: str | None) -> None:
+    """Raises UserError if a folder holds a prefix, checkpoints other than damaged ones, or a README.md.
+
+    where: --resume_from_checkpoint, which has found none in this folder.
+    """
+    if (folder / ADAPTER_CONFIG_FILE).exists():
+        raise UserError(f"{folder} holds a prefix already; add --overwrite_output_dir or name another --output_dir")
+    if find_checkpoints(folder) and where != "latest":
+        hint = "resume it with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
+        raise UserError(f"{folder} holds checkpoints of a run that did not finish; {hint}")
+    if (folder / CARD_FILE).exists():
+        raise UserError(f"{folder} holds a {CARD_FILE}, which a model card would replace; name another folder")
+
+
+def identity(config: TrainConfig, dtype: torch.dtype, contents: dict[str, object]) -> dict:
+    """What a checkpoint and the run that resumes from it must have in common, as JSON keeps it.
+
+    dtype: the compute type that --precision stands for here. contents: of every setting in CONTENT, a hash of what it names,
+    several of them by name, or None where it names nothing.
+    """
+    settings = {name: getattr(config, name) for name in SAME}
+    settings["precision"] = str(dtype).removeprefix("torch.")
+    settings["prefix_from"] = config.prefix_from and portable_name(config.prefix_from)
+    return settings | {name: contents[name] for name in CONTENT}
+
+
+def check_same_run(resumed: Resumed, run: dict) -> None:
+    """Raises UserError naming what differs, if the checkpoint was made by a run of another `identity`."""
+    noted, said = resumed.numbers["run"], []
+    for name, now in run.items():
+        before = noted.get(name)
+        if before == now:
+            continue
+        if name in SAME:
+            said.append(f"--{name} {before}, not {now}")
+        elif isinstance(before, dict) and isinstance(now, dict):
+            said.append(f"another --{name} ({', '.join(key for key in now if before.get(key) != now[key])})")
+        else:
+            said.append(f"{'another' if before else 'no'} --{name}")
+    if said:
+        hint = "resume with the same, or start anew without --resume_from_checkpoint"
+        raise UserError(f"{resumed.path}: was made with {'; '.join(said)}; {hint}")
+
+
+def restore(state: TrainingState, resumed: Resumed) -> None:
+    """Brings `state` to where the checkpoint was written. Raises UserError if it does not hold just what that takes."""
+    try:
+        state.restore(resumed.tensors, resumed.numbers)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{resumed.path}: is no checkpoint of this run: {error!r}") from error
+    print(f"resuming after step {state.progress.step}, from {resumed.path}")
+
+
+def metrics_so_far(resumed: Resumed | None) -> bytes:
+    """What metrics.jsonl held when the checkpoint was written; later lines will be written again."""
+    if resumed is None:
+        return b""
+    file, length = resumed.path.with_name(METRICS_FILE), resumed.numbers["metrics_bytes"]
+    lines = file.read_bytes()[:length] if file.exists() else b""
+    if len(lines) < length:
+        print(f"{file}: is shorter than at the checkpoint; the missing lines cannot be restored", file=sys.stderr)
+    return lines[: lines.rfind(b"\n") + 1]
+
+
+def clear_checkpoints(folder: Path, resumed: Resumed | None) -> None:
+    """Leaves in `folder` only the checkpoints that led to the one that is resumed, so that its newest is always the run's.
+
+    Later ones, intact or not, are renamed; those of a run that is replaced are removed.
+    """
+    for path in find_checkpoints(folder):
+        if resumed is None or not path.parent.samefile(resumed.path.parent):
+            path.unlink()
+        elif step_of(path) > resumed.progress().step:
+            aside = path.with_suffix(".set-aside")
+            os.replace(path, aside)
+            print(f"{path} is later than {resumed.path.name}: renamed to {aside.name}", file=sys.stderr)

@@ -1,0 +1,60 @@
+"""Signals that ask a run to stop: noted at once, acted on where the run can be saved.
+
+SIGINT (Ctrl-C) and SIGTERM only set a number. The loop asks for it after each step, an evaluation after each pass, and
+`stop_if_heard` lets all processes stop at the same place.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefix_tuning import distributed
+from prefix_tuning.config import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_heard = 0
+
+
+def heard() -> int:
+    """The number of the signal that this process was sent while `listening`; 0 if there was none."""
+    return _heard
+
+
+@contextmanager
+def listening(announcement: str) -> Iterator[None]:
+    """Inside, the first signal is noted and main prints `announcement`; a second one ends the process at once.
+
+    Under torchrun a second one is ignored: Slurm sends signals to torchrun and its processes alike, and torchrun passes them
+    on. Only a process's main thread can listen; elsewhere this is a no-op.
+    """
+    global _heard
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    second = signal.SIG_IGN if distributed.job() else signal.SIG_DFL
+
+    def note(number: int, frame) -> None:
+        global _heard
+        _heard = number
+        for each in _SIGNALS:
+            signal.signal(each, second)
+        if distributed.is_main():
+            text = f"\n{signal.Signals(number).name}: {announcement}\n"
+            os.write(2, text.encode())  # print could have been interrupted halfway, and cannot be entered twice
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        _heard = 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_if_heard() -> None:
+    """Raises Interrupted in all processes if one of them has heard a signal. All call this together: it is an all-reduce."""
+    if number := distributed.most_of(_heard):
+        raise Interrupted(f"{signal.Signals(number).name}: stopped", number)
