@@ -20,7 +20,7 @@ class NotFinite(Exception):
 
 @dataclass
 class Progress:
-    """Where a run stands, in plain numbers. Raises ValueError for what is none."""
+    """Where a run stands, in plain numbers. Raises ValueError for one of another type."""
 
     step: int = 0
     epoch: int = 0  # the next row to train on: its epoch, and its place in the order of that epoch
@@ -38,9 +38,9 @@ class Progress:
     evaluations_since_best: int = 0
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if not isinstance(value, (int, float)) and not (name == "best_loss" and value is None):
-                raise ValueError(f"{name} is no number, but {value!r}")
+        for field in dataclasses.fields(self):
+            if not isinstance(value := getattr(self, field.name), field.type):
+                raise ValueError(f"{field.name} is {value!r}, which is no {field.type}")
 
 
 class TrainingState:

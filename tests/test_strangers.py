@@ -32,8 +32,9 @@ from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.data import IGNORED, load_rows, prompt_of, take, tokenize
 from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.generation import PrefixBloom, complete
+from prefix_tuning.resume import check_same_run, find_resumed, metrics_so_far, restore
 from prefix_tuning.state import TrainingState
-from prefix_tuning.training import Checkpoints, train
+from prefix_tuning.training import train
 
 CPU = torch.device("cpu")
 fuzz = settings(
@@ -184,7 +185,9 @@ def test_a_name_that_comes_twice_is_refused(tmp_path):
 def test_any_state_of_a_checkpoint(tmp_path, chosen):
     """With a right checksum, as only somebody who means harm would write it."""
     encoder = PrefixEncoder(prefix_config(random_bloom(), projection=False))
-    config = TrainConfig(output_dir=str(tmp_path / "out"))
+    path = str(tmp_path / "checkpoint-1.safetensors")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    config = TrainConfig(output_dir=str(tmp_path / "out"), resume_from_checkpoint=path)
     state = TrainingState(config, encoder, 10, torch.float32)
     for parameter in encoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -204,10 +207,10 @@ def test_any_state_of_a_checkpoint(tmp_path, chosen):
     save_checkpoint(tmp_path, 1, tensors, numbers, None)
 
     def resume():
-        path = tmp_path / "checkpoint-1.safetensors"
-        checkpoints = Checkpoints(config, {"seed": 42}, (path, *load_checkpoint(path)))
-        assert isinstance(checkpoints.metrics_so_far(), bytes)
-        checkpoints.restore(state)
+        resumed = find_resumed(config)
+        check_same_run(resumed, {"seed": 42})
+        assert isinstance(metrics_so_far(resumed), bytes)
+        restore(TrainingState(config, resumed.encoder(), 10, torch.float32), resumed)
 
     read_or_refuse(resume)
 
