@@ -8,9 +8,11 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import torch
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
@@ -19,7 +21,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import demo
-from prefix_tuning.config import UserError, is_text
+from prefix_tuning.config import UserError, is_text, reason_of
 
 IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
 
@@ -34,6 +36,7 @@ class Example:
 
 COLUMNS = ("instruction", "input", "output")
 _FEATURES = Features({column: Value("string") for column in COLUMNS})
+HASHED_BYTES = 64 * 2**20  # the cache knows a file of up to this size by its content
 
 
 def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
@@ -42,28 +45,54 @@ def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
     name: a bundled name; a .json, .jsonl, .csv or .parquet file; a folder written by `save_to_disk`; or a hub name.
     splits: which split to take of a source that has several: the first of these that it has.
 
-    The rows are cached by `datasets`, on disk, under a key that knows the file's time and size. Raises UserError naming
-    the file and the row for a source that cannot be read, a missing column, or a row whose text is no text.
+    The rows are cached by `datasets`, on disk, under a key that knows the file's content, or its size and time where it is
+    larger than HASHED_BYTES; of a folder, what `datasets` noted when it was saved. Raises UserError naming the file and the
+    row for a source that cannot be read, a missing column, or a row whose text is no text.
     """
     path = Path(demo.resolve(name))
-    if path.is_file():
-        reader, source = _reader_for(name, path), str(path.resolve())
-        version = (source, path.stat().st_mtime_ns, path.stat().st_size)
-    else:
-        reader, source = _read_dataset, _open_dataset(name, splits)
-        version = source._fingerprint
-    try:
-        rows = Dataset.from_generator(
+    is_file = path.is_file()
+    with _cache():
+        # If it cannot be made, `load_dataset` would fail as for a name that the hub does not have.
+        Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+        if is_file:
+            reader, source = _reader_for(name, path), str(path.resolve())
+            version = (source, _version(name, path))
+        else:
+            reader, source = _read_dataset, _open_dataset(name, splits)
+            version = source._fingerprint
+        return Dataset.from_generator(
             _checked_rows,
             features=_FEATURES,
             gen_kwargs={"name": name, "reader": reader, "source": source},
             fingerprint=Hasher.hash([_THIS_CODE, name, version]),
         )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    return rows
+
+
+def _version(name: str, path: Path) -> str:
+    """Tells one content of a file from another. A large one by size and time: a hash would have to read it as a whole."""
+    try:
+        status = path.stat()
+        if status.st_size > HASHED_BYTES:
+            return f"{status.st_size} bytes at {status.st_mtime_ns}"
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _cache() -> Iterator[None]:
+    """For everything that `datasets` writes. Raises UserError if the disk is full, say, and for what is wrong with a row."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        folder = datasets.config.HF_DATASETS_CACHE
+        hint = "make room, or name another folder by the variable HF_DATASETS_CACHE"
+        raise UserError(f"{folder}: prepared rows cannot be kept there: {reason_of(cause)}; {hint}") from error
 
 
 def _open_dataset(name: str, splits: tuple[str, ...]) -> Dataset:
@@ -256,21 +285,26 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
                 encoded["labels"].append(([IGNORED] * len(prompt) + answer)[:max_length])
         return encoded
 
-    tokenizer_state = tokenizer.backend_tokenizer.to_str()
-    return rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
-        desc="Tokenising",
-        new_fingerprint=Hasher.hash([_THIS_CODE, rows._fingerprint, tokenizer_state, max_length]),
-    )
+    state = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    with _cache():
+        return rows.map(
+            encode,
+            batched=True,
+            remove_columns=rows.column_names,
+            desc="Tokenising",
+            new_fingerprint=Hasher.hash([_THIS_CODE, rows._fingerprint, state, max_length]),
+        )
 
 
 def digest(tokenized: Dataset) -> str:
-    """Tells one tokenised dataset from another: a hash over its length and a thousand of its rows."""
-    places = range(0, len(tokenized), max(1, len(tokenized) // 1000))
-    rows = [(example.input_ids, example.labels) for example in take(tokenized, list(places))]
-    return hashlib.sha256(json.dumps([len(tokenized), rows]).encode()).hexdigest()
+    """Tells one tokenised dataset from another: a hash over the ids and labels of all rows, in their order."""
+    found = hashlib.sha256()
+    for batch in tokenized.with_format("arrow").iter(1000):
+        for column in ("input_ids", "labels"):
+            rows = batch[column].combine_chunks()
+            for numbers in (rows.value_lengths(), rows.flatten()):
+                found.update(numbers.cast("int64").to_numpy())
+    return found.hexdigest()
 
 
 def take(tokenized: Dataset, indices: list[int]) -> list[Example]:

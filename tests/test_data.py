@@ -1,4 +1,7 @@
+import copy
 import json
+import os
+import resource
 from itertools import accumulate
 
 import pyarrow as pa
@@ -6,10 +9,11 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import REAL_ROWS, examples_of, needs_real_rows
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
+from prefix_tuning import data
 from prefix_tuning.config import UserError
-from prefix_tuning.data import IGNORED, load_rows, pack, prompt_of, take, tokenize
+from prefix_tuning.data import IGNORED, digest, load_rows, pack, prompt_of, take, tokenize
 
 TRAIN = ("train",)
 GOOD = {"instruction": "一加一等于几？", "input": "", "output": "二"}
@@ -140,6 +144,19 @@ def test_the_cache_notices_a_changed_file(tmp_path):
     assert len(load_rows(str(path), TRAIN)) == 1
     write(path, GOOD, GOOD | {"output": "三"})
     assert len(load_rows(str(path), TRAIN)) == 2
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write(path, GOOD, GOOD | {"output": "四"})
+    os.utime(path, ns=times)
+    assert load_rows(str(path), TRAIN)[1]["output"] == "四"
+
+
+def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HASHED_BYTES", 10)
+    path = tmp_path / "a.jsonl"
+    for answer, time in (("三", 1), ("四", 2), ("十四", 2)):
+        write(path, GOOD | {"output": answer})
+        os.utime(path, (time, time))
+        assert load_rows(str(path), TRAIN)[0]["output"] == answer
 
 
 def test_tokenising_is_cached(rows_file, tokenizer):
@@ -147,6 +164,52 @@ def test_tokenising_is_cached(rows_file, tokenizer):
     first, second = (tokenize(rows, tokenizer, 64) for _ in range(2))
     assert first.cache_files == second.cache_files and first.cache_files
     assert tokenize(rows, tokenizer, 63).cache_files != first.cache_files
+
+
+def test_the_cache_of_tokens_knows_the_eos_token(rows_file, tokenizer):
+    rows = load_rows(str(rows_file), TRAIN)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<s>"
+    for one in (tokenizer, other):
+        assert {ids[-1] for ids in tokenize(rows, one, 256)["input_ids"]} == {one.eos_token_id}
+
+
+def test_a_digest_covers_every_row_and_nothing_but_the_rows(tmp_path, tokenizer):
+    rows = [GOOD | {"instruction": f"{number}加一等于几？"} for number in range(3000)]
+    tokenized = tokenize(load_rows(write(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    rows[1], rows[2] = rows[2], rows[1]
+    swapped = tokenize(load_rows(write(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    rows[1], rows[2] = rows[2], rows[1] | {"output": "三"}
+    changed = tokenize(load_rows(write(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    label = tokenized.map(lambda row, place: {"labels": [7, *row["labels"][1:]]} if place == 1234 else {}, with_indices=True)
+    assert len({digest(each) for each in (tokenized, swapped, changed, label, tokenized.select(range(2999)))}) == 5
+    parts = concatenate_datasets([tokenized.select(range(700)), tokenized.select(range(700, 3000))])
+    for same in (parts, tokenized.select(range(2999, -1, -1)).select(range(2999, -1, -1))):
+        assert digest(same) == digest(tokenized)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *(GOOD | {"instruction": f"{number}加一等于几？"} for number in range(5000)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nope")
+    for name in (path, "nobody/no-such-set"):
+        with pytest.raises(UserError, match=r"/proc/nope: .*HF_DATASETS_CACHE"):
+            load_rows(name, TRAIN)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def with_files_of(size, call, *arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        try:
+            return call(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    message = r"cache: prepared rows .*File too large; .*HF_DATASETS_CACHE"
+    with pytest.raises(UserError, match=message):
+        with_files_of(10_000, load_rows, path, TRAIN)
+    rows = load_rows(path, TRAIN)
+    with pytest.raises(UserError, match=message):
+        with_files_of(500_000, tokenize, rows, tokenizer, 64)
+    assert len(tokenize(rows, tokenizer, 64)) == 5000
 
 
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [3, 9, 1, 7, 2, 30], [1, 1]])
