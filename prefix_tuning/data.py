@@ -4,6 +4,7 @@ source row {instruction, input, output}  ->  Example(input_ids, labels)  ->  Bat
 """
 
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 import torch
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, NamedSplit, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
         # If it cannot be made, `load_dataset` would fail as for a name that the hub does not have.
         Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
         if is_file:
-            reader, source = _reader_for(name, path), str(path.resolve())
+            reader, source = _reader_for(name, path, _READERS), str(path.resolve())
             version = (source, _version(name, path))
         else:
             reader, source = _read_dataset, _open_dataset(name, splits)
@@ -64,7 +65,8 @@ def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
             _checked_rows,
             features=_FEATURES,
             gen_kwargs={"name": name, "reader": reader, "source": source},
-            fingerprint=Hasher.hash([_THIS_CODE, name, version]),
+            split=NamedSplit(splits[0]),  # for the progress bar, which names it; part of the key, as the cache keeps it
+            fingerprint=Hasher.hash([_THIS_CODE, name, version, splits[0]]),
         )
 
 
@@ -122,7 +124,7 @@ def read_questions(name: str, prefixes: list[str]) -> Iterator[tuple[dict, str, 
     that names none of `prefixes`, or that has a response already.
     """
     path = Path(demo.resolve(name))
-    for place, row in _numbered(name, _reader_for(name, path)(name, str(path))):
+    for place, row in _numbered(name, _reader_for(name, path, _WHOLE_ROW_READERS)(name, str(path))):
         texts = _texts(name, place, row, required=("instruction",))
         prefix = None if row.get("prefix") in (None, "") else row["prefix"]
         if prefix is not None and prefix not in prefixes:
@@ -132,10 +134,10 @@ def read_questions(name: str, prefixes: list[str]) -> Iterator[tuple[dict, str, 
         yield row, prompt_of(texts["instruction"], texts["input"]), prefix
 
 
-def _reader_for(name: str, path: Path):
-    reader = _READERS.get(path.suffix.lower())
+def _reader_for(name: str, path: Path, readers: dict):
+    reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{name}: unknown kind of file; known are {', '.join(_READERS)}")
+        raise UserError(f"{name}: unknown kind of file; known are {', '.join(readers)}")
     return reader
 
 
@@ -169,7 +171,8 @@ def _texts(name: str, place: str, row: dict, required: tuple[str, ...]) -> dict[
         if value is None and column not in required:
             value = ""
         if not isinstance(value, str):
-            raise UserError(f"{name}, {place}: {column!r} must be a text, not {json.dumps(value, default=str)[:80]}")
+            shown = json.dumps(value, ensure_ascii=False, default=str)[:80]
+            raise UserError(f"{name}, {place}: {column!r} must be a text, not {shown}")
         if not is_text(value):
             raise UserError(f"{name}, {place}: {column!r} holds half of a character (a lone surrogate)")
         texts[column] = value
@@ -177,7 +180,8 @@ def _texts(name: str, place: str, row: dict, required: tuple[str, ...]) -> dict[
 
 
 # Each reader yields (place for messages, row). Plain readers keep "8" a text and can name the row that is wrong, where
-# a table reader would guess a column's type.
+# a table reader would guess a column's type. Of a table only the needed columns are read: a value of another that Python has
+# no form for does no harm; in the row, None stands for it.
 
 
 def _read_jsonl(name: str, path: str) -> Iterator[tuple[str, object]]:
@@ -211,14 +215,25 @@ def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
         raise UserError(f"{name}, row {number + 1}: is not CSV: {error}") from error
 
 
-def _read_parquet(name: str, path: str) -> Iterator[tuple[str, object]]:
+def _read_parquet(name: str, path: str, columns: Sequence[str] | None = COLUMNS) -> Iterator[tuple[str, object]]:
+    """columns: those to read; None: all."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _refuse_twins(name, file.schema_arrow.names)
-            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name}: is not a Parquet file: {str(error).strip()[:300]}") from error
+            names = file.schema_arrow.names
+            _refuse_twins(name, names)
+            numbers = itertools.count(1)
+            for batch in file.iter_batches(1024, columns=columns):
+                read = dict(zip(batch.schema.names, batch.columns, strict=True))
+                for index in range(batch.num_rows):
+                    place, row = f"row {next(numbers)}", dict.fromkeys(names)
+                    try:
+                        for column, values in read.items():
+                            row[column] = values[index].as_py()
+                    except Exception as error:  # a time beyond Python's, bytes that are no UTF-8, ...: of many classes
+                        raise UserError(f"{name}, {place}: {column!r} cannot be read: {reason_of(error)}") from error
+                    yield place, row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
+        raise UserError(f"{name}: cannot be read as Parquet: {str(error).strip()[:300]}") from error
 
 
 def _refuse_twins(name: str, columns: Sequence[str]) -> None:
@@ -227,7 +242,14 @@ def _refuse_twins(name: str, columns: Sequence[str]) -> None:
 
 
 def _read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, object]]:
-    return ((f"row {number}", row) for number, row in enumerate(dataset, start=1))
+    names = dataset.column_names
+    rows = iter(dataset.select_columns([column for column in COLUMNS if column in names]))
+    for number in range(1, len(dataset) + 1):
+        try:
+            row = next(rows)
+        except Exception as error:  # as for Parquet
+            raise UserError(f"{name}, row {number}: cannot be read: {reason_of(error)}") from error
+        yield f"row {number}", dict.fromkeys(names) | row
 
 
 def _lines(name: str, path: str) -> Iterator[str]:
@@ -257,6 +279,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+# For rows that are passed on as they are.
+_WHOLE_ROW_READERS = _READERS | {".parquet": functools.partial(_read_parquet, columns=None)}
 # Part of every cache key: rows that an older version of this file prepared are not taken for new ones.
 _THIS_CODE = Path(__file__).read_text("utf-8")
 

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from prefix_tuning import data
 from prefix_tuning.config import UserError
-from prefix_tuning.data import IGNORED, digest, load_rows, pack, prompt_of, take, tokenize
+from prefix_tuning.data import IGNORED, digest, load_rows, pack, prompt_of, read_questions, take, tokenize
 
 TRAIN = ("train",)
 GOOD = {"instruction": "一加一等于几？", "input": "", "output": "二"}
@@ -90,6 +90,7 @@ BAD_FILES = {
         json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"output": 3}),
         r"a\.jsonl, line 3: 'output' must be a text, not 3",
     ),
+    "Chinese list as output": ("a.jsonl", json.dumps(GOOD | {"output": ["好"]}), r"'output' must be a text, not \[\"好\"\]"),
     "null instruction": ("a.jsonl", json.dumps(GOOD | {"instruction": None}), "line 1: 'instruction' must be a text"),
     "list as input": ("a.json", json.dumps([GOOD, GOOD | {"input": []}]), r"a\.json, row 2: 'input' must be a text"),
     "empty output": ("a.json", json.dumps([GOOD, GOOD | {"output": " "}]), r"a\.json, row 2: 'output' is empty"),
@@ -106,7 +107,7 @@ BAD_FILES = {
     "CSV with too many cells": ("a.csv", "instruction,output\na,b,c\n", "row 1: has more cells"),
     "CSV with too few cells": ("a.csv", "instruction,output\na\n", "row 1: 'output' must be a text, not null"),
     "CSV without the column": ("a.csv", "question,answer\na,b\n", "row 1: has no column 'instruction'"),
-    "no Parquet": ("a.parquet", "hello", r"a\.parquet: is not a Parquet file"),
+    "no Parquet": ("a.parquet", "hello", r"a\.parquet: cannot be read as Parquet: "),
     "unknown kind": ("a.txt", "hello", r"a\.txt: unknown kind of file"),
 }
 
@@ -241,3 +242,48 @@ def test_columns_of_one_name_are_refused(tmp_path):
     for kind in ("csv", "parquet"):
         with pytest.raises(UserError, match="more than one column 'output'"):
             load_rows(str(tmp_path / f"rows.{kind}"), ("train",))
+
+
+STRANGE = {
+    "late": pa.array([0, 1, 2**62], pa.timestamp("us")),
+    "zone": pa.array([None, None, 2], pa.timestamp("us", tz="Mars/Olympus")),
+    "text": pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"b", b"\xff\xfe"]).buffers()),
+}
+
+
+@pytest.mark.parametrize("column", STRANGE)
+def test_a_table_is_read_for_its_three_columns_only(tmp_path, column):
+    table = pa.table({"instruction": ["a", "b", "c"], "output": ["d", "e", "f"], column: STRANGE[column]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    Dataset(table).save_to_disk(tmp_path / "folder")
+    for name in ("a.parquet", "folder"):
+        assert load_rows(str(tmp_path / name), TRAIN)["output"][:] == ["d", "e", "f"]
+    questions = read_questions(str(tmp_path / "a.parquet"), [])
+    assert [next(questions)[0]["instruction"] for _ in range(2)] == ["a", "b"]
+    with pytest.raises(UserError, match=rf"a\.parquet, row 3: '{column}' cannot be read: "):
+        next(questions)
+
+
+def test_a_table_whose_own_columns_are_wrong_is_named_with_its_row(tmp_path):
+    table = pa.table({"instruction": ["a", "b", "c"], "output": STRANGE["text"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 3: 'output' cannot be read: 'utf-8'"):
+        load_rows(str(tmp_path / "a.parquet"), TRAIN)
+    Dataset(table).save_to_disk(tmp_path / "folder")
+    with pytest.raises(UserError, match="folder, row 3: cannot be read: 'utf-8'"):
+        load_rows(str(tmp_path / "folder"), TRAIN)
+    pyarrow.parquet.write_table(pa.table({"question": ["a"], "answer": ["b"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet, row 1: has no column 'instruction'; it has 'question', 'answer'"):
+        load_rows(str(tmp_path / "b.parquet"), TRAIN)
+    damaged = (tmp_path / "b.parquet").read_bytes().replace(b"question", b"quest\xffon")
+    (tmp_path / "b.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"b\.parquet: cannot be read as Parquet: 'utf-8'"):
+        load_rows(str(tmp_path / "b.parquet"), TRAIN)
+
+
+def test_the_bar_names_the_split(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    for splits in (TRAIN, ("validation", "test", "train")):
+        assert load_rows(path, splits).to_list() == [GOOD]
+        bars = {line.split(":")[0] for line in capsys.readouterr().err.split("\r") if line}
+        assert bars == {f"Generating {splits[0]} split"}
