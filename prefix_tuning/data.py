@@ -246,7 +246,7 @@ def _read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, object]]:
     rows = iter(dataset.select_columns([column for column in COLUMNS if column in names]))
     for number in range(1, len(dataset) + 1):
         try:
-            row = next(rows)
+            row = next(rows, {})  # it ends at once where there are no columns to read
         except Exception as error:  # as for Parquet
             raise UserError(f"{name}, row {number}: cannot be read: {reason_of(error)}") from error
         yield f"row {number}", dict.fromkeys(names) | row

@@ -272,9 +272,12 @@ def test_a_table_whose_own_columns_are_wrong_is_named_with_its_row(tmp_path):
     Dataset(table).save_to_disk(tmp_path / "folder")
     with pytest.raises(UserError, match="folder, row 3: cannot be read: 'utf-8'"):
         load_rows(str(tmp_path / "folder"), TRAIN)
-    pyarrow.parquet.write_table(pa.table({"question": ["a"], "answer": ["b"]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet, row 1: has no column 'instruction'; it has 'question', 'answer'"):
-        load_rows(str(tmp_path / "b.parquet"), TRAIN)
+    table = pa.table({"question": ["a"], "answer": ["b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    Dataset(table).save_to_disk(tmp_path / "other")
+    for name in ("b.parquet", "other"):
+        with pytest.raises(UserError, match=f"{name}, row 1: has no column 'instruction'; it has 'question', 'answer'"):
+            load_rows(str(tmp_path / name), TRAIN)
     damaged = (tmp_path / "b.parquet").read_bytes().replace(b"question", b"quest\xffon")
     (tmp_path / "b.parquet").write_bytes(damaged)
     with pytest.raises(UserError, match=r"b\.parquet: cannot be read as Parquet: 'utf-8'"):
