@@ -78,7 +78,7 @@ def load_base(
     parts: how many processes share the weights, each loading a part only (sharding.py); None: each loads all. Returns the
     model in `dtype` on `device`, in eval mode, with no parameter requiring a gradient, and its tokenizer with left padding.
     Code that comes with a model is never run, and a pickled checkpoint is read only the way that runs none. Raises UserError
-    if there is no such model, if it is broken, or if it is no Bloom.
+    if there is no such model, if it is broken, if it is no Bloom, or if its tokenizer cannot serve it.
     """
     path = demo.resolve(name)
     try:
@@ -86,6 +86,7 @@ def load_base(
         if config.model_type != "bloom":
             raise UserError(f"--model_name_or_path {name} is a {config.model_type} model; this program tunes Bloom")
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+        _check_tokenizer(name, tokenizer, config.vocab_size)
         if parts:
             return load_sharded(path, config, dtype, device, parts), tokenizer
         model, report = BloomForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
@@ -100,22 +101,38 @@ def load_base(
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 
-def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int | str | None]:
-    """What tells one base from another: its name, its shape, a hash over 64 weights of every tensor, one over the tokenizer.
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises UserError unless it can tokenise rows for a base of so many embeddings."""
+    if not tokenizer.is_fast:
+        fault = "has no tokenizer.json; save it in that form"
+    elif tokenizer.eos_token_id is None:
+        fault = "has no EOS token, with which every answer ends; name one as eos_token in tokenizer_config.json"
+    elif (tokens := max(tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
+        fault = f"has {tokens} tokens, but the base has embeddings for {vocab_size}; use the one that belongs to it"
+    else:
+        return
+    raise UserError(f"--model_name_or_path {name}: its tokenizer {fault}")
+
+
+def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int | str | dict | None]:
+    """What tells one base from another: its name, its shape, a hash over 64 weights of every tensor, one over the vocabulary
+    of the tokenizer, and the ids of its special tokens.
 
     The weights are rounded to bfloat16 first, so that the hash does not depend on the compute type; those that were rounded
-    to float16 could not be compared, and get None. So does the tokenizer where none is given.
+    to float16 could not be compared, and get None. So does what belongs to the tokenizer where none is given.
     """
     shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "hidden_size", "vocab_size")}
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(name.encode() + _sample(tensor).float().numpy().tobytes())
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if tokenizer else ""
+    special = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad", "unk")} if tokenizer else None
     return {
         "name_or_path": portable_name(model.name_or_path),
         **shape,
         "weights": None if model.dtype == torch.float16 else weights.hexdigest(),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest() if tokenizer else None,
+        "special_tokens": special,
     }
 
 

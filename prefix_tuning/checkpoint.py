@@ -230,7 +230,8 @@ def check_base(prefix_shape: tuple[int, ...], noted: dict, base: dict, prefix_na
     """Raises UserError unless a prefix (layers, 2, heads, tokens, head_dim) can be used on a base.
 
     noted, base: the `fingerprint` of the base that it was trained on, and of the one at hand. The shape must be right. Other
-    weights, or another tokenizer, are refused unless `force`. A prefix without a fingerprint passes, with a note on stderr.
+    weights, special tokens or another tokenizer are refused unless `force`. A prefix without a fingerprint passes, with a
+    note on stderr.
     """
     layers, _, heads, _, head_dim = prefix_shape
     needed = (base["n_layer"], base["n_head"], base["hidden_size"] // base["n_head"])
@@ -243,13 +244,14 @@ def check_base(prefix_shape: tuple[int, ...], noted: dict, base: dict, prefix_na
     if "tokenizer" not in noted:
         print(f"{prefix_name}: does not say by a fingerprint which base it belongs to; it names {name}", file=sys.stderr)
         return
-    # Weights that were rounded to float16 have no hash to compare.
-    differing = [key for key in ("weights", "tokenizer") if noted.get(key) and base[key] and noted[key] != base[key]]
-    message = f"{prefix_name}: was trained on {name}; {base['name_or_path']} has the same shape, but another "
+    # Weights that were rounded to float16 have no hash to compare; the special tokens are not noted by earlier versions.
+    keys = ("weights", "tokenizer", "special_tokens")
+    differing = [key.replace("_", " ") for key in keys if noted.get(key) and base[key] and noted[key] != base[key]]
+    message = f"{prefix_name}: was trained on {name}; {base['name_or_path']} has the same shape, but not the same "
     if differing and not force:
-        raise UserError(f"{message}{' and another '.join(differing)}; use the right base, or add --force to go on")
+        raise UserError(f"{message}{' and '.join(differing)}; use the right base, or add --force to go on")
     if differing or name != base["name_or_path"]:
-        print(f"{message}{' and another '.join(differing) or 'name'}", file=sys.stderr)
+        print(f"{message}{' and '.join(differing) or 'name'}", file=sys.stderr)
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int | None) -> Path:

@@ -4,22 +4,25 @@ source row {instruction, input, output}  ->  Example(input_ids, labels)  ->  Bat
 """
 
 import csv
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import torch
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, NamedSplit, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import demo
-from prefix_tuning.config import UserError, is_text
+from prefix_tuning.config import UserError, is_text, reason_of
 
 IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
 
@@ -34,6 +37,7 @@ class Example:
 
 COLUMNS = ("instruction", "input", "output")
 _FEATURES = Features({column: Value("string") for column in COLUMNS})
+HASHED_BYTES = 64 * 2**20  # the cache knows a file of up to this size by its content
 
 
 def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
@@ -42,28 +46,55 @@ def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
     name: a bundled name; a .json, .jsonl, .csv or .parquet file; a folder written by `save_to_disk`; or a hub name.
     splits: which split to take of a source that has several: the first of these that it has.
 
-    The rows are cached by `datasets`, on disk, under a key that knows the file's time and size. Raises UserError naming
-    the file and the row for a source that cannot be read, a missing column, or a row whose text is no text.
+    The rows are cached by `datasets`, on disk, under a key that knows the file's content, or its size and time where it is
+    larger than HASHED_BYTES; of a folder, what `datasets` noted when it was saved. Raises UserError naming the file and the
+    row for a source that cannot be read, a missing column, or a row whose text is no text.
     """
     path = Path(demo.resolve(name))
-    if path.is_file():
-        reader, source = _reader_for(name, path), str(path.resolve())
-        version = (source, path.stat().st_mtime_ns, path.stat().st_size)
-    else:
-        reader, source = _read_dataset, _open_dataset(name, splits)
-        version = source._fingerprint
-    try:
-        rows = Dataset.from_generator(
+    is_file = path.is_file()
+    with _cache():
+        # If it cannot be made, `load_dataset` would fail as for a name that the hub does not have.
+        Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+        if is_file:
+            reader, source = _reader_for(name, path, _READERS), str(path.resolve())
+            version = (source, _version(name, path))
+        else:
+            reader, source = _read_dataset, _open_dataset(name, splits)
+            version = source._fingerprint
+        return Dataset.from_generator(
             _checked_rows,
             features=_FEATURES,
             gen_kwargs={"name": name, "reader": reader, "source": source},
-            fingerprint=Hasher.hash([_THIS_CODE, name, version]),
+            split=NamedSplit(splits[0]),  # for the progress bar, which names it; part of the key, as the cache keeps it
+            fingerprint=Hasher.hash([_THIS_CODE, name, version, splits[0]]),
         )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    return rows
+
+
+def _version(name: str, path: Path) -> str:
+    """Tells one content of a file from another. A large one by size and time: a hash would have to read it as a whole."""
+    try:
+        status = path.stat()
+        if status.st_size > HASHED_BYTES:
+            return f"{status.st_size} bytes at {status.st_mtime_ns}"
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _cache() -> Iterator[None]:
+    """For everything that `datasets` writes. Raises UserError if the disk is full, say, and for what is wrong with a row."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        folder = datasets.config.HF_DATASETS_CACHE
+        hint = "make room, or name another folder by the variable HF_DATASETS_CACHE"
+        raise UserError(f"{folder}: prepared rows cannot be kept there: {reason_of(cause)}; {hint}") from error
 
 
 def _open_dataset(name: str, splits: tuple[str, ...]) -> Dataset:
@@ -93,7 +124,7 @@ def read_questions(name: str, prefixes: list[str]) -> Iterator[tuple[dict, str, 
     that names none of `prefixes`, or that has a response already.
     """
     path = Path(demo.resolve(name))
-    for place, row in _numbered(name, _reader_for(name, path)(name, str(path))):
+    for place, row in _numbered(name, _reader_for(name, path, _WHOLE_ROW_READERS)(name, str(path))):
         texts = _texts(name, place, row, required=("instruction",))
         prefix = None if row.get("prefix") in (None, "") else row["prefix"]
         if prefix is not None and prefix not in prefixes:
@@ -103,10 +134,10 @@ def read_questions(name: str, prefixes: list[str]) -> Iterator[tuple[dict, str, 
         yield row, prompt_of(texts["instruction"], texts["input"]), prefix
 
 
-def _reader_for(name: str, path: Path):
-    reader = _READERS.get(path.suffix.lower())
+def _reader_for(name: str, path: Path, readers: dict):
+    reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{name}: unknown kind of file; known are {', '.join(_READERS)}")
+        raise UserError(f"{name}: unknown kind of file; known are {', '.join(readers)}")
     return reader
 
 
@@ -140,7 +171,8 @@ def _texts(name: str, place: str, row: dict, required: tuple[str, ...]) -> dict[
         if value is None and column not in required:
             value = ""
         if not isinstance(value, str):
-            raise UserError(f"{name}, {place}: {column!r} must be a text, not {json.dumps(value, default=str)[:80]}")
+            shown = json.dumps(value, ensure_ascii=False, default=str)[:80]
+            raise UserError(f"{name}, {place}: {column!r} must be a text, not {shown}")
         if not is_text(value):
             raise UserError(f"{name}, {place}: {column!r} holds half of a character (a lone surrogate)")
         texts[column] = value
@@ -148,7 +180,8 @@ def _texts(name: str, place: str, row: dict, required: tuple[str, ...]) -> dict[
 
 
 # Each reader yields (place for messages, row). Plain readers keep "8" a text and can name the row that is wrong, where
-# a table reader would guess a column's type.
+# a table reader would guess a column's type. Of a table only the needed columns are read: a value of another that Python has
+# no form for does no harm; in the row, None stands for it.
 
 
 def _read_jsonl(name: str, path: str) -> Iterator[tuple[str, object]]:
@@ -182,14 +215,25 @@ def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
         raise UserError(f"{name}, row {number + 1}: is not CSV: {error}") from error
 
 
-def _read_parquet(name: str, path: str) -> Iterator[tuple[str, object]]:
+def _read_parquet(name: str, path: str, columns: Sequence[str] | None = COLUMNS) -> Iterator[tuple[str, object]]:
+    """columns: those to read; None: all."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _refuse_twins(name, file.schema_arrow.names)
-            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name}: is not a Parquet file: {str(error).strip()[:300]}") from error
+            names = file.schema_arrow.names
+            _refuse_twins(name, names)
+            numbers = itertools.count(1)
+            for batch in file.iter_batches(1024, columns=columns):
+                read = dict(zip(batch.schema.names, batch.columns, strict=True))
+                for index in range(batch.num_rows):
+                    place, row = f"row {next(numbers)}", dict.fromkeys(names)
+                    try:
+                        for column, values in read.items():
+                            row[column] = values[index].as_py()
+                    except Exception as error:  # a time beyond Python's, bytes that are no UTF-8, ...: of many classes
+                        raise UserError(f"{name}, {place}: {column!r} cannot be read: {reason_of(error)}") from error
+                    yield place, row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
+        raise UserError(f"{name}: cannot be read as Parquet: {str(error).strip()[:300]}") from error
 
 
 def _refuse_twins(name: str, columns: Sequence[str]) -> None:
@@ -198,7 +242,14 @@ def _refuse_twins(name: str, columns: Sequence[str]) -> None:
 
 
 def _read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, object]]:
-    return ((f"row {number}", row) for number, row in enumerate(dataset, start=1))
+    names = dataset.column_names
+    rows = iter(dataset.select_columns([column for column in COLUMNS if column in names]))
+    for number in range(1, len(dataset) + 1):
+        try:
+            row = next(rows, {})  # it ends at once where there are no columns to read
+        except Exception as error:  # as for Parquet
+            raise UserError(f"{name}, row {number}: cannot be read: {reason_of(error)}") from error
+        yield f"row {number}", dict.fromkeys(names) | row
 
 
 def _lines(name: str, path: str) -> Iterator[str]:
@@ -228,6 +279,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+# For rows that are passed on as they are.
+_WHOLE_ROW_READERS = _READERS | {".parquet": functools.partial(_read_parquet, columns=None)}
 # Part of every cache key: rows that an older version of this file prepared are not taken for new ones.
 _THIS_CODE = Path(__file__).read_text("utf-8")
 
@@ -256,21 +309,25 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
                 encoded["labels"].append(([IGNORED] * len(prompt) + answer)[:max_length])
         return encoded
 
-    tokenizer_state = tokenizer.backend_tokenizer.to_str()
-    return rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
-        desc="Tokenising",
-        new_fingerprint=Hasher.hash([_THIS_CODE, rows._fingerprint, tokenizer_state, max_length]),
-    )
+    state = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    with _cache():
+        return rows.map(
+            encode,
+            batched=True,
+            remove_columns=rows.column_names,
+            desc="Tokenising",
+            new_fingerprint=Hasher.hash([_THIS_CODE, rows._fingerprint, state, max_length]),
+        )
 
 
-def digest(rows: Dataset) -> str:
-    """A hash over all rows, in order."""
+def digest(tokenized: Dataset) -> str:
+    """Tells one tokenised dataset from another: a hash over the ids and labels of all rows, in their order."""
     found = hashlib.sha256()
-    for batch in rows.with_format("arrow").iter(10_000):
-        found.update(json.dumps(batch.to_pylist()).encode())
+    for batch in tokenized.with_format("arrow").iter(1000):
+        for column in ("input_ids", "labels"):
+            rows = batch[column].combine_chunks()
+            for numbers in (rows.value_lengths(), rows.flatten()):
+                found.update(numbers.cast("int64").to_numpy())
     return found.hexdigest()
 
 

@@ -115,18 +115,21 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
     base = fingerprint(model, tokenizer)
     with distributed.first_on_each_machine():
         train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
-        evaluator = None
-        if eval_rows is not None and config.max_steps != 0:
-            evaluator = Evaluator(config, model, tokenizer, eval_rows)
+        eval_set = eval_rows and tokenize_rows(
+            config.eval_dataset or config.dataset, eval_rows, tokenizer, config.max_length
+        )
     contents = {
         "model_name_or_path": {key: value for key, value in base.items() if key != "name_or_path"},
-        "dataset": digest(train_rows),
-        "eval_dataset": digest(eval_rows) if eval_rows is not None else None,
+        "dataset": digest(train_set),
+        "eval_dataset": eval_set and digest(eval_set),
     }
     run = identity(config, dtype, contents)
     if resumed:
         check_same_run(resumed, run)
     checkpoints = Checkpoints(config, run, resumed)
+    evaluator = None
+    if eval_set and config.max_steps != 0:
+        evaluator = Evaluator(config, model, tokenizer, eval_rows, eval_set)
     with out_of_memory_explained(config, model, checkpoints):
         torch.manual_seed(config.seed)
         encoder = (resumed.encoder() if resumed else make_encoder(config, model, tokenizer, base)).to(device)
@@ -564,11 +567,17 @@ class Evaluator:
 
     SHOWN = 5
 
-    def __init__(self, config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Dataset):
-        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: BloomForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+        tokenized: Dataset,
+    ):
+        self.model, self.tokenizer, self.rows, self.tokenized = model, tokenizer, rows, tokenized
         self.answers_wanted = config.eval_exact_match
         self.max_tokens = max_tokens_per_batch(model, config.max_tokens_per_batch)
-        self.tokenized = tokenize_rows(config.eval_dataset or config.dataset, rows, tokenizer, config.max_length)
         self.answers: dict[str, list[str]] = {}
 
     def __call__(self, prefix: torch.Tensor | None, title: str) -> dict[str, float]:

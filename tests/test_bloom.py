@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import pytest
@@ -244,6 +245,36 @@ def test_a_base_with_broken_or_missing_weights_is_refused(tmp_path, tokenizer):
     save_file({name: tensor[:2].contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
     with pytest.raises(UserError, match="cannot be loaded"):
         load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+def resave(folder, change):
+    """Changes the JSON of a saved tokenizer."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text("utf-8")))), "utf-8")
+
+
+@pytest.mark.parametrize("parts", [None, 1])
+def test_a_tokenizer_that_does_not_serve_is_refused(tmp_path, tokenizer, parts):
+    def refused(folder, match):
+        with pytest.raises(UserError, match=rf"--model_name_or_path .*{folder.name}: its tokenizer {match}"):
+            load_base(str(folder), torch.float32, torch.device("cpu"), parts)
+
+    for name, size in (("small", len(tokenizer) - 1), ("no_eos", len(tokenizer)), ("slow", 384)):
+        random_bloom(vocab_size=size).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    refused(tmp_path / "small", "has 4096 tokens, .* 4095")
+    resave(tmp_path / "no_eos", lambda settings: settings | {"eos_token": None})
+    refused(tmp_path / "no_eos", "has no EOS token")
+    (tmp_path / "slow" / "tokenizer.json").unlink()
+    resave(tmp_path / "slow", lambda settings: {"tokenizer_class": "ByT5Tokenizer"})
+    refused(tmp_path / "slow", "has no tokenizer.json")
+
+
+def test_a_base_may_have_more_embeddings_than_tokens(tmp_path, tokenizer):
+    random_bloom(vocab_size=len(tokenizer) + 100).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert model.config.vocab_size == len(tokenizer) + 100
 
 
 def test_device_and_precision():

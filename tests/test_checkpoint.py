@@ -137,15 +137,19 @@ def test_a_prefix_is_used_on_its_own_base_only(tokenizer, capsys):
             check_base(other, base, base, "./chatbot", force=True)
     # Of another name only: said, but used.
     check_base(shape, base | {"name_or_path": "old"}, base, "./chatbot", force=False)
-    assert "was trained on old; base has the same shape, but another name" in capsys.readouterr().err
+    assert "was trained on old; base has the same shape, but not the same name" in capsys.readouterr().err
     # Made elsewhere.
     check_base(shape, {"name_or_path": "old"}, base, "./chatbot", force=False)
     assert "it names old" in capsys.readouterr().err
-    for changed in ("weights", "tokenizer"):
-        with pytest.raises(UserError, match=f"another {changed}; use the right base, or add --force"):
+    # By a version that knew no special tokens.
+    check_base(shape, {key: value for key, value in base.items() if key != "special_tokens"}, base, "./chatbot", force=False)
+    assert not capsys.readouterr().err
+    for changed in ("weights", "tokenizer", "special_tokens"):
+        said = f"not the same {changed.replace('_', ' ')}"
+        with pytest.raises(UserError, match=f"{said}; use the right base, or add --force"):
             check_base(shape, base | {changed: "other"}, base, "./chatbot", force=False)
         check_base(shape, base | {changed: "other"}, base, "./chatbot", force=True)
-        assert f"another {changed}" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
 
 
 def test_a_fingerprint_knows_weights_and_tokenizer_but_not_the_compute_type(tokenizer):
@@ -157,6 +161,9 @@ def test_a_fingerprint_knows_weights_and_tokenizer_but_not_the_compute_type(toke
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["乐山大佛"])
     assert fingerprint(model, other) == base | {"tokenizer": fingerprint(model, other)["tokenizer"]} != base
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<pad>"
+    assert fingerprint(model, other) == base | {"special_tokens": base["special_tokens"] | {"eos": 3}} != base
 
 
 def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):

@@ -1,4 +1,7 @@
+import copy
 import json
+import os
+import resource
 from itertools import accumulate
 
 import pyarrow as pa
@@ -6,10 +9,11 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import REAL_ROWS, examples_of, needs_real_rows
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
+from prefix_tuning import data
 from prefix_tuning.config import UserError
-from prefix_tuning.data import IGNORED, load_rows, pack, prompt_of, take, tokenize
+from prefix_tuning.data import IGNORED, digest, load_rows, pack, prompt_of, read_questions, take, tokenize
 
 TRAIN = ("train",)
 GOOD = {"instruction": "一加一等于几？", "input": "", "output": "二"}
@@ -86,6 +90,7 @@ BAD_FILES = {
         json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"output": 3}),
         r"a\.jsonl, line 3: 'output' must be a text, not 3",
     ),
+    "Chinese list as output": ("a.jsonl", json.dumps(GOOD | {"output": ["好"]}), r"'output' must be a text, not \[\"好\"\]"),
     "null instruction": ("a.jsonl", json.dumps(GOOD | {"instruction": None}), "line 1: 'instruction' must be a text"),
     "list as input": ("a.json", json.dumps([GOOD, GOOD | {"input": []}]), r"a\.json, row 2: 'input' must be a text"),
     "empty output": ("a.json", json.dumps([GOOD, GOOD | {"output": " "}]), r"a\.json, row 2: 'output' is empty"),
@@ -102,7 +107,7 @@ BAD_FILES = {
     "CSV with too many cells": ("a.csv", "instruction,output\na,b,c\n", "row 1: has more cells"),
     "CSV with too few cells": ("a.csv", "instruction,output\na\n", "row 1: 'output' must be a text, not null"),
     "CSV without the column": ("a.csv", "question,answer\na,b\n", "row 1: has no column 'instruction'"),
-    "no Parquet": ("a.parquet", "hello", r"a\.parquet: is not a Parquet file"),
+    "no Parquet": ("a.parquet", "hello", r"a\.parquet: cannot be read as Parquet: "),
     "unknown kind": ("a.txt", "hello", r"a\.txt: unknown kind of file"),
 }
 
@@ -140,6 +145,19 @@ def test_the_cache_notices_a_changed_file(tmp_path):
     assert len(load_rows(str(path), TRAIN)) == 1
     write(path, GOOD, GOOD | {"output": "三"})
     assert len(load_rows(str(path), TRAIN)) == 2
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write(path, GOOD, GOOD | {"output": "四"})
+    os.utime(path, ns=times)
+    assert load_rows(str(path), TRAIN)[1]["output"] == "四"
+
+
+def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HASHED_BYTES", 10)
+    path = tmp_path / "a.jsonl"
+    for answer, time in (("三", 1), ("四", 2), ("十四", 2)):
+        write(path, GOOD | {"output": answer})
+        os.utime(path, (time, time))
+        assert load_rows(str(path), TRAIN)[0]["output"] == answer
 
 
 def test_tokenising_is_cached(rows_file, tokenizer):
@@ -147,6 +165,52 @@ def test_tokenising_is_cached(rows_file, tokenizer):
     first, second = (tokenize(rows, tokenizer, 64) for _ in range(2))
     assert first.cache_files == second.cache_files and first.cache_files
     assert tokenize(rows, tokenizer, 63).cache_files != first.cache_files
+
+
+def test_the_cache_of_tokens_knows_the_eos_token(rows_file, tokenizer):
+    rows = load_rows(str(rows_file), TRAIN)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<s>"
+    for one in (tokenizer, other):
+        assert {ids[-1] for ids in tokenize(rows, one, 256)["input_ids"]} == {one.eos_token_id}
+
+
+def test_a_digest_covers_every_row_and_nothing_but_the_rows(tmp_path, tokenizer):
+    rows = [GOOD | {"instruction": f"{number}加一等于几？"} for number in range(3000)]
+    tokenized = tokenize(load_rows(write(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    rows[1], rows[2] = rows[2], rows[1]
+    swapped = tokenize(load_rows(write(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    rows[1], rows[2] = rows[2], rows[1] | {"output": "三"}
+    changed = tokenize(load_rows(write(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    label = tokenized.map(lambda row, place: {"labels": [7, *row["labels"][1:]]} if place == 1234 else {}, with_indices=True)
+    assert len({digest(each) for each in (tokenized, swapped, changed, label, tokenized.select(range(2999)))}) == 5
+    parts = concatenate_datasets([tokenized.select(range(700)), tokenized.select(range(700, 3000))])
+    for same in (parts, tokenized.select(range(2999, -1, -1)).select(range(2999, -1, -1))):
+        assert digest(same) == digest(tokenized)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *(GOOD | {"instruction": f"{number}加一等于几？"} for number in range(5000)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nope")
+    for name in (path, "nobody/no-such-set"):
+        with pytest.raises(UserError, match=r"/proc/nope: .*HF_DATASETS_CACHE"):
+            load_rows(name, TRAIN)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def with_files_of(size, call, *arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        try:
+            return call(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    message = r"cache: prepared rows .*File too large; .*HF_DATASETS_CACHE"
+    with pytest.raises(UserError, match=message):
+        with_files_of(10_000, load_rows, path, TRAIN)
+    rows = load_rows(path, TRAIN)
+    with pytest.raises(UserError, match=message):
+        with_files_of(500_000, tokenize, rows, tokenizer, 64)
+    assert len(tokenize(rows, tokenizer, 64)) == 5000
 
 
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [3, 9, 1, 7, 2, 30], [1, 1]])
@@ -178,3 +242,51 @@ def test_columns_of_one_name_are_refused(tmp_path):
     for kind in ("csv", "parquet"):
         with pytest.raises(UserError, match="more than one column 'output'"):
             load_rows(str(tmp_path / f"rows.{kind}"), ("train",))
+
+
+STRANGE = {
+    "late": pa.array([0, 1, 2**62], pa.timestamp("us")),
+    "zone": pa.array([None, None, 2], pa.timestamp("us", tz="Mars/Olympus")),
+    "text": pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"b", b"\xff\xfe"]).buffers()),
+}
+
+
+@pytest.mark.parametrize("column", STRANGE)
+def test_a_table_is_read_for_its_three_columns_only(tmp_path, column):
+    table = pa.table({"instruction": ["a", "b", "c"], "output": ["d", "e", "f"], column: STRANGE[column]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    Dataset(table).save_to_disk(tmp_path / "folder")
+    for name in ("a.parquet", "folder"):
+        assert load_rows(str(tmp_path / name), TRAIN)["output"][:] == ["d", "e", "f"]
+    questions = read_questions(str(tmp_path / "a.parquet"), [])
+    assert [next(questions)[0]["instruction"] for _ in range(2)] == ["a", "b"]
+    with pytest.raises(UserError, match=rf"a\.parquet, row 3: '{column}' cannot be read: "):
+        next(questions)
+
+
+def test_a_table_whose_own_columns_are_wrong_is_named_with_its_row(tmp_path):
+    table = pa.table({"instruction": ["a", "b", "c"], "output": STRANGE["text"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 3: 'output' cannot be read: 'utf-8'"):
+        load_rows(str(tmp_path / "a.parquet"), TRAIN)
+    Dataset(table).save_to_disk(tmp_path / "folder")
+    with pytest.raises(UserError, match="folder, row 3: cannot be read: 'utf-8'"):
+        load_rows(str(tmp_path / "folder"), TRAIN)
+    table = pa.table({"question": ["a"], "answer": ["b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    Dataset(table).save_to_disk(tmp_path / "other")
+    for name in ("b.parquet", "other"):
+        with pytest.raises(UserError, match=f"{name}, row 1: has no column 'instruction'; it has 'question', 'answer'"):
+            load_rows(str(tmp_path / name), TRAIN)
+    damaged = (tmp_path / "b.parquet").read_bytes().replace(b"question", b"quest\xffon")
+    (tmp_path / "b.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"b\.parquet: cannot be read as Parquet: 'utf-8'"):
+        load_rows(str(tmp_path / "b.parquet"), TRAIN)
+
+
+def test_the_bar_names_the_split(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    for splits in (TRAIN, ("validation", "test", "train")):
+        assert load_rows(path, splits).to_list() == [GOOD]
+        bars = {line.split(":")[0] for line in capsys.readouterr().err.split("\r") if line}
+        assert bars == {f"Generating {splits[0]} split"}

@@ -251,7 +251,7 @@ def test_prefixes_are_attached_used_and_detached_by_name(base):
 def test_a_prefix_of_another_base_is_refused(base, tmp_path, tokenizer):
     model = PrefixBloom(base, tokenizer)
     save_adapter(tmp_path, random_prefix(base), prefix_config(base), fingerprint(random_bloom(), tokenizer))
-    with pytest.raises(UserError, match="another weights"):
+    with pytest.raises(UserError, match="not the same weights"):
         model.attach("a", load_prefix(str(tmp_path)))
     model.attach("a", load_prefix(str(tmp_path)), force=True)
 

@@ -94,7 +94,8 @@ def test_a_base_that_cannot_be_sharded_is_one_line(group, tmp_path):
         sharded(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     (tmp_path / "tokenizer.json").write_bytes(Path(demo.resolve(demo.MODEL), "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="cannot be loaded"):
         load_base(str(tmp_path), torch.float32, CPU, parts=1)
 
