@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from prefix_tuning import data, demo
+from prefix_tuning import data, demo, training
 from prefix_tuning.bloom import load_base
 from prefix_tuning.checkpoint import (
     ADAPTER_CONFIG_FILE,
@@ -34,7 +34,7 @@ from prefix_tuning.encoder import PrefixEncoder
 from prefix_tuning.generation import PrefixBloom, complete
 from prefix_tuning.resume import check_same_run, find_resumed, metrics_so_far, restore
 from prefix_tuning.state import TrainingState
-from prefix_tuning.training import train
+from prefix_tuning.training import memory_hint, train
 
 CPU = torch.device("cpu")
 fuzz = settings(
@@ -313,10 +313,8 @@ def test_what_looks_like_a_special_token_in_a_row_is_plain_text(tmp_path, tokeni
     assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == "c</s>d</s>"
 
 
-def train_with_little_memory(options: dict, answer) -> None:
-    """What a child process does: trains with 600 MB of address space left, and reports how that ended."""
-    from prefix_tuning import training
-
+def train_with_little_memory(runs: list[dict], answer) -> None:
+    """What a child process does: runs trainings with 600 MB of address space left, and reports how each ended."""
     load = training.load_base
 
     def load_then_limit(*arguments):
@@ -326,12 +324,14 @@ def train_with_little_memory(options: dict, answer) -> None:
         return loaded
 
     training.load_base = load_then_limit
-    try:
-        train(TrainConfig(**options))
-    except UserError as error:
-        answer.send(str(error))
-    else:
-        answer.send("it went through")
+    for options in runs:
+        try:
+            train(TrainConfig(**options))
+        except UserError as error:
+            answer.send(str(error))
+        else:
+            answer.send("it went through")
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs to know its own size")
@@ -339,10 +339,26 @@ def test_a_cpu_without_memory_says_what_to_change(tmp_path):
     processes = multiprocessing.get_context("forkserver")
     ours, theirs = processes.Pipe()
     options = {"dataset": "bundled:sentence", "output_dir": str(tmp_path / "out"), "device": "cpu", "max_steps": 4}
-    options |= {"per_device_train_batch_size": 3000, "gradient_accumulation_steps": 1, "max_tokens_per_batch": 10**6}
-    process = processes.Process(target=train_with_little_memory, args=(options, theirs))
+    rows = {"per_device_train_batch_size": 3000, "gradient_accumulation_steps": 1, "max_tokens_per_batch": 10**6}
+    runs = [options | rows, options | {"encoder_hidden_size": 100_000}]
+    process = processes.Process(target=train_with_little_memory, args=(runs, theirs))
     process.start()
     theirs.close()
-    said = ours.recv()
+    tokens, width = ours.recv(), ours.recv()
     process.join()
-    assert "cpu ran out of memory; lower --max_tokens_per_batch (it was 1000000) or add --gradient_checkpointing" in said
+    assert "cpu ran out of memory; lower --max_tokens_per_batch (it was 1000000) or add --gradient_checkpointing" in tokens
+    assert "the encoder and its optimizer take 2.6 GiB: lower --encoder_hidden_size (it was 100000)" in width
+
+
+def test_what_takes_most_memory_decides_what_to_change():
+    model = random_bloom(hidden_size=48)
+
+    def hint(**options):
+        return memory_hint(TrainConfig(**options), model)
+
+    assert hint() == "lower --max_tokens_per_batch (it was 640) or add --gradient_checkpointing"
+    assert hint(max_tokens_per_batch=1) == "add --gradient_checkpointing"
+    assert hint(gradient_checkpointing=True) == "lower --max_tokens_per_batch (it was 640)"
+    assert hint(gradient_checkpointing=True, max_tokens_per_batch=1) == "lower --max_length (it was 256)"
+    assert hint(encoder_hidden_size=600_000).endswith("take 3.0 GiB: lower --encoder_hidden_size (it was 600000)")
+    assert hint(prefix_projection=False, num_virtual_tokens=10**6).endswith("lower --num_virtual_tokens (it was 1000000)")
