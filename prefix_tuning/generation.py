@@ -122,12 +122,14 @@ class PrefixBloom(BloomForCausalLM):
         Raises ValueError for unknown names, and where there are not as many as rows.
         """
         prefix_name = self.active if prefix_name is None else prefix_name
-        names = [prefix_name] * rows if isinstance(prefix_name, str) else prefix_name
-        for name in [prefix_name] if isinstance(prefix_name, str) else names:
+        if isinstance(prefix_name, str):
+            self._check_name(prefix_name)
+            return [prefix_name] * rows
+        for name in prefix_name:
             self._check_name(name)
-        if len(names) != rows:
-            raise ValueError(f"{len(names)} prefixes are named for {rows} rows")
-        return names
+        if len(prefix_name) != rows:
+            raise ValueError(f"{len(prefix_name)} prefixes are named for {rows} rows")
+        return prefix_name
 
     def _prefixes_of(self, prefix_name: str | list[str] | None, rows: int) -> list[torch.Tensor]:
         """The prefix of every row, with no tokens for the base's."""
