@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.models.bloom.modeling_bloom import BloomBlock
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -149,17 +149,20 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     return sum_of_parts(bits, tensor).short().view(torch.bfloat16)
 
 
-def prefix_cache(prefixes: list[torch.Tensor]) -> tuple[DynamicCache, torch.Tensor]:
+def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tuple[Cache, torch.Tensor]:
     """Prefixes, one for each row of a batch, as transformers' past_key_values, and the attention mask that goes with them.
 
     prefixes: each (layers, 2, heads, tokens, head_dim); shorter ones are padded on the left. The mask is (rows, longest),
-    int64, 0 where there is padding; the text's own mask belongs behind it. A forward pass extends the cache in place: make a
-    new one for each call.
+    int64, 0 where there is padding; the text's own mask belongs behind it. cache: an empty one to fill; None: a new
+    DynamicCache. A forward pass extends it in place: make a new one for each call.
     """
     longest = max(prefix.shape[3] for prefix in prefixes)
     mask = torch.tensor([[0] * (longest - prefix.shape[3]) + [1] * prefix.shape[3] for prefix in prefixes])
     rows = torch.stack([F.pad(prefix, (0, 0, longest - prefix.shape[3], 0)) for prefix in prefixes], dim=2)
-    return DynamicCache([(key, value) for key, value in rows]), mask.to(rows.device)
+    cache = DynamicCache() if cache is None else cache
+    for layer, (key, value) in enumerate(rows):
+        cache.update(key, value, layer)
+    return cache, mask.to(rows.device)
 
 
 def held_per_token(model: BloomForCausalLM) -> int:

@@ -131,7 +131,7 @@ class Prefix(NamedTuple):
     base: dict
 
 
-def load_encoder(name: str) -> tuple[PrefixEncoder, dict]:
+def load_encoder(name: str | Path) -> tuple[PrefixEncoder, dict]:
     """Reads the trainable weights that a run saved, and the `fingerprint` of their base.
 
     name: an output folder, a PEFT adapter's folder, or the name of either on the hub. Where there is only a baked prefix, as
@@ -160,7 +160,7 @@ def load_encoder(name: str) -> tuple[PrefixEncoder, dict]:
     return PrefixEncoder.from_weights(config, weights), base
 
 
-def load_prefix(name: str) -> Prefix:
+def load_prefix(name: str | Path) -> Prefix:
     """Reads a baked prefix, ours or PEFT's.
 
     name: an output folder of train.py, a PEFT adapter's folder, or the name of either on the hub. Raises UserError if there
@@ -179,6 +179,8 @@ def load_prefix(name: str) -> Prefix:
         raise UserError(f"{config_path}: cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "PREFIX_TUNING":
         raise UserError(f"{config_path}: describes no PREFIX_TUNING adapter")
+    if config.get("task_type") not in ("CAUSAL_LM", None):
+        raise UserError(f"{config_path}: is for the task {config['task_type']}, not for CAUSAL_LM")
     try:
         shape = PrefixConfig(
             **{key: config[key] for key in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")},
@@ -195,12 +197,13 @@ def load_prefix(name: str) -> Prefix:
     return Prefix(unflatten(flat, shape.num_layers, shape.num_attention_heads), base)
 
 
-def _locate(name: str, file: str) -> Path | None:
+def _locate(name: str | Path, file: str) -> Path | None:
     """A file of a folder, or of a repository on the hub; None if that has no such file. Raises UserError without either."""
     path = Path(name)
     if path.is_dir():
         return path / file if (path / file).exists() else None
-    if path.is_absolute() or path.parent.is_dir() or name.startswith(".") or name.count("/") != 1:
+    is_path = isinstance(name, Path) or path.is_absolute() or path.parent.is_dir() or name.startswith(".")
+    if is_path or name.count("/") != 1:
         raise UserError(f"{name}: no such folder; train a prefix with train.py")
     try:
         cached_file(name, ADAPTER_CONFIG_FILE)  # every such repository has it: else it is none, or out of reach

@@ -2,17 +2,20 @@
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     Cache,
+    DynamicCache,
     GenerationConfig,
     PreTrainedTokenizerBase,
     StaticCache,
@@ -58,9 +61,9 @@ class PrefixBloom(BloomForCausalLM):
             raise ValueError("PrefixBloom wants a base that lies whole on one device")
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))  # what is sharded cannot be copied
-        # accelerate's hooks put a `forward` into the instance, which would hide the one below; for a model with FSDP's mark,
+        # accelerate and PEFT put methods into the instance, which would hide those below; for a model with FSDP's mark,
         # `generate` would try to keep processes in step by itself.
-        left_out = ("forward", "_old_forward", "_hf_hook", "_is_fsdp_managed_module")
+        left_out = ("forward", "_old_forward", "_hf_hook", "prepare_inputs_for_generation", "_is_fsdp_managed_module")
         vars(self).update({name: value for name, value in own.items() if name not in left_out})
         # A prefix lives in the cache, which `generate` makes below.
         self.config.use_cache = self.generation_config.use_cache = True
@@ -80,13 +83,18 @@ class PrefixBloom(BloomForCausalLM):
         """Makes a prefix usable under a name; one of that name is replaced. The first one attached is in use at once.
 
         prefix: what `load_prefix` returns, or (layers, 2, heads, tokens, head_dim). Raises UserError if it does not fit the
-        base; force: use it although its base had other weights or another tokenizer.
+        base, TypeError or ValueError if it is no prefix; force: use it although its base had other weights or another
+        tokenizer.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a prefix is a str, not {type(name).__name__}")
         if name == BASE:
             raise ValueError(f"{BASE!r} is the name of the base without a prefix")
         if not isinstance(prefix, (torch.Tensor, Prefix)):
             raise TypeError(f"a prefix is what load_prefix returns, or a tensor, not {type(prefix).__name__}")
         tensor, noted = (prefix, self._fingerprint) if isinstance(prefix, torch.Tensor) else prefix
+        if tensor.dim() != 5 or tensor.shape[1] != 2 or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError("a prefix is (layers, 2, heads, tokens, head_dim), of a float type and finite")
         check_base(tensor.shape, noted, self._fingerprint, name, force)
         if not self.prefixes:
             self.active = name
@@ -102,34 +110,72 @@ class PrefixBloom(BloomForCausalLM):
 
     def use(self, name: str) -> None:
         """Says which prefix rows use that name none; "base": none at all. Raises ValueError for unknown names."""
-        self._prefixes_of(name, 1)
+        self._check_name(name)
         self.active = name
 
-    def _prefixes_of(self, names: str | list[str] | None, rows: int) -> list[torch.Tensor]:
+    def _check_name(self, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(f"no prefix {name!r}; there are {', '.join(self.names)}")
+
+    def names_of(self, prefix_name: str | list[str] | None, rows: int) -> list[str]:
+        """The name of every row's prefix. prefix_name: one for all rows, or one for each; None: the one in use.
+
+        Raises ValueError for unknown names, and where there are not as many as rows.
+        """
+        prefix_name = self.active if prefix_name is None else prefix_name
+        if isinstance(prefix_name, str):
+            self._check_name(prefix_name)
+            return [prefix_name] * rows
+        for name in prefix_name:
+            self._check_name(name)
+        if len(prefix_name) != rows:
+            raise ValueError(f"{len(prefix_name)} prefixes are named for {rows} rows")
+        return prefix_name
+
+    def _prefixes_of(self, prefix_name: str | list[str] | None, rows: int) -> list[torch.Tensor]:
         """The prefix of every row, with no tokens for the base's."""
-        names = self.active if names is None else names
-        names = [names] * rows if isinstance(names, str) else names
-        if len(names) != rows:
-            raise ValueError(f"{len(names)} prefixes are named for {rows} rows")
-        for name in names:
-            if name not in self.names:
-                raise ValueError(f"no prefix {name!r}; there are {', '.join(self.names)}")
         shape = self.config
         none = torch.empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
-        return [self.prefixes.get(name, none).to(self.device, self.dtype) for name in names]
+        return [self.prefixes.get(name, none).to(self.device, self.dtype) for name in self.names_of(prefix_name, rows)]
 
     def prepend(
-        self, attention_mask: torch.Tensor, prefix_name: str | list[str] | None = None, copies: int = 1
+        self,
+        attention_mask: torch.Tensor,
+        prefix_name: str | list[str] | None = None,
+        copies: int = 1,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, Cache]:
         """The mask of prefix and text, (rows, longest prefix + tokens), and the prefixes as past_key_values.
 
-        attention_mask: the text's own, (rows, tokens). prefix_name: one for all rows, or one for each; None: the one in use.
-        copies: `generate` will repeat each row this often, as beams or sequences; the past_key_values do so already.
+        attention_mask: the text's own, (rows, tokens). prefix_name: as for `names_of`. copies: `generate` will repeat each
+        row this often, as beams or sequences; the past_key_values do so already. cache: an empty one to fill; None: a new
+        DynamicCache.
         """
         prefixes = self._prefixes_of(prefix_name, len(attention_mask))
-        cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)])
-        cache.prefix_mask = mask[::copies]  # for `generate`, should it go on from this cache
-        return torch.cat((cache.prefix_mask, attention_mask), dim=1), cache
+        cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)], cache)
+        cache.prefix_mask = mask  # marks the cache as one that begins with prefixes, for the calls that continue from it
+        return torch.cat((mask[::copies], attention_mask), dim=1), cache
+
+    def _is_empty(self, cache: Cache | None, prefix_name: str | list[str] | None, rows: int) -> bool:
+        """Whether past_key_values are still to get their prefixes.
+
+        Raises ValueError where they hold text without a prefix although these rows have one, or where they hold prefixes
+        and others are named.
+        """
+        if cache is None:
+            return True
+        if not hasattr(cache, "prefix_mask"):
+            if cache.get_seq_length() == 0:
+                return True
+            if set(self.names_of(prefix_name, rows)) != {BASE}:
+                raise ValueError(f"past_key_values hold text but no prefix: begin with an empty cache, or name {BASE!r}")
+            return False
+        # A cache that was reset has lost its prefixes. A compiled forward cannot look; `generate` has, before.
+        if not torch.compiler.is_compiling() and cache.get_seq_length() < cache.prefix_mask.shape[1]:
+            return True
+        if prefix_name is not None:
+            raise ValueError("past_key_values hold a prefix already; leave out prefix_name")
+        return False
 
     def in_step(self) -> AbstractContextManager[None]:
         """`sharding.in_step` around what several processes generate, each as many tokens as it likes."""
@@ -142,13 +188,16 @@ class PrefixBloom(BloomForCausalLM):
     ):
         """transformers' forward after the prefix in use, or `prefix_name`: one for all rows, or one for each.
 
-        With past_key_values, it goes on from there and adds no prefix.
+        The prefix goes into past_key_values that are empty. Those that hold one already continue from there; those that hold
+        text alone are for the base, and a ValueError for a prefix.
         """
-        if past_key_values is None:
-            text = input_ids if inputs_embeds is None else inputs_embeds
+        text = input_ids if inputs_embeds is None else inputs_embeds
+        if text is not None and self._is_empty(past_key_values, prefix_name, len(text)):
             if attention_mask is None:
                 attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-            attention_mask, past_key_values = self.prepend(attention_mask, prefix_name)
+            attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
+            if (room := past_key_values.get_max_length(layer_idx=0)) > 0:  # a static one: Bloom wants a mask of its length
+                attention_mask = F.pad(attention_mask, (0, room - attention_mask.shape[1]))
         return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
 
     @torch.no_grad()
@@ -163,57 +212,90 @@ class PrefixBloom(BloomForCausalLM):
         """transformers' `generate` after the prefix in use, or `prefix_name`: one for all rows, or one for each.
 
         inputs (or input_ids): (rows, tokens), padded on the left. cache_implementation="static" is compiled where
-        transformers compiles it. With the past_key_values of an earlier call and the whole text so far, it goes on from
-        there, after the prefix of that call. Raises ValueError for what a prefix rules out: other kinds of cache or none,
-        inputs_embeds, assisted generation.
+        transformers compiles it. past_key_values: an empty cache gets the prefix; with those of an earlier call, and the
+        whole text so far, it continues after the prefix of that call. Lengths, stopping criteria and streamers know the text
+        alone. Raises ValueError for what a prefix rules out: other kinds of cache or none, inputs_embeds, assisted
+        generation, guidance_scale, chunks of the prompt.
         """
         input_ids = options.pop("input_ids", inputs)
         if self.generation_config.cache_implementation:
             raise ValueError("give cache_implementation to `generate`, not to the model's generation_config")
-        settings = copy.deepcopy(generation_config or self.generation_config)
-        options = settings.update(**options)  # what is left is for `generate` itself
-        for name, value in vars(self.generation_config).items():  # as transformers does; some of it matters here already
-            if getattr(settings, name, None) is None:
-                setattr(settings, name, value)
-        ruled_out = ("inputs_embeds", "assistant_model", "prompt_lookup_num_tokens")
+        settings, options = self._settings(generation_config, options)
+        if settings.guidance_scale == 1:  # has no effect
+            settings.guidance_scale = None
+        ruled_out = ("inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "prefill_chunk_size")
         for name in ruled_out:
             if options.get(name) is not None or getattr(settings, name, None) is not None:
                 raise ValueError(f"{name} does not go with a prefix")
-        implementation, settings.cache_implementation = settings.cache_implementation, None  # the cache is made here
-        if settings.use_cache is False or implementation not in (None, "dynamic", "static"):
+        if settings.use_cache is False or settings.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError("a prefix needs a dynamic or a static cache to live in: use_cache or cache_implementation")
         if input_ids is None:
             raise ValueError("input_ids are missing")
         mask = options.pop("attention_mask", None)
         if mask is None:
             mask = _guessed_mask(input_ids, settings)
-        cache, dummies = options.pop("past_key_values", None), 0
-        if cache is None:
-            copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-            mask, cache = self.prepend(mask, prefix_name, copies)
-            if implementation == "static":
-                cache = self._static(cache, mask.shape[1] + _room(settings, input_ids.shape[1]))
-        elif prefix_name is not None:
-            raise ValueError("past_key_values hold a prefix already; leave out prefix_name")
-        elif hasattr(cache, "prefix_mask") and mask.shape[1] == input_ids.shape[1]:
-            # transformers wants ids for all that the cache holds. A prefix has none; an id that the row has anyway changes
-            # nothing for a repetition penalty.
-            dummies = cache.prefix_mask.shape[1]
-            input_ids = torch.cat((input_ids[:, -1:].expand(-1, dummies), input_ids), dim=1)
-            mask = torch.cat((cache.prefix_mask, mask), dim=1)
-        output = super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)
-        if isinstance(output, torch.Tensor):
-            return output[:, dummies:]
-        output.sequences = output.sequences[:, dummies:]
-        return output
+        cache = options.pop("past_key_values", None)
+        if empty := self._is_empty(cache, prefix_name, len(input_ids)):
+            cache = self._begin(cache, settings, mask, prefix_name)
+        if empty or mask.shape[1] == input_ids.shape[1]:  # else the ids are only new ones, and their mask covers the prefix
+            cache.prefix_mask = prefix_mask = getattr(cache, "prefix_mask", mask[:, :0])
+            new = prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
+            if not 0 < new <= input_ids.shape[1]:
+                raise ValueError("input_ids must be the whole text so far, and longer than what past_key_values hold of it")
+            options["prefix_mask"] = prefix_mask[:: len(prefix_mask) // len(mask)]  # one of those that are a row's copies
+        return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)
 
-    def _static(self, filled: Cache, length: int) -> StaticCache:
-        """What a cache holds, in one that has place for `length` positions."""
-        cache = StaticCache(self.config, max_cache_len=length)
-        for index, layer in enumerate(filled.layers):
-            cache.update(layer.keys, layer.values, index)
-        cache.prefix_mask = filled.prefix_mask
-        return cache
+    def _begin(self, cache: Cache | None, settings: GenerationConfig, mask: torch.Tensor, prefix_name) -> Cache:
+        """The empty cache, or a new one of the kind that is set, with the prefixes in it and room for text and answer."""
+        longest = max(prefix.shape[3] for prefix in self._prefixes_of(prefix_name, len(mask)))
+        length = longest + mask.shape[1] + _room(settings, mask.shape[1])
+        if cache is None:
+            static = settings.cache_implementation == "static"
+            cache, settings.cache_implementation = StaticCache(self.config, length) if static else DynamicCache(), None
+        elif -1 < (room := cache.get_max_length(layer_idx=0)) < length - 1:  # the last token does not go into it
+            raise ValueError(f"past_key_values have room for {room} tokens; prefix, text and answer need {length - 1}")
+        copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        return self.prepend(mask, prefix_name, copies, cache)[1]
+
+    def _settings(self, generation_config: GenerationConfig | None, options: dict) -> tuple[GenerationConfig, dict]:
+        """What is set for `generate`: by its options, else by its generation_config, else by the model's own; and what of
+        the options is left for `generate` itself."""
+        settings = copy.deepcopy(generation_config or self.generation_config)
+        options = settings.update(**options)
+        for name, value in vars(self.generation_config).items():
+            if getattr(settings, name, None) is None:
+                setattr(settings, name, value)
+        return settings, options
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        is_first_iteration=False,
+        *,
+        prefix_mask=None,
+        **options,
+    ):
+        """Where transformers' `generate`, which knows the text alone, meets the cache, which begins with the prefix.
+
+        prefix_mask: the prefix's part of the mask, (rows, longest prefix); None: attention_mask has it.
+        """
+        if prefix_mask is not None:
+            if attention_mask is None:  # transformers drops a mask of ones
+                attention_mask = torch.ones_like(input_ids)
+            attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
+            if is_first_iteration:
+                next_sequence_length = attention_mask.shape[1] - int(past_key_values.get_seq_length())
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **options,
+        )
 
 
 def _guessed_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
@@ -249,17 +331,20 @@ def complete_batches(
     prefix_name: str | list[str] | None = None,
     batch_size: int = 64,
     seed: int | None = None,
+    numbers: Sequence[int] | None = None,
     first: int = 0,
     **options,
 ) -> Iterator[tuple[list[int], list[list[str]]]]:
     """Completes prompts, similar ones together: those of one prefix, and of these, such as are about as long.
 
     Yields for every batch, as it is done, the places of its prompts and the completions of each: num_return_sequences of
-    them, without special tokens. prefix_name: as for `PrefixBloom.generate`. seed: makes every batch's sampling repeatable.
+    them, without special tokens. prefix_name: as for `PrefixBloom.generate`. seed: makes sampling repeatable; what is drawn
+    for a prompt depends on this, on its number and on nothing else. numbers: those of the prompts, by default their places.
     first: batches whose places all come before it are left out. options: those of transformers' `generate`, of which
-    max_new_tokens is needed.
+    max_new_tokens is needed. Raises ValueError for unknown names.
     """
-    names = prefix_name if isinstance(prefix_name, list) else [prefix_name or model.active] * len(prompts)
+    names = model.names_of(prefix_name, len(prompts))
+    numbers = range(len(prompts)) if numbers is None else numbers
     ids = tokenizer(prompts, split_special_tokens=True).input_ids if prompts else []
     order = sorted(range(len(prompts)), key=lambda place: (names[place], len(ids[place])))
     for start in range(0, len(order), batch_size):
@@ -268,38 +353,60 @@ def complete_batches(
         places = order[start : start + batch_size]
         if max(places) < first:
             continue
-        if seed is not None:
-            torch.manual_seed(seed + start)
         inputs = tokenizer.pad({"input_ids": [ids[place] for place in places]}, padding_side="left", return_tensors="pt")
-        replies = _replies(model, inputs.to(model.device), [names[place] for place in places], **options)
+        seeds = None if seed is None else [(seed, numbers[place]) for place in places]
+        replies = _replies(
+            model, inputs.to(model.device), [names[place] for place in places], seeds, tokenizer=tokenizer, **options
+        )
         texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
         each = len(texts) // len(places)
         yield places, [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
-def _replies(model: PrefixBloom, inputs, names: list[str], **options) -> list[torch.Tensor]:
+# With these settings, a call of `generate` that continues an earlier one goes on as that one would have: they look at the
+# scores of one token, or at the whole text. All others start anew with each call, need another cache, or are unknown here.
+_CONTINUABLE = {
+    "do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "renormalize_logits", "remove_invalid_values", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
+    "sequence_bias", "suppress_tokens", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
+    "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "tokenizer",
+    "transformers_version",
+}  # fmt: skip
+
+
+def _is_continuable(settings: GenerationConfig, options: dict) -> bool:
+    """Whether several calls of `generate`, each of which continues the one before, answer as one."""
+    given = {name for name, value in (vars(settings) | options).items() if value is not None and name[0] != "_"}
+    given -= {name for name in ("num_beams", "num_return_sequences") if getattr(settings, name) == 1}
+    return settings.max_new_tokens is not None and given <= _CONTINUABLE
+
+
+def _replies(
+    model: PrefixBloom, inputs, names: list[str], seeds: list[tuple[int, int]] | None, generation_config=None, **options
+) -> list[torch.Tensor]:
     """The new tokens of every row of a tokenised batch: of every sequence, where there are several to a row.
 
     Where each row is a sequence of its own, rows that have ended leave the batch as soon as they are half of it; the others
-    go on from what is in their past_key_values. The text is the same; the work is less where some answers are long.
+    continue from what is in their past_key_values. The text is the same; the work is less where some answers are long.
+    seeds: what each row's draws depend on; None: on torch's own generator.
     """
     ids, mask = inputs.input_ids, inputs.attention_mask
-    tokens, options["pad_token_id"] = ids.shape[1], model.generation_config.pad_token_id
-    settings = {**vars(model.generation_config), **options}
-    several = (settings.get("num_beams") or 1) > 1 or (settings.get("num_return_sequences") or 1) > 1
-    counting = ("cache_implementation", "min_new_tokens", "min_length")  # these would start anew with each call
-    if several or any(settings.get(name) for name in counting) or len(names) <= FEW_ROWS:
-        output = model.generate(ids, attention_mask=mask, prefix_name=names, **options)
+    tokens = ids.shape[1]
+    settings, options = model._settings(generation_config, options)
+    settings.return_dict_in_generate = False
+    if len(names) <= FEW_ROWS or not _is_continuable(settings, options):
+        with _draws(settings, seeds):
+            output = model.generate(ids, settings, attention_mask=mask, prefix_name=names, **options)
         return list(output[:, tokens:])
-    left = options.pop("max_new_tokens")
-    all_mask, cache = model.prepend(mask, names)
-    ended = _HalfEnded(all_mask.shape[1], model.generation_config.eos_token_id)
+    left = settings.max_new_tokens
+    _, cache = model.prepend(mask, names)
+    ended = _HalfEnded(tokens, settings.eos_token_id)
     rows, replies = torch.arange(len(ids)), [ids[0, :0]] * len(ids)
     while len(rows):
-        criteria = StoppingCriteriaList([ended] if len(rows) > FEW_ROWS else [])
-        ids = model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=left, stopping_criteria=criteria, **options
-        )
+        settings.max_new_tokens = left
+        options["stopping_criteria"] = StoppingCriteriaList([ended] if len(rows) > FEW_ROWS else [])
+        with _draws(settings, seeds and [seeds[row] for row in rows.tolist()], ids.shape[1] - tokens):
+            ids = model.generate(ids, settings, attention_mask=mask, past_key_values=cache, **options)
         left -= ids.shape[1] - mask.shape[1]
         done = ended.among(ids[:, tokens:]).cpu() | (left == 0)
         for row, reply in zip(rows[done].tolist(), ids[done, tokens:], strict=True):
@@ -310,6 +417,35 @@ def _replies(model: PrefixBloom, inputs, names: list[str], **options) -> list[to
         cache.batch_select_indices(others)
         cache.prefix_mask = cache.prefix_mask[others]
     return replies
+
+
+def _draws(settings: GenerationConfig, seeds: list[tuple[int, int]] | None, step: int = 0) -> AbstractContextManager:
+    return _RowDraws(seeds, step) if settings.do_sample and seeds else nullcontext()
+
+
+class _RowDraws(TorchFunctionMode):
+    """Inside, torch.multinomial, by which `generate` samples, has a generator for each row of the batch and each step.
+
+    So what is drawn for a row does not depend on the rows beside it. seeds: one for each row, whose beams or sequences lie
+    one after the other; step: how many were drawn before.
+    """
+
+    def __init__(self, seeds: list[tuple[int, int]], step: int):
+        super().__init__()
+        self.seeds, self.step = seeds, step
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.multinomial:
+            return function(*args, **(kwargs or {}))
+        probabilities, *others = args
+        drawn = []
+        for row, seed in zip(probabilities.chunk(len(self.seeds)), self.seeds, strict=True):
+            # A hash, as a CPU's generator takes only the lower half of a seed, and neighbours are not to be alike.
+            digest = hashlib.blake2b(repr((*seed, self.step)).encode(), digest_size=8).digest()
+            generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest))
+            drawn.append(function(row, *others, **kwargs, generator=generator))
+        self.step += 1
+        return torch.cat(drawn)
 
 
 class _HalfEnded(StoppingCriteria):

@@ -126,6 +126,8 @@ def say(
         prefix_name=prefix,
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer if streams else None,
+        tokenizer=tokenizer,  # for stop_strings, which the base may ask for
+        return_dict_in_generate=False,
         **options,
     )
     if not streams:
@@ -193,7 +195,8 @@ def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTo
                     [prompt for _, prompt, _ in own],
                     [prefix or model.active for _, _, prefix in own],
                     config.batch_size,
-                    config.seed + position,
+                    config.seed,
+                    distributed.share(range(position, position + len(part))),
                     first=max(0, done - position) // processes,
                     **options,
                 )

@@ -1,5 +1,6 @@
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,9 @@ def test_missing_or_broken_files_are_named(saved):
         load_prefix("nowhere")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_encoder("nowhere")
+    for load in (load_prefix, load_encoder):  # a Path is never a name of the hub's
+        with pytest.raises(UserError, match="missing/x: no such folder; train"):
+            load(Path("missing/x"))
     for name, load in ((ENCODER_FILE, load_encoder), (ADAPTER_FILE, load_prefix)):
         whole = (folder / name).read_bytes()
         for broken in (b"", whole[:10], whole[: len(whole) // 2], b"hello" * 100):
@@ -96,6 +100,17 @@ def test_missing_or_broken_files_are_named(saved):
         (folder / ADAPTER_CONFIG_FILE).write_text(text)
         with pytest.raises(UserError, match=ADAPTER_CONFIG_FILE):
             load_prefix(str(folder))
+
+
+def test_paths_are_taken_and_other_tasks_refused(saved):
+    folder, encoder = saved
+    assert torch.equal(load_prefix(folder).tensor, encoder.bake()) and load_encoder(folder)[0].config == encoder.config
+    description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description | {"task_type": None}), "utf-8")
+    load_prefix(folder)
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description | {"task_type": "SEQ_CLS"}), "utf-8")
+    with pytest.raises(UserError, match="is for the task SEQ_CLS, not for CAUSAL_LM"):
+        load_prefix(folder)
 
 
 def test_shapes_and_values_are_checked(saved):

@@ -169,14 +169,16 @@ def test_a_finished_run_is_refused_once_per_attempt_and_stays(tmp_path):
 
 
 def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned):
-    rows = [{"instruction": f"{a}加{b}等于多少？", "id": 10 * a + b} for a in range(1, 8) for b in range(1, 6)]
+    rows = [{"instruction": f"{number % 7}加3等于多少？", "id": number} for number in range(35)]  # each question five times
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     flags = {"input": tmp_path / "rows.jsonl", "prefix": tuned["short"], "batch_size": 2, "max_new_tokens": 8}
+    flags |= {"do_sample": True, "temperature": 2.0}
     for processes, name in ((1, "one"), (2, "two")):
         code, _, err = run("infer.py", processes, flags | {"output": tmp_path / f"{name}.jsonl"})
         assert code == 0, err
     whole = (tmp_path / "one.jsonl").read_bytes()
     assert (tmp_path / "two.jsonl").read_bytes() == whole
+    assert len({json.loads(line)["response"] for line in whole.splitlines()}) > 14  # the same question, other draws
     (tmp_path / "two.jsonl").write_bytes(whole[: len(whole) // 3])
     code, _, err = run("infer.py", 2, flags | {"output": tmp_path / "two.jsonl"}, "--resume", "--shard_base")
     assert code == 0 and (tmp_path / "two.jsonl").read_bytes() == whole, err

@@ -9,9 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import prefix_config, random_bloom
+from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, GenerationConfig, TextStreamer, pipeline
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteriaList,
+    SuppressTokensAtBeginLogitsProcessor,
+    TextStreamer,
+    pipeline,
+)
+from transformers.generation import BaseStreamer
 
 from prefix_tuning import PrefixBloom, demo, load_prefix
 from prefix_tuning.bloom import fingerprint, load_base, prefix_cache
@@ -19,7 +29,9 @@ from prefix_tuning.checkpoint import load_encoder, save_adapter
 from prefix_tuning.config import UserError
 from prefix_tuning.data import prompt_of
 from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.evaluation import answer_rows, exact_match
 from prefix_tuning.generation import complete, complete_batches
+from prefix_tuning.inference import say
 
 QUESTIONS = ["法国的首都是哪里？", "3加5等于多少？", "请把“苹果”翻译成英文，谢谢！", "？"]
 PROMPTS = [prompt_of(question) for question in QUESTIONS]
@@ -153,6 +165,40 @@ def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_m
     assert other != texts
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_return_sequences": 2}, {"num_beams": 2}, {"cache_implementation": "static"}],
+    ids=["plain", "sequences", "beams", "static cache"],
+)
+def test_what_is_drawn_for_a_prompt_depends_on_its_number_and_the_seed_alone(tuned_model, tokenizer, mixed, options):
+    prompts, names = ([*part[:14], *part[:4]] for part in mixed)  # the last ones are asked for the second time
+    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 2.0, **options}
+
+    def answers(numbers, seed, batch_size):
+        asked = [prompts[number] for number in numbers], [names[number] for number in numbers]
+        batches = complete_batches(tuned_model, tokenizer, *asked, batch_size, seed, numbers, **options)
+        return {numbers[place]: texts for batch in batches for place, texts in zip(*batch, strict=True)}
+
+    whole = answers(range(18), 5, 64)
+    for process in range(2):  # as two processes share them, in another order and other batches
+        assert answers(range(18)[process::2][::-1], 5, 4 + process).items() <= whole.items()
+    assert sum(whole[number] != whole[number + 14] for number in range(4)) > 1
+    assert sum(answers(range(18), 6, 64)[number] != whole[number] for number in range(18)) > 9
+
+
+def test_draws_follow_the_models_distribution(base, random_model, tokenizer):
+    probabilities = logits_after(base, random_model.prefixes["five"], tokenizer(PROMPTS[0]).input_ids).softmax(0)
+    token = probabilities.argmax().item()
+    prompts, options = PROMPTS[:1] * 1000, {"max_new_tokens": 1, "do_sample": True, "top_k": 0, "prefix_name": "five"}
+    texts = complete(random_model, tokenizer, prompts, batch_size=500, seed=1, **options)
+    share, count = probabilities[token].item(), texts.count(tokenizer.decode([token]))
+    assert 0.02 < share < 0.98
+    assert abs(count - 1000 * share) < 4 * (1000 * share * (1 - share)) ** 0.5
+    even = {"do_sample": True, "temperature": 1e4, "top_k": 0, "seed": 1}  # all tokens alike: what comes is the draw alone
+    first, all_eight = (complete(random_model, tokenizer, PROMPTS, max_new_tokens=most, **even) for most in (1, 8))
+    assert all(eight != 8 * one for one, eight in zip(first, all_eight, strict=True))
+
+
 # --- many rows, many prefixes ---
 
 
@@ -166,7 +212,26 @@ def test_a_mixed_batch_answers_as_each_row_alone(tuned_model, tokenizer, mixed, 
     assert len(set(together)) > 40
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"repetition_penalty": 1.3}])
+IS = 267  # the token "是", which most sentences have
+OTHER_DECODING = {
+    "beams": {"num_beams": 3},
+    "a static cache": {"cache_implementation": "static"},
+    "a repetition penalty": {"repetition_penalty": 1.3},
+    "a repetition penalty on beams": {"repetition_penalty": 20.0, "num_beams": 2},
+    "no token twice": {"no_repeat_ngram_size": 1},
+    "another end": {"eos_token_id": [2, IS]},
+    "an end of the configuration's": {"generation_config": GenerationConfig(eos_token_id=[2, IS])},
+    "no end at first": {"begin_suppress_tokens": [2]},
+    "a least number of tokens": {"min_new_tokens": 6},
+    "ends that become likelier": {"exponential_decay_length_penalty": (3, 2.0)},
+    "a penalty on the prompt": {"encoder_repetition_penalty": 1.5},
+    "a forced end": {"forced_eos_token_id": 2},
+    "strings that end an answer": {"stop_strings": ["是", "的"]},
+    "a processor of the user's": {"logits_processor": [SuppressTokensAtBeginLogitsProcessor([2], 0)]},
+}
+
+
+@pytest.mark.parametrize("options", OTHER_DECODING.values(), ids=OTHER_DECODING)
 def test_so_it_does_with_other_decoding(tuned_model, tokenizer, mixed, options):
     prompts, names = (part[:24] for part in mixed)
     together = complete(tuned_model, tokenizer, prompts, prefix_name=names, **(GREEDY | options))
@@ -175,6 +240,27 @@ def test_so_it_does_with_other_decoding(tuned_model, tokenizer, mixed, options):
         for p, n in zip(prompts, names, strict=True)
     ]
     assert together == alone
+
+
+@pytest.mark.parametrize("most", [1, 3, 12])
+def test_answers_are_whole_up_to_the_last_token(tuned_model, tokenizer, mixed, most):
+    prompts = mixed[0][:12]
+    replies = complete(tuned_model, tokenizer, prompts, prefix_name="sentence", max_new_tokens=most, do_sample=False)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = tuned_model.generate(**inputs, prefix_name="sentence", max_new_tokens=most, do_sample=False)[0]
+        assert reply == tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokenizer, mixed):
+    def row(prompt):
+        answer = complete(tuned_model, tokenizer, [prompt], prefix_name="sentence", max_new_tokens=64, do_sample=False)[0]
+        return {"instruction": prompt.removeprefix("Human: ").partition("\n\n")[0], "input": "", "output": answer}
+
+    rows = Dataset.from_list([row(prompt) for prompt in mixed[0][:4]])
+    model = PrefixBloom(tuned_model)
+    answers = answer_rows(model, tokenizer, rows, tuned_model.prefixes["sentence"])
+    assert exact_match(answers, rows) == 1
 
 
 def test_one_call_takes_a_prefix_for_every_row(tuned_model, tokenizer):
@@ -248,6 +334,54 @@ def test_prefixes_are_attached_used_and_detached_by_name(base):
         model.attach("c", random_prefix(base)[:3])
 
 
+def test_unknown_names_are_errors_everywhere(base, tokenizer):
+    model = PrefixBloom(base)
+    model.attach("a", random_prefix(base))
+    ids = torch.tensor([[5, 6]])
+    _, filled = model.prepend(torch.ones_like(ids), "a")
+    for name in ("b", "", ["b"], [None]):
+        for ask in (
+            lambda name: model.generate(ids, prefix_name=name),
+            lambda name: model(ids, prefix_name=name),
+            lambda name: model.prepend(torch.ones_like(ids), name),
+            lambda name: complete(model, tokenizer, ["？"], prefix_name=name, max_new_tokens=1),
+            lambda name: model.use(name),
+        ):
+            with pytest.raises(ValueError, match="no prefix"):
+                ask(name)
+    with pytest.raises(ValueError, match="no prefix 'b'"):
+        complete(model, tokenizer, [], prefix_name="b", max_new_tokens=1)
+    with pytest.raises(ValueError, match="2 prefixes are named for 1 rows"):
+        complete(model, tokenizer, ["？"], prefix_name=["a", "a"], max_new_tokens=1)
+    for ask in (model, model.generate):
+        with pytest.raises(ValueError, match="leave out prefix_name"):
+            ask(ids, past_key_values=filled, prefix_name="b")
+    for name in (None, ["base"], ["a"]):
+        with pytest.raises(ValueError, match="no prefix"):
+            model.use(name)
+    assert model.active == "a"
+
+
+NO_PREFIXES = {
+    "one axis too few": lambda prefix: prefix[0],
+    "one axis too many": lambda prefix: prefix[None],
+    "keys alone": lambda prefix: prefix[:, :1],
+    "NaN": lambda prefix: prefix.masked_fill(prefix == prefix.max(), torch.nan),
+    "infinity": lambda prefix: prefix.masked_fill(prefix == prefix.max(), torch.inf),
+    "integers": lambda prefix: prefix.long(),
+}
+
+
+@pytest.mark.parametrize("spoil", NO_PREFIXES.values(), ids=NO_PREFIXES)
+def test_what_is_no_prefix_is_not_attached(base, spoil):
+    model = PrefixBloom(base)
+    with pytest.raises(ValueError, match="a prefix is"):
+        model.attach("a", spoil(random_prefix(base)))
+    with pytest.raises(TypeError, match="name of a prefix"):
+        model.attach(None, random_prefix(base))
+    assert model.names == ["base"] and model.active == "base"
+
+
 def test_a_prefix_of_another_base_is_refused(base, tmp_path, tokenizer):
     model = PrefixBloom(base, tokenizer)
     save_adapter(tmp_path, random_prefix(base), prefix_config(base), fingerprint(random_bloom(), tokenizer))
@@ -293,6 +427,102 @@ def test_it_goes_on_from_past_key_values(random_model, tokenizer):
         do_sample=False,
     )
     assert torch.equal(torch.cat((inputs.input_ids, rest), dim=1), whole)
+
+
+def empty_caches(model):
+    return [DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=64)]
+
+
+def test_an_empty_cache_gets_the_prefix(tuned_model, tokenizer):
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    for names in ({}, {"prefix_name": "sentence"}, {"prefix_name": "base"}):
+        expected = tuned_model.generate(**inputs, **names, **GREEDY)
+        with torch.no_grad():
+            logits = tuned_model(**inputs, **names).logits
+        for cache in empty_caches(tuned_model):
+            assert torch.equal(tuned_model.generate(**inputs, past_key_values=cache, **names, **GREEDY), expected)
+            if isinstance(cache, StaticCache):
+                cache.reset()  # and again it is empty
+                if names.get("prefix_name") != "base":
+                    assert torch.equal(tuned_model.generate(**inputs, past_key_values=cache, **names, **GREEDY), expected)
+        for cache in empty_caches(tuned_model):
+            with torch.no_grad():
+                assert torch.allclose(tuned_model(**inputs, past_key_values=cache, **names).logits, logits, atol=1e-4)
+    beams = GREEDY | {"num_beams": 3}
+    with_cache = tuned_model.generate(**inputs, past_key_values=DynamicCache(), **beams)
+    assert torch.equal(with_cache, tuned_model.generate(**inputs, **beams))
+    with pytest.raises(ValueError, match="have room for 20 tokens; prefix, text and answer need"):
+        tuned_model.generate(**inputs, past_key_values=StaticCache(tuned_model.config, max_cache_len=20), **GREEDY)
+
+
+def test_a_cache_without_a_prefix_is_for_the_base(tuned_model, base, tokenizer):
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    said = base.generate(**inputs, return_dict_in_generate=True, **GREEDY)
+    text = torch.cat((said.sequences, tokenizer("\n\n" + PROMPTS[1], return_tensors="pt").input_ids), dim=1)
+    new = text[:, said.past_key_values.get_seq_length() :]
+    for names in ({}, {"prefix_name": "short"}, {"prefix_name": ["short"]}):
+        with pytest.raises(ValueError, match="hold text but no prefix"):
+            tuned_model.generate(text, past_key_values=copy.deepcopy(said.past_key_values), **names, **GREEDY)
+        with pytest.raises(ValueError, match="hold text but no prefix"):
+            tuned_model(new, past_key_values=copy.deepcopy(said.past_key_values), **names)
+    with torch.no_grad():
+        plain = base(new, past_key_values=copy.deepcopy(said.past_key_values)).logits
+        ours = tuned_model(new, past_key_values=copy.deepcopy(said.past_key_values), prefix_name="base").logits
+    assert torch.allclose(ours, plain, atol=1e-4)
+    ours = tuned_model.generate(text, past_key_values=copy.deepcopy(said.past_key_values), prefix_name="base", **GREEDY)
+    assert torch.equal(ours, base.generate(text, past_key_values=said.past_key_values, **GREEDY))
+
+
+def test_a_chat_goes_on_in_one_cache_as_transformers_users_write_it(tuned_model, tokenizer):
+    cache, text, seen = DynamicCache(), torch.zeros(1, 0, dtype=torch.long), []
+    criteria = StoppingCriteriaList([lambda ids, scores: seen.append(ids) or torch.zeros(1, dtype=torch.bool)])
+    for prompt in PROMPTS[:3]:
+        text = torch.cat((text, tokenizer(prompt, return_tensors="pt").input_ids), dim=1)
+        seen.clear()
+        heard = _Heard()
+        options = {"max_length": text.shape[1] + 9, "min_length": text.shape[1] + 7, "do_sample": False}
+        anew = tuned_model.generate(text, attention_mask=torch.ones_like(text), **options)
+        said = tuned_model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            past_key_values=cache,
+            stopping_criteria=criteria,
+            streamer=heard,
+            **options,
+        )
+        assert torch.equal(said, anew) and said.shape[1] >= text.shape[1] + 7
+        assert all(torch.equal(ids, said[:, : ids.shape[1]]) for ids in seen) and seen[-1].shape == said.shape
+        assert torch.equal(torch.cat(heard.ids), said[0])
+        text = said
+    with pytest.raises(ValueError, match="whole text so far"):
+        tuned_model.generate(tokenizer("？", return_tensors="pt").input_ids, past_key_values=cache, **GREEDY)
+
+
+class _Heard(BaseStreamer):
+    def __init__(self):
+        self.ids = []
+
+    def put(self, value):
+        self.ids.append(value.flatten())
+
+    def end(self):
+        pass
+
+
+def test_several_sequences_go_on_each_for_itself(tuned_model, tokenizer):
+    inputs = tokenizer(PROMPTS[:2], return_tensors="pt", padding=True, padding_side="left")
+    names = ["short", "sentence"]  # of different lengths: one is padded
+    torch.manual_seed(1)
+    said = tuned_model.generate(
+        **inputs, prefix_name=names, do_sample=True, num_return_sequences=2, max_new_tokens=4, min_new_tokens=4,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    more = tokenizer("\n\n" + PROMPTS[2], return_tensors="pt").input_ids.expand(4, -1)
+    text = torch.cat((said.sequences, more), dim=1)
+    mask = F.pad(inputs.attention_mask.repeat_interleave(2, dim=0), (0, text.shape[1] - inputs.input_ids.shape[1]), value=1)
+    on = tuned_model.generate(text, attention_mask=mask, past_key_values=said.past_key_values, **GREEDY)
+    anew = tuned_model.generate(text, attention_mask=mask, prefix_name=[name for name in names for _ in range(2)], **GREEDY)
+    assert torch.equal(on, anew)
 
 
 def test_pipeline_and_streamer_take_it(tuned_model, tokenizer, capsys, caplog):
@@ -399,6 +629,8 @@ def test_what_a_prefix_rules_out_is_refused(random_model, base):
         {"inputs_embeds": torch.zeros(1, 2, 192)},
         {"assistant_model": base},
         {"prompt_lookup_num_tokens": 2},
+        {"guidance_scale": 1.5},
+        {"prefill_chunk_size": 2},
     ):
         with pytest.raises(ValueError, match="does not go with a prefix"):
             random_model.generate(ids, **options)
@@ -406,6 +638,8 @@ def test_what_a_prefix_rules_out_is_refused(random_model, base):
         random_model.generate(ids, cache_implementation="quantized")
     with pytest.raises(ValueError, match="input_ids are missing"):
         random_model.generate()
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        random_model()
     with pytest.raises(TypeError, match="load_prefix"):
         random_model.attach("z", "./chatbot")
     with pytest.raises(TypeError, match="BloomForCausalLM"):
@@ -436,6 +670,24 @@ def test_a_base_with_settings_of_its_own_answers_as_alone(base, tuned, tokenizer
     prompts = mixed[0][:9]
     together = complete(model, tokenizer, prompts, **GREEDY)
     assert together == [complete(model, tokenizer, [prompt], **GREEDY)[0] for prompt in prompts]
+
+
+def test_a_base_that_returns_dicts_and_ends_at_strings_answers(base, tuned, tokenizer, mixed, capsys):
+    odd = copy.deepcopy(base)
+    odd.generation_config.update(return_dict_in_generate=True, output_scores=True, stop_strings=["是"])
+    model = PrefixBloom(odd, tokenizer)
+    model.attach("sentence", load_prefix(tuned["sentence"]))
+    prompts = mixed[0][:9]
+    answers = complete(model, tokenizer, prompts, **GREEDY)
+    plain = PrefixBloom(base, tokenizer)
+    plain.attach("sentence", load_prefix(tuned["sentence"]))
+    until = [text.partition("是")[0] + "是" * ("是" in text) for text in complete(plain, tokenizer, prompts, **GREEDY)]
+    assert answers == until and any(answer.endswith("是") for answer in answers)
+    for sequences in (1, 2):
+        capsys.readouterr()
+        options = {"num_beams": 1, "num_return_sequences": sequences, "max_new_tokens": 12, "do_sample": True, "top_k": 1}
+        say(model, tokenizer, prompts[0], "sentence", 0, options)
+        assert capsys.readouterr().out.splitlines() == answers[:1] * sequences
 
 
 def test_accelerates_hooks_do_not_hide_the_prefix(tuned, tokenizer):

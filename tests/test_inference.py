@@ -187,6 +187,17 @@ def test_several_sequences_become_a_list(tmp_path, prefixes):
     assert all(isinstance(row["response"], list) and len(row["response"]) == 2 for row in read_lines(output))
 
 
+def test_a_question_that_is_asked_again_is_drawn_anew_whatever_the_batches(tmp_path, prefixes):
+    source, outputs = write_rows(tmp_path / "rows.jsonl", questions(1) * 24), []
+    for batch_size in (2, 7, 24):
+        output = tmp_path / f"{batch_size}.jsonl"
+        flags = ["--input", source, "--output", output, *prefixes, "--batch_size", batch_size, "--max_new_tokens", 8]
+        run_infer(*flags, "--do_sample", "--temperature", "3")
+        outputs.append(output.read_bytes())
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len({row["response"] for row in read_lines(output)}) > 18
+
+
 @pytest.mark.parametrize("sampling", [[], ["--do_sample", "--temperature", "2"]], ids=["greedy", "sampling"])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, prefixes, sampling):
     source, output = write_rows(tmp_path / "rows.jsonl", questions(45)), tmp_path / "answers.jsonl"
