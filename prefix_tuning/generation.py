@@ -348,8 +348,6 @@ def complete_batches(
     ids = tokenizer(prompts, split_special_tokens=True).input_ids if prompts else []
     order = sorted(range(len(prompts)), key=lambda place: (names[place], len(ids[place])))
     for start in range(0, len(order), batch_size):
-        if signals.heard():  # nobody wants the answers any more
-            return
         places = order[start : start + batch_size]
         if max(places) < first:
             continue
@@ -358,6 +356,8 @@ def complete_batches(
         replies = _replies(
             model, inputs.to(model.device), [names[place] for place in places], seeds, tokenizer=tokenizer, **options
         )
+        if signals.heard():  # these are cut short, and who called asks all processes by stop_if_heard
+            return
         texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
         each = len(texts) // len(places)
         yield places, [texts[i : i + each] for i in range(0, len(texts), each)]
@@ -395,6 +395,7 @@ def _replies(
     settings, options = model._settings(generation_config, options)
     settings.return_dict_in_generate = False
     if len(names) <= FEW_ROWS or not _is_continuable(settings, options):
+        options["stopping_criteria"] = StoppingCriteriaList([*options.get("stopping_criteria", ()), _Heard()])
         with _draws(settings, seeds):
             output = model.generate(ids, settings, attention_mask=mask, prefix_name=names, **options)
         return list(output[:, tokens:])
@@ -402,9 +403,9 @@ def _replies(
     _, cache = model.prepend(mask, names)
     ended = _HalfEnded(tokens, settings.eos_token_id)
     rows, replies = torch.arange(len(ids)), [ids[0, :0]] * len(ids)
-    while len(rows):
+    while len(rows) and not signals.heard():
         settings.max_new_tokens = left
-        options["stopping_criteria"] = StoppingCriteriaList([ended] if len(rows) > FEW_ROWS else [])
+        options["stopping_criteria"] = StoppingCriteriaList([_Heard(), *([ended] if len(rows) > FEW_ROWS else [])])
         with _draws(settings, seeds and [seeds[row] for row in rows.tolist()], ids.shape[1] - tokens):
             ids = model.generate(ids, settings, attention_mask=mask, past_key_values=cache, **options)
         left -= ids.shape[1] - mask.shape[1]
@@ -435,8 +436,9 @@ class _RowDraws(TorchFunctionMode):
         self.seeds, self.step = seeds, step
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if function is not torch.multinomial:
-            return function(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
         probabilities, *others = args
         drawn = []
         for row, seed in zip(probabilities.chunk(len(self.seeds)), self.seeds, strict=True):
@@ -446,6 +448,13 @@ class _RowDraws(TorchFunctionMode):
             drawn.append(function(row, *others, **kwargs, generator=generator))
         self.step += 1
         return torch.cat(drawn)
+
+
+class _Heard(StoppingCriteria):
+    """Stops all rows once the process has heard a signal."""
+
+    def __call__(self, input_ids, scores, **options):
+        return torch.full((len(input_ids),), signals.heard() > 0, device=input_ids.device)
 
 
 class _HalfEnded(StoppingCriteria):

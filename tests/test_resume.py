@@ -196,26 +196,26 @@ def test_a_folder_has_one_run_at_a_time(settings, monkeypatch, capsys):
 # --- signals ---
 
 
-def interrupt(settings: dict, evaluations: int, watched: tuple = (evaluation, "label_losses")) -> None:
-    """Runs a training that gets SIGINT during its last of so many evaluations: when a pass, or another function that is
-    `watched`, is called for the second time. Nothing of it may be called after that."""
+def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (evaluation, "label_losses")) -> None:
+    """Runs a training that gets SIGINT during its last of so many evaluations, at its second pass, or at another call
+    of a function that is `watched`. There must be no call after that."""
     calls, evaluate_loss, real = [], training.evaluate_loss, getattr(*watched)
 
     def begin(*arguments):
         calls.append(0)
         return evaluate_loss(*arguments)
 
-    def call(*arguments, **options):
+    def count(*arguments, **options):
         calls[-1] += 1
-        if len(calls) == evaluations and calls[-1] == 2:
+        if len(calls) == evaluations and calls[-1] == call:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="SIGINT: stopped after step") as stop:
         patch.setattr(training, "evaluate_loss", begin)
-        patch.setattr(*watched, call)
+        patch.setattr(*watched, count)
         train(TrainConfig(**settings))
-    assert stop.value.signal == signal.SIGINT and len(calls) == evaluations and calls[-1] == 2
+    assert stop.value.signal == signal.SIGINT and len(calls) == evaluations and calls[-1] == call
 
 
 # Evaluations: the frozen base, steps 3, 6 and 9, and the last step, 11.
@@ -236,7 +236,7 @@ def test_a_signal_during_the_answers_of_an_evaluation_saves_at_once(settings, tm
     settings |= {"save_steps": 0, "eval_exact_match": True}
     train(TrainConfig(**settings))
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
-    interrupt(stopped, 2, (PrefixBloom, "generate"))
+    interrupt(stopped, 2, call=1, watched=(PrefixBloom, "generate"))
     assert names(tmp_path / "stopped") == ["checkpoint-3"]
     train(TrainConfig(**stopped | LATEST))
     assert_same_run(stopped["output_dir"], settings["output_dir"])
