@@ -14,7 +14,6 @@ import os
 import platform
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +73,7 @@ from prefix_tuning.report import (
 )
 from prefix_tuning.sharding import in_step, parts_of_base
 from prefix_tuning.state import Progress, TrainingState, check_same_run, identity
+from prefix_tuning.text import shorten
 
 try:
     import resource
@@ -611,7 +611,7 @@ class Evaluator:
             texts = {"question": f"{row['instruction']} {row['input']}"}
             texts |= {title: answers[index] for title, answers in self.answers.items()}
             for title, text in (texts | {"expected": row["output"]}).items():
-                print(f"  {title:12s} {textwrap.shorten(text, 80, placeholder=' ...')}")
+                print(f"  {title:12s} {shorten(text, 80)}")
             print()
 
 
