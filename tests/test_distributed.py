@@ -39,7 +39,7 @@ def start(script, processes, flags, *more, restarts=0):
     """Starts train.py, infer.py or another program under torchrun, or without for one process."""
     command = [*(torchrun(processes, restarts) if processes > 1 else [sys.executable]), str(ROOT / script)]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, *more], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
