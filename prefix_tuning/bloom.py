@@ -29,6 +29,7 @@ from prefix_tuning.attention import attend, attention_bias
 from prefix_tuning.checkpoint import portable_name
 from prefix_tuning.config import UserError
 from prefix_tuning.data import Batch
+from prefix_tuning.distributed import is_main
 from prefix_tuning.sharding import begin_pass, call, first_row, is_sharded, load_sharded, sum_of_parts, whole
 
 
@@ -94,7 +95,8 @@ def load_base(
         raise
     except Exception as error:  # a broken file can make transformers and tokenizers raise anything
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip()[:300]}") from error
-    if not any(cached_file(path, file, **_ONLY_LOOK) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+    safe = any(cached_file(path, file, **_ONLY_LOOK) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if not safe and is_main():
         print(f"{name}: its weights are a pickled .bin file; safetensors is the safer format", file=sys.stderr)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")

@@ -1,6 +1,8 @@
 """A conversation in the terminal."""
 
 import contextlib
+import locale
+import os
 import sys
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +12,8 @@ from prefix_tuning.data import prompt_of
 from prefix_tuning.generation import PrefixBloom
 from prefix_tuning.inference import decoding_options, say, title
 
+if locale.setlocale(locale.LC_CTYPE) == "C":  # or one that is not installed; readline would take UTF-8 for Meta keys
+    os.environ["LC_ALL"] = "C.UTF-8"
 with contextlib.suppress(ImportError):  # Windows; consoles there edit lines themselves
     import readline  # noqa: F401 (gives `input` arrow keys, a history, and characters of any width)
 
@@ -76,10 +80,9 @@ class Chat:
         answers: dict[str, list[str]] = {}
         try:
             for name in self.model.names if self.comparing else [self.model.active]:
-                if self.comparing:
-                    print(title(name, self.model), end="", flush=True)
                 answers[name] = []
-                say(self.model, self.tokenizer, prompt, name, self.seed, self.options, answers[name])
+                label = title(name, self.model) if self.comparing else ""
+                say(self.model, self.tokenizer, prompt, name, self.seed, self.options, label, answers[name])
         except KeyboardInterrupt:
             print(flush=True)
             note("stopped")

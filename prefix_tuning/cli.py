@@ -1,16 +1,20 @@
-"""The two commands: flags in, `train` or an answer out. torch is imported only once the flags are known to be good."""
+"""The two commands: flags in, `train` or an answer out.
 
+Importing this module is quick, so that Ctrl-C finds `_run` soon: transformers is imported by parser.py when a command runs,
+and torch once its flags are known to be good.
+"""
+
+import argparse
+import codecs
 import dataclasses
-import difflib
-import itertools
+import io
 import os
 import shlex
+import signal
 import sys
-import time
-from collections.abc import Callable
-
-from transformers import HfArgumentParser
-from transformers.utils.logging import disable_progress_bar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from prefix_tuning import demo
 from prefix_tuning.config import (
@@ -36,55 +40,31 @@ TRAIN_HELP = (
 PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
 
 
-class _Parser(HfArgumentParser):
-    """Dataclasses to flags, with mistakes as UserError."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.add_argument("--debug", action="store_true", help="Show where in the program an error was raised.")
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help")
-
-    def parse(self, argv: list[str]) -> tuple[dict, set[str]]:
-        """Returns the value of every flag by name, and the names of those that the command line gives."""
-        # A bare `--compare` before a question must not take the question for its value.
-        switches = {
-            name for action in self._actions if action.nargs == "?" and action.const for name in action.option_strings
-        }
-        argv = [
-            f"{part}=true" if part in switches and after.lower() not in ("true", "false") else part
-            for part, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
-        ]
-        *parts, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-        values = {name: value for part in parts for name, value in vars(part).items() if name != "debug"}
-        if unknown:
-            known = {name for action in self._actions for name in action.option_strings}
-            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {close[0]}?" if close else ""))
-        names = {part.split("=")[0].lstrip("-").replace("-", "_") for part in argv if part.startswith("--")}
-        return values, {name for name in values if name in names or f"no_{name}" in names}
-
-
 def _is_main() -> bool:
     """Whether this process is alone, or the first of those that torchrun has started: the one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(command: Callable[[list[str]], None]) -> None:
-    """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback."""
-    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # a closed one is None
-        stream.reconfigure(errors="replace")  # what is no character, or cannot be shown, becomes a ? instead of an error
-    disable_progress_bar()  # transformers' own, one per file of weights; ours stay
+def _run(prepare: Callable[[list[str]], Callable[[], object]]) -> None:
+    """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback.
+
+    prepare: reads the flags, imports what they ask for, and returns what is to be done.
+    """
+    _open_streams()
     try:
-        command(sys.argv[1:])
+        try:
+            with _default_sigint():
+                command = prepare(sys.argv[1:])
+                from transformers.utils.logging import disable_progress_bar
+
+                disable_progress_bar()  # transformers' own, one per file of weights; ours stay
+            command()
+        finally:
+            sys.stdout.flush()  # here, where an error has a handler
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        if not _is_main():
-            time.sleep(5)  # if main says the same, torchrun ends this process before it repeats it
-        who = "" if _is_main() else f"process {os.environ['RANK']}: "
-        print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
     except Interrupted as stop:
         if _is_main():
@@ -93,8 +73,64 @@ def _run(command: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
+
+
+def _say(line: str) -> None:
+    """Prints to stderr, unless another process of this run has printed the same."""
+    if "RANK" in os.environ:
+        from prefix_tuning import distributed
+
+        if not distributed.first_to_say(line):
+            return
+    print(line if _is_main() else f"process {os.environ['RANK']}: {line}", file=sys.stderr)
+
+
+@contextmanager
+def _default_sigint() -> Iterator[None]:
+    """Lets Ctrl-C end the process by the system's default action: in an import, Python's handler would leave a traceback."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # else it is ignored, as in a shell's background job
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+class _Stdout(io.TextIOWrapper):
+    """stdout: raises UserError where it cannot be written, on a full disk say, and BrokenPipeError where no one reads it."""
+
+    def write(self, text: str) -> int:
+        with self._checked():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._checked():
+            super().flush()
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for what is still to be flushed
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise UserError(f"stdout cannot be written: {error.strerror}") from error
+
+
+def _open_streams() -> None:
+    """Makes stdin, stdout and stderr usable: closed ones are /dev/null; ASCII, which Python takes where it knows no locale,
+    becomes UTF-8; what is no character, or cannot be shown, becomes a ?."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 (stays open)
+            setattr(sys, name, stream)
+        stream.reconfigure(encoding="utf-8" if codecs.lookup(stream.encoding).name == "ascii" else None, errors="replace")
+    options = {name: getattr(sys.stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+    sys.stdout = _Stdout(sys.stdout.detach(), **options)
 
 
 def parse_train_config(argv: list[str]) -> TrainConfig:
@@ -102,14 +138,18 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
 
     Where model and dataset are bundled ones, the demo's own settings replace the defaults, and are printed.
     """
+    from prefix_tuning.parser import Parser
+
     groups = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
-    parser = _Parser(groups, prog="train.py", description=TRAIN_HELP, allow_abbrev=False)
+    parser = Parser(groups, prog="train.py", description=TRAIN_HELP, allow_abbrev=False)
     values, given = parser.parse(argv)
     if values["model_name_or_path"] == demo.MODEL and values["dataset"] in demo.DATASETS:
         skipped = given | (PREFIX_SHAPE if values["prefix_from"] else set())
         settings = {name: value for name, value in demo.SETTINGS.items() if name not in skipped}
         if not given & {"eval_dataset", "eval_fraction"}:
             settings["eval_dataset"] = values["dataset"] + "-eval"
+        elif not (values["eval_dataset"] or values["eval_fraction"]):
+            settings.pop("eval_exact_match", None)
         parser.set_defaults(**settings)
         values, _ = parser.parse(argv)
         flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())
@@ -120,34 +160,42 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str]) -> Callable[[], object]:
     config = parse_train_config(argv)
     from prefix_tuning.training import train
 
-    train(config)
+    return partial(train, config)
 
 
 def parse_infer_config(argv: list[str]) -> InferConfig:
     """Turns infer.py's command line into its settings. Raises UserError for what makes no sense."""
+    from prefix_tuning.parser import Parser
+
     groups = (AskArguments, BaseArguments, DecodingArguments)
-    parser = _Parser(groups, prog="infer.py", description="Ask a frozen Bloom with a prefix.", allow_abbrev=False)
-    parser.add_argument("question", nargs="?", help="The question, e.g. 法国的首都是哪里？")
+    parser = Parser(groups, prog="infer.py", description="Ask a frozen Bloom with a prefix.", allow_abbrev=False)
+    parser.add_argument(
+        "question",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="The question, e.g. 法国的首都是哪里？ One that begins with - goes behind --.",
+    )
     parser.add_argument(
         "--prefix",
         action="append",
+        default=argparse.SUPPRESS,
         metavar="[NAME=]DIR",
         help="A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be given "
         "several times; the first answers where none is named (default: ./chatbot).",
     )
     values, _ = parser.parse(argv)
-    return InferConfig(**{name: value for name, value in values.items() if value is not None})
+    return InferConfig(**values)
 
 
-def _infer(argv: list[str]) -> None:
+def _infer(argv: list[str]) -> Callable[[], object]:
     config = parse_infer_config(argv)
     from prefix_tuning.inference import infer
 
-    infer(config)
+    return partial(infer, config)
 
 
 def train_command() -> None:

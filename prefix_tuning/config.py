@@ -30,6 +30,14 @@ def is_text(value: str) -> bool:
     return value.isprintable() or not re.search("[\ud800-\udfff]", value)
 
 
+def as_text(argument: str, name: str) -> str:
+    """A text of the command line, where Python took its UTF-8 for ASCII. Raises UserError if it is none."""
+    try:
+        return argument if is_text(argument) else os.fsencode(argument).decode()
+    except UnicodeError as error:
+        raise UserError(f"{name} holds bytes that are no UTF-8 text") from error
+
+
 MOST = 2**62  # of what torch takes as a seed, with room to count on
 
 
@@ -138,7 +146,9 @@ class PrefixArguments:
 class LoopArguments:
     _argument_group_name = "training"
 
-    per_device_train_batch_size: int = _flag(1, "Rows per step are this times --gradient_accumulation_steps.")
+    per_device_train_batch_size: int = _flag(
+        1, "Rows per step are this times --gradient_accumulation_steps, times the number of processes."
+    )
     gradient_accumulation_steps: int = _flag(
         8, "See above. How a step's rows share forward passes is up to --max_tokens_per_batch."
     )
@@ -171,7 +181,9 @@ class OutputArguments:
     _argument_group_name = "output"
 
     output_dir: str = _flag("./chatbot", "Where the prefix and the metrics are saved.")
-    overwrite_output_dir: bool = _flag(False, "Replace the finished run that --output_dir holds.")
+    overwrite_output_dir: bool = _flag(
+        False, "Replace the finished run that --output_dir holds, or discard the checkpoints of an unfinished one."
+    )
     logging_steps: int = _flag(10, "Write a line of metrics.jsonl every this many steps.")
     eval_steps: int | None = _flag(None, "Evaluate every this many steps; None: at the end of each epoch.")
     save_steps: int = _flag(500, "Write a checkpoint every this many steps; 0: only when a signal stops the run.")
@@ -210,9 +222,12 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             raise UserError(f"--eval_fraction must be below 1, not {self.eval_fraction}")
         if self.eval_fraction and self.eval_dataset:
             raise UserError("--eval_fraction and --eval_dataset exclude each other; choose one")
-        for name in ("save_best", "early_stopping_patience"):
+        for name in ("save_best", "early_stopping_patience", "eval_steps", "eval_exact_match"):
             if getattr(self, name) and not (self.eval_fraction or self.eval_dataset):
                 raise UserError(f"--{name} needs held-out rows: --eval_dataset or --eval_fraction")
+        if self.encoder_hidden_size and not self.prefix_projection:
+            raise UserError("--encoder_hidden_size is the width of the projection, and --prefix_projection false has none")
+        self.init_text = self.init_text and as_text(self.init_text, "--init_text")
         if self.prefix_init == "text" and not self.init_text:
             raise UserError("--prefix_init text needs a text: --init_text '...'")
         if self.init_text and self.prefix_init != "text":
@@ -248,7 +263,7 @@ class AskArguments:
         "Where the answers to --input go, a .jsonl file: each row and its response; or the figures of --score, a .json.",
     )
     resume: bool = _flag(False, "Go on with an --output that a stopped run left unfinished; give the same flags as before.")
-    batch_size: int = _flag(64, "Rows answered at once, with --input.")
+    batch_size: int = _flag(64, "Rows that each process answers at once, with --input.")
     compare: bool = _flag(False, "Answer by the frozen base alone, and by every prefix.")
 
 
@@ -327,8 +342,7 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
         for name in ("top_k", "seed"):
             if not 0 <= getattr(self, name) <= MOST:
                 raise UserError(f"--{name} must be at least 0 and at most {MOST}, not {getattr(self, name)}")
-        if self.question and not is_text(self.question):
-            raise UserError("the question holds bytes that are no UTF-8 text")
+        self.question = self.question and as_text(self.question, "the question")
         longest = self.max_length or DataArguments.max_length
         if self.chat and (self.max_new_tokens or 1) >= longest:
             raise UserError(f"--max_new_tokens must leave room for a question in --max_length ({longest})")

@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -17,8 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from prefix_tuning.config import reason_of
-
+GRACE = 5  # seconds that torchrun gets to end a process that has lost another
 TIMEOUT = datetime.timedelta(hours=3)  # of a meeting: one process may prepare many rows while the others wait
 
 
@@ -40,32 +40,48 @@ def job() -> str | None:
     return Path(file).parents[2].name if file else None
 
 
+_store: dist.Store | None = None  # shared by the processes of this run, once they are connected
+
+
+def first_to_say(message: str) -> bool:
+    """Whether this process is the first with this message since torchrun (re)started them: often all have the same error."""
+    global _store
+    if _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own: it is there already
+        _store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    try:
+        return _store is None or _store.add(f"{os.environ['TORCHELASTIC_RESTART_COUNT']}: {message}", 1) == 1
+    except dist.DistError:  # the store was main's, and main has ended
+        return True
+
+
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Joins the other processes that torchrun started, if it did; all but main fall silent on stdout.
 
     gloo carries what lies on the CPU, nccl what lies on CUDA.
     """
+    global _store
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, number, total = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    _store, number, total = next(dist.rendezvous("env://", timeout=TIMEOUT))
     one_machine, kept = os.environ["GROUP_WORLD_SIZE"] == "1", os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
     if one_machine:  # after a restart, a store that torchrun keeps still holds the addresses of the dead
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        _store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", _store)
     elif kept and number == 0 and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":  # machines do not count restarts alike
         print("a restart may hang; against that, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun", file=sys.stderr)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=number, world_size=total)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=_store, rank=number, world_size=total)
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stdout if is_main() else nowhere):
             yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        print(f"process {number}: another process of this run has ended ({reason_of(error)})", file=sys.stderr)
+        time.sleep(GRACE)  # the other one says why; if it was on this machine, torchrun ends this process meanwhile
+        print(f"process {number}: has lost another process of this run, which says why it ended", file=sys.stderr)
         sys.exit(1)
     finally:
         gc.collect()  # a process group that a sharded model still holds would abort the process when that ends

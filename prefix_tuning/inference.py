@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from prefix_tuning.data import load_rows, prompt_of, read_questions, tokenize
 from prefix_tuning.evaluation import perplexity, row_losses
 from prefix_tuning.generation import BASE, PrefixBloom, complete_batches
 from prefix_tuning.sharding import parts_of_base
+from prefix_tuning.text import display_width, pad, shorten
 
 WINDOW = 8  # batches of a file that are sorted by length together
 
@@ -98,10 +98,9 @@ def ask(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerB
             raise UserError(f"--max_length {config.max_length} leaves no room for an answer; the question takes {taken}")
         options["max_new_tokens"] = config.max_length - taken
     for name in model.names if config.compare else [model.active]:
-        if config.compare:
-            print(title(name, model), end="", flush=True)
+        label = title(name, model) if config.compare else ""
         with model.in_step():  # several processes that share the base say the same; main is heard
-            say(model, tokenizer, prompt, name, config.seed, options)
+            say(model, tokenizer, prompt, name, config.seed, options, label)
 
 
 def say(
@@ -111,16 +110,19 @@ def say(
     prefix: str,
     seed: int,
     options: dict,
+    label: str = "",
     said: list[str] | None = None,
 ) -> None:
     """Prints the answer to one prompt, as it comes, and a line for each answer where there are several.
 
-    said: gets the pieces that were printed; they remain if Ctrl-C ends the answer.
+    label: stands before each. said: gets the pieces that were printed; they remain if Ctrl-C ends the answer.
     """
     torch.manual_seed(seed)
     streamer = _Streamer(tokenizer, said if said is not None else [])
     streams = options["num_beams"] == options["num_return_sequences"] == 1
     inputs = tokenizer([prompt], return_tensors="pt", split_special_tokens=True).to(model.device)
+    if streams:
+        print(label, end="", flush=True)
     output = model.generate(
         **inputs,
         prefix_name=prefix,
@@ -132,6 +134,7 @@ def say(
     )
     if not streams:
         for text in tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True):
+            print(label, end="")
             streamer.on_finalized_text(text, stream_end=True)
 
 
@@ -149,7 +152,7 @@ class _Streamer(TextStreamer):
 
 def title(name: str, model: PrefixBloom) -> str:
     """What stands before an answer that is compared with others: in colour on a terminal that has it."""
-    text = name.ljust(max(len(other) for other in model.names)) + "  "
+    text = pad(name, max(map(display_width, model.names))) + "  "
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
         return text
     return f"\033[{33 if name == BASE else 36}m{text}\033[0m"  # yellow, cyan
@@ -247,32 +250,33 @@ def rows_done(config: InferConfig, names: list[str]) -> int:
 
 
 def _line(row: dict) -> str:
-    """A row as JSON, which knows neither dates nor NaN."""
-    row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-    return json.dumps(row, ensure_ascii=False, default=str)
+    """A row as JSON, which has no dates (these become text), and no NaN or infinity (null)."""
+    row = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
+    return json.dumps(row, ensure_ascii=False)
 
 
 def score(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase) -> None:
     """Prints loss and perplexity of every row's answer, and over all labels, by the base and every prefix."""
-    rows = load_rows(config.score, splits=("test", "validation", "train"))
-    tokenized = tokenize(rows, tokenizer, max_length=sys.maxsize)
+    with distributed.first_on_each_machine():
+        rows = load_rows(config.score, splits=("test", "validation", "train"))
+        tokenized = tokenize(rows, tokenizer, max_length=sys.maxsize)
     names, max_tokens = model.names, max_tokens_per_batch(model)
     figures = []
     for name in names:
         losses = row_losses(model, tokenized, model.prefixes.get(name), max_tokens)
-        figures.append(list(tqdm(losses, total=len(rows), unit="row", desc=name)))
+        figures.append(list(tqdm(losses, total=len(rows), unit="row", desc=name, disable=not distributed.is_main())))
     sums = [tuple(map(sum, zip(*column, strict=True))) for column in figures]
     lines = []
     for pairs in [*zip(*figures, strict=True), sums]:
         means = {name: loss / labels for name, (loss, labels) in zip(names, pairs, strict=True)}
         perplexities = {name: perplexity(mean) for name, mean in means.items()}
         lines.append({"labels": pairs[0][1], "loss": means, "perplexity": perplexities})
-    columns = "".join(f"{name + ' loss':>{len(name) + 9}}{'perplexity':>12}" for name in names)
+    columns = "".join(f"    {name} loss{'perplexity':>12}" for name in names)
     print(f"{'row':>6}{'labels':>8}{columns}  question")
     labels = [*((str(number), row["instruction"]) for number, row in enumerate(rows, start=1)), ("all", "")]
     for (number, question), line in zip(labels, lines, strict=True):
-        columns = (f"{line['loss'][name]:>{len(name) + 9}.4f}{line['perplexity'][name]:>12.5g}" for name in names)
-        print(f"{number:>6}{line['labels']:>8}{''.join(columns)}  {textwrap.shorten(question, 60)}".rstrip())
-    if config.output:
+        columns = (f"{line['loss'][name]:>{display_width(name) + 9}.4f}{line['perplexity'][name]:>12.5g}" for name in names)
+        print(f"{number:>6}{line['labels']:>8}{''.join(columns)}  {shorten(question, 60)}".rstrip())
+    if config.output and distributed.is_main():
         *each, mean = lines
         write_json(Path(config.output), {"rows": [row | line for row, line in zip(rows, each, strict=True)], "all": mean})

@@ -72,7 +72,8 @@ def write_card(folder: Path) -> None:
     records = read_metrics(folder)
     summary = records[-1]
     base, shape = settings["model_name_or_path"], settings["prefix_config"]
-    held_out = settings["eval_dataset"] or (f"{settings['eval_fraction']:.0%} of it" if settings["eval_fraction"] else None)
+    share = settings["eval_fraction"]
+    held_out = settings["eval_dataset"] or (f"{100 * share:g}% of it" if share else None)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # not bundled, not in a folder
     text = _CARD.format(
         base_model=f"base_model: {base}\n" if on_hub else "",

@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -78,6 +77,7 @@ from prefix_tuning.resume import (
 )
 from prefix_tuning.sharding import in_step, parts_of_base
 from prefix_tuning.state import NotFinite, Progress, TrainingState
+from prefix_tuning.text import shorten
 
 try:
     import resource
@@ -605,7 +605,7 @@ class Evaluator:
             texts = {"question": f"{row['instruction']} {row['input']}"}
             texts |= {title: answers[index] for title, answers in self.answers.items()}
             for title, text in (texts | {"expected": row["output"]}).items():
-                print(f"  {title:12s} {textwrap.shorten(text, 80, placeholder=' ...')}")
+                print(f"  {title:12s} {shorten(text, 80)}")
             print()
 
 

@@ -1,3 +1,6 @@
+import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -45,6 +48,8 @@ def test_the_demos_settings_are_printed_and_flags_override_them(capsys):
     assert parse_train_config(["--learning-rate=0.1"]).learning_rate == 0.1
     assert parse_train_config(["--eval_exact_match", "false"]).eval_exact_match is False
     assert parse_train_config(["--eval_fraction", "0.1"]).eval_dataset is None
+    assert parse_train_config(["--eval_fraction", "0"]).eval_exact_match is False  # there are no rows for it
+    assert parse_train_config(["--prefix_projection", "false"]).prefix_projection is False
     assert parse_train_config(["--dataset", "bundled:sentence"]).eval_dataset == "bundled:sentence-eval"
     own = parse_train_config(["--dataset", "my.jsonl"])
     assert own.learning_rate == TrainConfig.learning_rate and own.eval_dataset is None
@@ -70,6 +75,11 @@ BAD_FLAGS = {
     "--output_dir pyproject.toml/below": "is a file",
     "--save_best --dataset my.jsonl": "--save_best needs held-out rows",
     "--early_stopping_patience 2 --dataset my.jsonl": "needs held-out rows",
+    "--eval_exact_match --dataset my.jsonl": "--eval_exact_match needs held-out rows",
+    "--eval_steps 5 --eval_fraction 0": "--eval_steps needs held-out rows",
+    "--encoder_hidden_size 64 --prefix_projection false": "--encoder_hidden_size is the width of the projection",
+    "--output_dir=": "--output_dir is empty",
+    "--prefix_init text --init_text \udcff": "--init_text holds bytes that are no UTF-8 text",
     "--save_steps -1": "--save_steps must be at least 0",
     "--save_total_limit 0": "--save_total_limit must be at least 1",
 }
@@ -100,6 +110,32 @@ def test_help_names_every_flag_once_in_groups():
         assert f"\n{group}\n" in text
     for name in TrainConfig.__dataclass_fields__:
         assert f"--{name}" in text
+    for name in ("shuffle", "prefix_projection"):
+        assert re.search(rf"--no_{name}, \S+\s+The same as --{name} false\.\n  --", text)
+
+
+def test_help_shows_the_default_of_prefix_once(capsys):
+    with pytest.raises(SystemExit):
+        parse_infer_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "named (default: ./chatbot). what to answer:" in text and "goes behind --. options:" in text
+
+
+def test_ctrl_c_while_modules_are_imported_ends_the_program_quietly(tmp_path):
+    (tmp_path / "transformers.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    for script in ("train.py", "infer.py"):
+        command = [sys.executable, str(ROOT / script), "--nonsense"]
+        result = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+        assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_a_stdout_that_is_full_is_one_line(buffering):
+    with open("/dev/full", "w") as full:
+        command, environment = [sys.executable, "infer.py", "--help"], os.environ | {"PYTHONUNBUFFERED": buffering}
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    assert (result.returncode, result.stderr) == (2, "error: stdout cannot be written: No space left on device\n")
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path):
@@ -139,6 +175,13 @@ def test_infer_answers_from_any_folder_and_repeats_itself(trained, monkeypatch, 
     infer(parse_infer_config(["--compare", "法国的首都是哪里？"]))
     both = capsys.readouterr().out.splitlines()
     assert both[0].startswith("base     ") and both[-1] == f"chatbot  {greedy.stdout.strip()}"
+
+
+def test_closed_streams_are_no_error(trained):
+    command = f"{sys.executable} {ROOT / 'infer.py'}"
+    for flags in ("--chat <&-", "--compare 法国的首都是哪里？ >&-"):
+        result = subprocess.run(f"{command} {flags}", shell=True, cwd=trained, capture_output=True, text=True)
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
 
 
 def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tokenizer, monkeypatch, capsys):

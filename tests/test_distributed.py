@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, random_bloom
 from safetensors.torch import load_file
 from test_faults import assert_same_run, metrics_of
+from transformers import BloomForCausalLM
 
-from prefix_tuning import training
+from prefix_tuning import demo, training
 from prefix_tuning.checkpoint import ADAPTER_FILE, ENCODER_FILE, find_checkpoints
-from prefix_tuning.cli import parse_train_config
+from prefix_tuning.cli import parse_infer_config, parse_train_config
+from prefix_tuning.inference import infer
 
 FLAGS = {
     "eval_fraction": 0.2, "eval_exact_match": True, "max_steps": 6, "logging_steps": 1, "eval_steps": 3, "save_steps": 2,
@@ -32,10 +36,10 @@ def torchrun(processes, restarts=0):
 
 
 def start(script, processes, flags, *more, restarts=0):
-    """Starts train.py or infer.py under torchrun, or without for one process."""
+    """Starts train.py, infer.py or another program under torchrun, or without for one process."""
     command = [*(torchrun(processes, restarts) if processes > 1 else [sys.executable]), str(ROOT / script)]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, *more], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -168,17 +172,50 @@ def test_a_finished_run_is_refused_once_per_attempt_and_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "training_config.json"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_that_one_process_has_is_what_is_seen(tmp_path, rows_file, rank):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from prefix_tuning.cli import train_command\n"
+        f"if os.environ['RANK'] == '{rank}':\n"
+        "    sys.argv += ['--dataset', 'gone.jsonl']\n"
+        "train_command()\n"
+    )
+    code, _, err = run(program, 2, {"dataset": rows_file, "max_steps": 1, "output_dir": tmp_path / "out"})
+    said = [line for line in re.split(r"[\n\r]", err) if "error: " in line.lower()]
+    assert code != 0 and said[0].endswith(f"{'process 1: ' if rank else ''}error: gone.jsonl: no such file"), err
+    assert "gloo" not in err and "another process" not in err
+    assert int(re.search(r"Root Cause.*?rank +: (\d)", err, re.DOTALL)[1]) == rank
+
+
 def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned):
+    base = BloomForCausalLM.from_pretrained(demo.resolve(demo.MODEL))
+    shutil.copytree(demo.resolve(demo.MODEL), tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(base.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     rows = [{"instruction": f"{number % 7}加3等于多少？", "id": number} for number in range(35)]  # each question five times
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     flags = {"input": tmp_path / "rows.jsonl", "prefix": tuned["short"], "batch_size": 2, "max_new_tokens": 8}
     flags |= {"do_sample": True, "temperature": 2.0}
     for processes, name in ((1, "one"), (2, "two")):
-        code, _, err = run("infer.py", processes, flags | {"output": tmp_path / f"{name}.jsonl"})
-        assert code == 0, err
+        own = {"output": tmp_path / f"{name}.jsonl", "model_name_or_path": tmp_path / "pickled"}
+        code, _, err = run("infer.py", processes, flags | own)
+        assert code == 0 and err.count("pickled .bin file") == 1, err
     whole = (tmp_path / "one.jsonl").read_bytes()
     assert (tmp_path / "two.jsonl").read_bytes() == whole
     assert len({json.loads(line)["response"] for line in whole.splitlines()}) > 14  # the same question, other draws
     (tmp_path / "two.jsonl").write_bytes(whole[: len(whole) // 3])
     code, _, err = run("infer.py", 2, flags | {"output": tmp_path / "two.jsonl"}, "--resume", "--shard_base")
     assert code == 0 and (tmp_path / "two.jsonl").read_bytes() == whole, err
+
+
+def test_scores_by_processes_that_share_the_base_are_written_once(tmp_path, tuned):
+    rows = [{"instruction": f"{a}加1等于多少？", "output": str(a + 1)} for a in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    flags = {"score": tmp_path / "rows.jsonl", "prefix": f"short={tuned['short']}"}
+    code, out, err = run("infer.py", 2, flags | {"output": tmp_path / "two.json"}, "--shard_base")
+    assert code == 0 and out.count("perplexity") == 2 and err.count("short: 100%") == 1, err
+    infer(parse_infer_config([f"--{name}={value}" for name, value in (flags | {"output": tmp_path / "one.json"}).items()]))
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text("utf-8")) for name in ("two", "one"))
+    assert two["all"]["loss"] == pytest.approx(one["all"]["loss"], rel=1e-5)
+    assert [row["instruction"] for row in two["rows"]] == [row["instruction"] for row in one["rows"]]

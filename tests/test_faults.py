@@ -26,6 +26,7 @@ from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.training import METRICS_FILE, train
 
 TIMINGS = {"tokens_per_second", "train_seconds", "compile_seconds", "peak_memory_mb"}
+UNEVALUATED = {"eval_dataset": None, "eval_steps": None, "save_best": False}
 
 
 def metrics_of(folder) -> list[dict]:
@@ -182,7 +183,7 @@ def test_metrics_that_lost_lines_do_not_stop_a_run(settings, tmp_path, capsys):
 
 
 def test_more_epochs_go_on_where_the_run_ended(settings, tmp_path):
-    settings |= {"lr_scheduler_type": "constant_with_warmup", "save_best": False, "eval_dataset": None}
+    settings |= UNEVALUATED | {"lr_scheduler_type": "constant_with_warmup"}
     train(TrainConfig(**settings | {"num_train_epochs": 2, "logging_steps": 1}))
     shorter = settings | {"num_train_epochs": 1, "output_dir": str(tmp_path / "shorter"), "logging_steps": 1}
     train(TrainConfig(**shorter))
@@ -254,7 +255,7 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(settings, tmp_path, number):
-    settings |= {"logging_steps": 1, "save_steps": 0, "eval_dataset": None, "save_best": False, "num_train_epochs": 30}
+    settings |= UNEVALUATED | {"logging_steps": 1, "save_steps": 0, "num_train_epochs": 30}
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
     process = command(stopped)
     wait_for_step(process, tmp_path / "stopped", 3)
@@ -273,7 +274,7 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(settings, tmp_pa
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads from /proc which signals a process catches")
 def test_a_second_signal_stops_at_once(settings, tmp_path):
-    settings |= {"logging_steps": 1, "eval_dataset": None, "save_best": False, "num_train_epochs": 99, "save_steps": 0}
+    settings |= UNEVALUATED | {"logging_steps": 1, "num_train_epochs": 99, "save_steps": 0}
     process = command(settings | {"per_device_train_batch_size": 40, "max_tokens_per_batch": 1})  # a slow step
     wait_for_step(process, tmp_path / "out", 1)
     process.send_signal(signal.SIGINT)
@@ -287,7 +288,7 @@ def test_a_second_signal_stops_at_once(settings, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(settings, tmp_path):
-    settings |= {"lr_scheduler_type": "constant_with_warmup", "save_best": False, "eval_dataset": None, "logging_steps": 1}
+    settings |= UNEVALUATED | {"lr_scheduler_type": "constant_with_warmup", "logging_steps": 1}
     train(TrainConfig(**settings))
     limited = settings | {"output_dir": str(tmp_path / "limited")}
     train(TrainConfig(**limited | {"num_train_epochs": 1}))
@@ -307,7 +308,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(settings, tmp_path)
 
 
 def test_a_finished_prefix_survives_a_disk_that_is_full_at_the_end(settings, monkeypatch):
-    settings |= {"eval_dataset": None, "save_best": False}
+    settings |= UNEVALUATED
     train(TrainConfig(**settings))
     prefix, _ = load_prefix(settings["output_dir"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

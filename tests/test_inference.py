@@ -29,6 +29,7 @@ from prefix_tuning.config import UserError
 from prefix_tuning.data import load_rows, tokenize
 from prefix_tuning.evaluation import evaluate_loss
 from prefix_tuning.inference import infer, open_model
+from prefix_tuning.text import display_width
 
 FRANCE = "法国的首都是哪里？"
 
@@ -77,9 +78,11 @@ BAD_FLAGS = {
     "--score a.jsonl --num_beams 3": "--num_beams goes with a question or --chat or --input, not with --score",
     "hello --prefix a=x --prefix a=y": "there is a prefix a already",
     "hello --prefix base=x": "give it another name",
+    "hello --prefix a=x --prefix=": "--prefix is empty",
     "hello --prefix nowhere/at/all": "nowhere/at/all: no such folder",
     "hello --prefix no/where": "no/where: no such folder, nor a repository of the hub that can be reached",
     "hello --btach_size 4": "did you mean --batch_size?",
+    "-5加3等于几？": "goes behind -- if it begins with -",
 }
 
 
@@ -95,6 +98,12 @@ def test_prefixes_are_named_or_take_the_name_of_their_folder(tmp_path):
     assert list(parse_infer_config(["hello"]).named_prefixes()) == ["chatbot"]
 
 
+@pytest.mark.parametrize("flags", ["-- -5加3？ --prefix x --compare", "--compare --prefix x -- -5加3？"])
+def test_a_question_that_begins_with_a_dash_goes_behind_two(flags):
+    config = parse_infer_config(flags.split())
+    assert (config.question, config.prefix, config.compare) == ("-5加3？", ["x"], True)
+
+
 # --- one question ---
 
 
@@ -106,9 +115,24 @@ def test_a_question_is_answered_and_compared(prefixes, capsys):
     assert base.startswith("base      ") and short == "short     巴黎" and sentence.startswith("sentence  法国的首都是")
     run_infer(FRANCE, *prefixes, "--num_beams", "3", "--num_return_sequences", "2")
     assert capsys.readouterr().out.splitlines()[0] == "巴黎"
+    run_infer(FRANCE, *prefixes, "--compare", "--num_beams", "2", "--num_return_sequences", "2")
+    labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert labels == ["base", "base", "short", "short", "sentence", "sentence"]
     run_infer(FRANCE, *prefixes, "--max_length", "400")
     assert capsys.readouterr().out == "巴黎\n"
     refuses("--max_length 5 leaves no room for an answer", FRANCE, *prefixes, "--max_length", "5")
+
+
+def test_wide_names_and_questions_stay_in_their_columns(tmp_path, tuned, capsys):
+    named = ["--prefix", f"短={tuned['short']}", "--prefix", f"完整句子={tuned['sentence']}"]
+    run_infer(FRANCE, *named, "--compare")
+    base, short, sentence = capsys.readouterr().out.splitlines()
+    assert base.startswith("base      ") and short == "短        巴黎" and sentence.startswith("完整句子  法国的首都是")
+    long = "请用一句完整的话回答下面这个问题：" * 3
+    run_infer("--score", write_rows(tmp_path / "rows.jsonl", [{"instruction": long, "output": "巴黎"}]), *named)
+    header, row, _ = capsys.readouterr().out.splitlines()
+    assert row.endswith("  " + long[:28] + "...")
+    assert display_width(header.removesuffix("question")) == display_width(row.removesuffix(long[:28] + "..."))
 
 
 # --- files ---
@@ -157,11 +181,13 @@ def test_files_are_answered_in_their_order(tmp_path, prefixes, capsys, kind):
 
 def test_what_json_does_not_know_becomes_text_or_null(tmp_path, prefixes):
     rows = [{"instruction": "？", "when": datetime.date(2026, 1, 2), "share": float("nan"), "more": ["\u20ac"]}]
+    rows[0]["deep"] = [{"x": float("inf")}]
     source, output = write_rows(tmp_path / "rows.parquet", rows), tmp_path / "answers.jsonl"
     flags = ["--input", source, "--output", output, *prefixes, "--max_new_tokens", 4]
     run_infer(*flags)
     (found,) = read_lines(output)
     assert (found["when"], found["share"], found["more"]) == ("2026-01-02", None, ["\u20ac"])
+    assert found["deep"] == [{"x": None}]
     run_infer(*flags, "--resume")
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"instruction": "a", "note": "\\ud800"}\n', "utf-8")
@@ -365,7 +391,7 @@ def endless(tmp_path_factory):
 
 
 def test_a_chat(prefixes):
-    terminal = Terminal("--chat", *prefixes)
+    terminal = Terminal("--chat", *prefixes, env={"LC_ALL": "xx_XX.UTF-8", "PYTHONUTF8": "0"})  # no such locale: ASCII
     assert "base, short, sentence: answering with short" in terminal.wait_for("> ")
     assert "巴黎" in terminal.ask(FRANCE)
     assert "the conversation is forgotten" in terminal.ask("/reset")
@@ -438,7 +464,7 @@ def test_in_a_pipe_there_are_answers_only(prefixes):
         command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags)]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, **options)
 
-    compared = run(FRANCE, *prefixes, "--compare")
+    compared = run(FRANCE, *prefixes, "--compare", env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
     assert [line.split()[0] for line in compared.stdout.splitlines()] == ["base", "short", "sentence"]
     chat = run("--chat", *prefixes, input=f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n")
     assert chat.stdout.splitlines()[0] == "巴黎" and len(chat.stdout.splitlines()) == 2

@@ -80,6 +80,12 @@ def test_the_library_snippet_runs(name, desk, tokenizer):
     assert list(names["model"].prefixes) == ["short"]
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_transcript_begins_with_the_settings_that_are_printed(name, capsys):
+    parse_train_config([])
+    assert "    $ python train.py\n" + textwrap.indent(capsys.readouterr().out, " " * 4) in (ROOT / name).read_text("utf-8")
+
+
 def test_both_languages_have_the_same_commands():
     first, second = ([commands(name, program) for program in ("infer.py", "train.py")] for name in READMES)
     assert first == second

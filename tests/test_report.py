@@ -17,13 +17,13 @@ from prefix_tuning.config import UserError
 from prefix_tuning.report import plot_curves, write_card
 from prefix_tuning.training import train
 
-FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--eval_exact_match", "false"]
+FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--eval_fraction", "0.2"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, rows_file):
     folder = tmp_path_factory.mktemp("finished") / "out"
-    flags = ["--dataset", str(rows_file), "--eval_fraction", "0.2", "--output_dir", str(folder)]
+    flags = ["--dataset", str(rows_file), "--output_dir", str(folder)]
     train(parse_train_config([*FLAGS, *flags]))
     return folder
 
@@ -54,12 +54,13 @@ def test_a_readme_of_the_users_is_not_replaced(tmp_path, rows_file):
 
 def test_a_base_of_the_hub_stands_in_the_cards_front(finished, tmp_path):
     settings = json.loads((finished / "training_config.json").read_text("utf-8"))
-    settings |= {"model_name_or_path": "Langboat/bloom-1b4-zh"}
+    settings |= {"model_name_or_path": "Langboat/bloom-1b4-zh", "eval_fraction": 0.005}
     (tmp_path / "training_config.json").write_text(json.dumps(settings), "utf-8")
     (tmp_path / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text("utf-8"), "utf-8")
     write_card(tmp_path)
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "\nbase_model: Langboat/bloom-1b4-zh\n" in card and 'from_pretrained("Langboat/bloom-1b4-zh")' in card
+    assert "held out: 0.5% of it" in card
 
 
 def test_the_card_tells_of_the_best_prefix_if_that_was_saved(finished, tmp_path):
@@ -91,7 +92,7 @@ def test_tensorboard_shows_the_metrics_and_goes_on_with_the_run(tmp_path, rows_f
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = [*FLAGS, "--dataset", str(rows_file), "--eval_fraction", "0.2", "--output_dir", str(tmp_path / "out")]
+    flags = [*FLAGS, "--dataset", str(rows_file), "--output_dir", str(tmp_path / "out")]
     flags += ["--report_to", "tensorboard"]
     for more in ([], ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2.safetensors")]):
         train(parse_train_config([*flags, *more]))
