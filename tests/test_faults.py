@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_bloom
+from conftest import ROOT, random_bloom, start_process
 from safetensors.torch import load_file
 
+from prefix_tuning import demo
 from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, find_checkpoints, load_prefix
 from prefix_tuning.config import TrainConfig, UserError
 from prefix_tuning.training import METRICS_FILE, train
@@ -244,13 +245,18 @@ def test_an_unfinished_run_is_not_forgotten_by_accident(settings):
     assert not find_checkpoints(folder)
 
 
-def test_the_best_prefix_is_kept_and_a_run_that_gets_no_better_stops(settings):
-    settings |= {"learning_rate": 20.0, "num_train_epochs": 6, "eval_steps": 2, "early_stopping_patience": 3}
+def test_the_best_prefix_is_kept_and_a_run_that_gets_no_better_stops(settings, tmp_path):
+    # Trained on the held-out answer first and on another one then: its loss falls, and then rises.
+    rows = [{"instruction": "？", "output": answer} for answer in ["是"] * 24 + ["否"] * 72]
+    for name, part in (("train", rows), ("eval", rows[:6])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
+    settings |= {"dataset": str(tmp_path / "train.jsonl"), "eval_dataset": str(tmp_path / "eval.jsonl"), "shuffle": False}
+    settings |= {"model_name_or_path": demo.MODEL, "num_train_epochs": 1, "eval_steps": 2, "early_stopping_patience": 3}
     summary = train(TrainConfig(**settings))
     losses = {line["step"]: line["eval_loss"] for line in metrics_of(settings["output_dir"]) if "eval_loss" in line}
     del losses[0]  # the frozen base
     best = min(losses, key=losses.get)
-    assert summary["steps"] == max(losses) == best + 2 * 3 < 42
+    assert summary["steps"] == max(losses) == best + 2 * 3 < 16
     path = next(p for p in find_checkpoints(Path(settings["output_dir"])) if p.stem.endswith(f"-{summary['steps']}"))
     saved, kept = load_file(Path(settings["output_dir"]) / ENCODER_FILE), load_file(path)
     assert all(torch.equal(saved[name], kept[f"best.{name}"]) for name in saved)
@@ -263,7 +269,7 @@ def test_the_best_prefix_is_kept_and_a_run_that_gets_no_better_stops(settings):
 def command(settings: dict, **options) -> subprocess.Popen:
     flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
     arguments = [sys.executable, str(ROOT / "train.py"), *flags]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, at_end, start_process
 
 from prefix_tuning import demo
 from prefix_tuning.bloom import load_base
@@ -204,7 +204,7 @@ def test_a_killed_process_goes_on(tmp_path, prefixes):
     source, output = write_rows(tmp_path / "rows.jsonl", questions(600)), tmp_path / "answers.jsonl"
     flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 1, "--max_new_tokens", 16]
     command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = start_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 20):
         select.select([process.stderr], [], [], 1)
         os.read(process.stderr.fileno(), 65536)
@@ -316,9 +316,10 @@ class Terminal:
             os.environ.update(env or {})
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, "infer.py", *map(str, flags)])
-        self.seen = ""
+        self.seen, self.exit_code = "", None
+        at_end.callback(self.kill)
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=600):
         """Reads until `text` comes, and returns what came up to its end."""
         deadline, raw = time.monotonic() + seconds, self.seen.encode()
         while text.encode() not in raw:
@@ -340,7 +341,15 @@ class Terminal:
         return self.wait_for("\n> ")
 
     def ends_with(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.exit_code
+
+    def kill(self):
+        """Ends the program, which would go on answering after a test that failed."""
+        if self.exit_code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.ends_with()
+        os.close(self.handle)
 
 
 @pytest.fixture(scope="module")
