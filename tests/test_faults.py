@@ -18,12 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_bloom, start_process
+from conftest import ROOT, prefix_config, random_bloom, start_process
 from safetensors.torch import load_file
 
 from prefix_tuning import demo
 from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, find_checkpoints, load_prefix
 from prefix_tuning.config import TrainConfig, UserError
+from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.state import TrainingState
 from prefix_tuning.training import METRICS_FILE, train
 
 TIMINGS = {"tokens_per_second", "train_seconds", "compile_seconds", "peak_memory_mb"}
@@ -142,6 +144,21 @@ def test_going_on_from_any_step_gives_the_same_bits(settings, tmp_path, changes)
         again = tmp_path / checkpoint.stem
         train(TrainConfig(**settings | {"output_dir": str(again), "resume_from_checkpoint": str(checkpoint)}))
         assert_same_run(again, settings["output_dir"])
+
+
+def test_the_loss_scale_goes_on(settings):
+    """fp16 alone has one, and only CUDA has fp16; what keeps it is the same everywhere."""
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        encoder = PrefixEncoder(prefix_config(random_bloom(), projection=False))
+        states.append(TrainingState(TrainConfig(**settings), encoder, 10, torch.float16))
+    old, new = states
+    old.scaler.scale(old.encoder().sum()).backward()
+    old.scaler.step(old.optimizer)
+    old.scaler.update(2.0**7)
+    new.restore(old.tensors(), json.loads(json.dumps(old.numbers())))
+    assert new.scaler.is_enabled() and new.scaler.get_scale() == 2.0**7
 
 
 def test_latest_without_a_checkpoint_starts_from_the_beginning(settings, tmp_path, capsys):
