@@ -62,6 +62,7 @@ BAD_FLAGS = {
     "--input a.jsonl --output b.jsonl --max_length 9": "--max_length goes with a question or --chat",
     "hello --max_length 9 --max_new_tokens 9": "exclude each other",
     "hello --temperature 0.5": "--temperature is used with --do_sample only",
+    "hello --temperature 0": "--temperature must be at least 0.00001",
     "hello --do_sample --temperature 0": "--temperature must be at least 0.00001",
     "hello --do_sample --top_p 0": "--top_p must be above 0",
     "hello --do_sample --top_k -1": "--top_k must be at least 0",
@@ -431,16 +432,15 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
     assert len(chat.turns) == 4 and "too long" in capsys.readouterr().err
 
 
-def test_in_a_pipe_there_are_answers_only(prefixes):
-    def run(*flags, **options):
-        command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, **options)
-
-    compared = run(FRANCE, *prefixes, "--compare")
-    assert [line.split()[0] for line in compared.stdout.splitlines()] == ["base", "short", "sentence"]
-    chat = run("--chat", *prefixes, input=f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n")
-    assert chat.stdout.splitlines()[0] == "巴黎" and len(chat.stdout.splitlines()) == 2
+def test_in_a_pipe_there_are_answers_only(tmp_path, tuned, prefixes):
+    command = [sys.executable, str(ROOT / "infer.py"), "--chat", *map(str, prefixes)]
+    asked = f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n/compare\n{FRANCE}\n"
+    chat = subprocess.run(command, input=asked, capture_output=True, text=True, check=True, cwd=ROOT)
+    short, base, *compared = chat.stdout.splitlines()
+    assert short == "巴黎" and base and [line.split()[0] for line in compared] == ["base", "short", "sentence"]
     assert "answering with base" in chat.stderr
-    head = f"{sys.executable} infer.py --score bundled:short-eval {' '.join(prefixes)} | head -1"
+    # A table of more than the 64 KiB that a pipe holds: 300 rows under the widest name.
+    source, wide = write_rows(tmp_path / "rows.jsonl", questions(300)), f"{'x' * 200}={tuned['short']}"
+    head = f"{sys.executable} infer.py --score {source} --prefix {wide} | head -1"
     table = subprocess.run(["bash", "-c", f"set -o pipefail; {head}"], capture_output=True, text=True, cwd=ROOT)
     assert table.stdout.startswith("   row") and "Traceback" not in table.stderr and table.returncode == 141
