@@ -1,6 +1,8 @@
 """Shared pieces: small random Blooms, a tokenizer, ragged rows. No network, seeds fixed."""
 
+import contextlib
 import os
+import subprocess
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +28,22 @@ def _private_cache(tmp_path_factory, monkeypatch):
     """datasets caches under a folder of this test session, not in the user's home."""
     folder = tmp_path_factory.getbasetemp() / "datasets-cache"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
+
+
+at_end = contextlib.ExitStack()  # what ends the processes of a test
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test():
+    with at_end:
+        yield
+
+
+def start_process(command, **options) -> subprocess.Popen:
+    """A process that ends with the test at the latest: by SIGTERM, which torchrun passes on to its workers."""
+    process = at_end.enter_context(subprocess.Popen(command, **options))
+    at_end.callback(process.terminate)
+    return process
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,26 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with replacing(path) as draft:
         draft.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Else a power cut could leave an empty file under the name of a good one."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(handle):
+        calls.append(("fsync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def noted_replace(source, target):
+        calls.append(("replace", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    with replacing(tmp_path / "file") as draft:
+        save_file({"a": torch.ones(3)}, draft)
+    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert calls == [("fsync", file), ("replace", file), ("fsync", folder)]
 
 
 def test_names_in_files_hold_on_any_machine(tmp_path, monkeypatch):
@@ -179,6 +200,19 @@ def test_a_fingerprint_knows_weights_and_tokenizer_but_not_the_compute_type(toke
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<pad>"
     assert fingerprint(model, other) == base | {"special_tokens": base["special_tokens"] | {"eos": 3}} != base
+
+
+def test_a_fingerprint_knows_every_column():
+    model = random_bloom(hidden_size=64, n_head=8, n_layer=1)
+    attention, mlp = model.transformer.h[0].self_attention, model.transformer.h[0].mlp
+    base = fingerprint(model, None)["weights"]
+    for layer in (attention.query_key_value, attention.dense, mlp.dense_h_to_4h, model.transformer.word_embeddings):
+        for column in layer.weight.T:
+            kept = column.clone()
+            column += 1
+            assert fingerprint(model, None)["weights"] != base
+            column.copy_(kept)
+    assert fingerprint(model, None)["weights"] == base
 
 
 def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):

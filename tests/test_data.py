@@ -57,6 +57,12 @@ def test_ids_and_labels_equal_the_notebooks(rows_file, tokenizer):
     assert 0 < dropped < len(rows)
 
 
+def test_a_row_is_kept_if_there_is_room_for_one_label(rows_file, tokenizer):
+    row = load_rows(str(rows_file), TRAIN).select([0])
+    prompt = tokenizer(prompt_of(row[0]["instruction"], row[0]["input"])).input_ids
+    assert [len(tokenize(row, tokenizer, len(prompt) + room)) for room in (-1, 0, 1)] == [0, 0, 1]
+
+
 def test_every_kind_of_source_gives_the_same_rows(tmp_path):
     import pandas
 

@@ -9,12 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_bloom
+from conftest import ROOT, random_bloom, start_process
 from safetensors.torch import load_file
 from test_faults import assert_same_run, metrics_of
 from transformers import BloomForCausalLM
@@ -40,7 +39,7 @@ def start(script, processes, flags, *more, restarts=0):
     command = [*(torchrun(processes, restarts) if processes > 1 else [sys.executable]), str(ROOT / script)]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
+    return start_process(
         [*command, *more], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
@@ -128,11 +127,10 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
     train(2, whole)
     killed = flags | {"output_dir": tmp_path / "killed"}
     process = start("train.py", 2, killed, restarts=1)  # no attempt is wasted
-    deadline = time.monotonic() + 120
-    while not find_checkpoints(tmp_path / "killed") and time.monotonic() < deadline and process.poll() is None:
+    while not find_checkpoints(tmp_path / "killed") and process.poll() is None:
         select.select([], [], [], 0.02)
     os.kill(worker(process, 1), signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "resuming after step" in out
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
@@ -158,7 +156,7 @@ def test_signals_stop_all_processes_after_the_same_step(alone, tmp_path):
     while not find_checkpoints(tmp_path / "out") and process.poll() is None:
         select.select([], [], [], 0.02)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     stopped = re.search(r"SIGTERM: stopped after step (\d+); .*checkpoint-(\d+)\.safetensors is intact", err)
     assert stopped and stopped[1] == stopped[2] and err.count("stopped after step") == 1

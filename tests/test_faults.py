@@ -18,11 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_bloom
+from conftest import ROOT, prefix_config, random_bloom, start_process
 from safetensors.torch import load_file
 
+from prefix_tuning import demo
 from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, find_checkpoints, load_prefix
 from prefix_tuning.config import TrainConfig, UserError
+from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.state import TrainingState
 from prefix_tuning.training import METRICS_FILE, train
 
 TIMINGS = {"tokens_per_second", "train_seconds", "compile_seconds", "peak_memory_mb"}
@@ -74,6 +77,7 @@ def kill_until_done(settings: dict, chance: random.Random, lifetime: float) -> i
         process.kill()
         process.join()
         kills += 1
+        lifetime *= 1.1  # the machine may be busier than when it was measured: in the end there is time for a step
 
 
 def seconds_of_a_run(settings: dict) -> float:
@@ -120,6 +124,21 @@ def test_going_on_from_any_step_gives_the_same_bits(settings, tmp_path, changes)
         again = tmp_path / checkpoint.stem
         train(TrainConfig(**settings | {"output_dir": str(again), "resume_from_checkpoint": str(checkpoint)}))
         assert_same_run(again, settings["output_dir"])
+
+
+def test_the_loss_scale_goes_on(settings):
+    """fp16 alone has one, and only CUDA has fp16; what keeps it is the same everywhere."""
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        encoder = PrefixEncoder(prefix_config(random_bloom(), projection=False))
+        states.append(TrainingState(TrainConfig(**settings), encoder, 10, torch.float16))
+    old, new = states
+    old.scaler.scale(old.encoder().sum()).backward()
+    old.scaler.step(old.optimizer)
+    old.scaler.update(2.0**7)
+    new.restore(old.tensors(), json.loads(json.dumps(old.numbers())))
+    assert new.scaler.is_enabled() and new.scaler.get_scale() == 2.0**7
 
 
 def test_latest_without_a_checkpoint_starts_from_the_beginning(settings, tmp_path, capsys):
@@ -223,13 +242,18 @@ def test_an_unfinished_run_is_not_forgotten_by_accident(settings):
     assert not find_checkpoints(folder)
 
 
-def test_the_best_prefix_is_kept_and_a_run_that_gets_no_better_stops(settings):
-    settings |= {"learning_rate": 20.0, "num_train_epochs": 6, "eval_steps": 2, "early_stopping_patience": 3}
+def test_the_best_prefix_is_kept_and_a_run_that_gets_no_better_stops(settings, tmp_path):
+    # Trained on the held-out answer first and on another one then: its loss falls, and then rises.
+    rows = [{"instruction": "？", "output": answer} for answer in ["是"] * 24 + ["否"] * 72]
+    for name, part in (("train", rows), ("eval", rows[:6])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
+    settings |= {"dataset": str(tmp_path / "train.jsonl"), "eval_dataset": str(tmp_path / "eval.jsonl"), "shuffle": False}
+    settings |= {"model_name_or_path": demo.MODEL, "num_train_epochs": 1, "eval_steps": 2, "early_stopping_patience": 3}
     summary = train(TrainConfig(**settings))
     losses = {line["step"]: line["eval_loss"] for line in metrics_of(settings["output_dir"]) if "eval_loss" in line}
     del losses[0]  # the frozen base
     best = min(losses, key=losses.get)
-    assert summary["steps"] == max(losses) == best + 2 * 3 < 42
+    assert summary["steps"] == max(losses) == best + 2 * 3 < 16
     path = next(p for p in find_checkpoints(Path(settings["output_dir"])) if p.stem.endswith(f"-{summary['steps']}"))
     saved, kept = load_file(Path(settings["output_dir"]) / ENCODER_FILE), load_file(path)
     assert all(torch.equal(saved[name], kept[f"best.{name}"]) for name in saved)
@@ -242,7 +266,7 @@ def test_the_best_prefix_is_kept_and_a_run_that_gets_no_better_stops(settings):
 def command(settings: dict, **options) -> subprocess.Popen:
     flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
     arguments = [sys.executable, str(ROOT / "train.py"), *flags]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:

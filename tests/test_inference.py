@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, at_end, start_process
 
 from prefix_tuning import demo
 from prefix_tuning.bloom import load_base
@@ -63,6 +63,7 @@ BAD_FLAGS = {
     "--input a.jsonl --output b.jsonl --max_length 9": "--max_length goes with a question or --chat",
     "hello --max_length 9 --max_new_tokens 9": "exclude each other",
     "hello --temperature 0.5": "--temperature is used with --do_sample only",
+    "hello --temperature 0": "--temperature must be at least 0.00001",
     "hello --do_sample --temperature 0": "--temperature must be at least 0.00001",
     "hello --do_sample --top_p 0": "--top_p must be above 0",
     "hello --do_sample --top_k -1": "--top_k must be at least 0",
@@ -241,7 +242,7 @@ def test_a_killed_process_goes_on(tmp_path, prefixes):
     source, output = write_rows(tmp_path / "rows.jsonl", questions(600)), tmp_path / "answers.jsonl"
     flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 1, "--max_new_tokens", 16]
     command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = start_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 20):
         select.select([process.stderr], [], [], 1)
         os.read(process.stderr.fileno(), 65536)
@@ -353,9 +354,10 @@ class Terminal:
             os.environ.update(env or {})
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, "infer.py", *map(str, flags)])
-        self.seen = ""
+        self.seen, self.exit_code = "", None
+        at_end.callback(self.kill)
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=600):
         """Reads until `text` comes, and returns what came up to its end."""
         deadline, raw = time.monotonic() + seconds, self.seen.encode()
         while text.encode() not in raw:
@@ -377,7 +379,15 @@ class Terminal:
         return self.wait_for("\n> ")
 
     def ends_with(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.exit_code
+
+    def kill(self):
+        """Ends the program, which would go on answering after a test that failed."""
+        if self.exit_code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.ends_with()
+        os.close(self.handle)
 
 
 @pytest.fixture(scope="module")
@@ -459,16 +469,26 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
     assert len(chat.turns) == 4 and "too long" in capsys.readouterr().err
 
 
-def test_in_a_pipe_there_are_answers_only(prefixes):
+def test_in_a_pipe_there_are_answers_only(tmp_path, tuned, prefixes):
     def run(*flags, **options):
         command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags)]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, **options)
 
-    compared = run(FRANCE, *prefixes, "--compare", env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
-    assert [line.split()[0] for line in compared.stdout.splitlines()] == ["base", "short", "sentence"]
-    chat = run("--chat", *prefixes, input=f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n")
-    assert chat.stdout.splitlines()[0] == "巴黎" and len(chat.stdout.splitlines()) == 2
+    without_locale = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    assert run(FRANCE, *prefixes, env=without_locale).stdout == "巴黎
+"
+    chat = run("--chat", *prefixes, input=f"{FRANCE}
+/prefix base
+/reset
+{FRANCE}
+/compare
+{FRANCE}
+")
+    short, base, *compared = chat.stdout.splitlines()
+    assert short == "巴黎" and base and [line.split()[0] for line in compared] == ["base", "short", "sentence"]
     assert "answering with base" in chat.stderr
-    head = f"{sys.executable} infer.py --score bundled:short-eval {' '.join(prefixes)} | head -1"
+    # A table of more than the 64 KiB that a pipe holds: 300 rows under the widest name.
+    source, wide = write_rows(tmp_path / "rows.jsonl", questions(300)), f"{'x' * 200}={tuned['short']}"
+    head = f"{sys.executable} infer.py --score {source} --prefix {wide} | head -1"
     table = subprocess.run(["bash", "-c", f"set -o pipefail; {head}"], capture_output=True, text=True, cwd=ROOT)
     assert table.stdout.startswith("   row") and "Traceback" not in table.stderr and table.returncode == 141

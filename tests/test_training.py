@@ -260,6 +260,17 @@ def test_metrics_and_files(settings, rows_file, tmp_path, random_base):
     assert described["learning_rate"] == 1e-2 and described["dataset"] == f"local:{rows_file.name}"
 
 
+def test_a_line_of_metrics_is_the_mean_of_its_steps(settings, tmp_path):
+    """Also of the last ones, which are fewer."""
+    losses = {}
+    for steps in (1, 4):
+        run = settings | {"max_steps": 10, "logging_steps": steps, "output_dir": str(tmp_path / str(steps))}
+        train(TrainConfig(**run))
+        losses[steps] = [line["loss"] for line in metrics_of(run["output_dir"]) if "loss" in line]
+    parts = losses[1][:4], losses[1][4:8], losses[1][8:]
+    assert losses[4] == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-6)
+
+
 def test_evaluation_agrees_with_the_plain_forward(settings, tokenizer):
     train(TrainConfig(**settings | {"eval_dataset": settings["dataset"]}))
     first, *_, last = [line for line in metrics_of(settings["output_dir"]) if "eval_loss" in line]
@@ -314,7 +325,8 @@ def test_a_finished_run_is_not_overwritten_silently(settings):
 @pytest.mark.parametrize("max_steps, logging_steps", [(1, 1), (3, 1), (9, 4)])
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_prefix(settings, tokenizer, max_steps, logging_steps):
     """Also where the update of the very last step is the bad one, and where several steps pass before anyone looks."""
-    changed = {"learning_rate": 1e30, "max_steps": max_steps, "logging_steps": logging_steps}
+    # Beyond what float32 can hold: the first update makes every weight infinite or NaN, however the sums are rounded.
+    changed = {"learning_rate": 1e39, "max_steps": max_steps, "logging_steps": logging_steps}
     config = TrainConfig(**settings | changed)
     with pytest.raises(UserError, match="no longer finite at step 2; the last good prefix is saved"):
         train(config)
@@ -350,13 +362,36 @@ def test_how_rows_share_forward_passes_does_not_change_the_losses(settings, tmp_
 
 
 def test_every_row_comes_once_an_epoch_and_the_last_step_takes_the_rest(settings):
-    for shuffle in (True, False):
+    for shuffle, rest in itertools.product((True, False), (4, 1)):
         config = TrainConfig(**settings | {"shuffle": shuffle})
-        steps = list(step_rows(config, rows=40, rows_per_step=6, total_steps=14))
-        assert [len(step) for step in steps] == [6, 6, 6, 6, 6, 6, 4] * 2
+        steps = list(step_rows(config, rows=36 + rest, rows_per_step=6, total_steps=14))
+        assert [len(step) for step in steps] == [6, 6, 6, 6, 6, 6, rest] * 2
         epochs = [list(itertools.chain(*steps[:7])), list(itertools.chain(*steps[7:]))]
-        assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
+        assert all(sorted(epoch) == list(range(36 + rest)) for epoch in epochs)
         assert (epochs[0] != epochs[1]) == shuffle
+
+
+def test_an_epoch_ends_with_its_last_row(settings, tmp_path, tokenizer):
+    """Seven rows in steps of six: the second step of each epoch has one."""
+    rows = Path(settings["dataset"]).read_text("utf-8").splitlines(True)[:7]
+    (tmp_path / "seven.jsonl").write_text("".join(rows), "utf-8")
+    seven = str(tmp_path / "seven.jsonl")
+    summary = train(TrainConfig(**settings | {"dataset": seven, "eval_dataset": seven, "max_steps": 4}))
+    lines = metrics_of(settings["output_dir"])
+    assert [line["epoch"] for line in lines if "loss" in line] == [0.5, 1, 1.5, 2]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
+    tokenized = tokenize(load_rows(seven, ("train",)), tokenizer, 256)
+    assert summary["tokens"] == 2 * sum(map(len, tokenized["input_ids"]))
+
+
+def test_max_grad_norm_0_does_not_clip(settings, tmp_path):
+    settings |= {"model_name_or_path": demo.MODEL}  # its gradients are longer than 1
+    weights = {}
+    for norm in (0, 1e9, 1.0):
+        train(TrainConfig(**settings | {"max_grad_norm": norm, "output_dir": str(tmp_path / str(norm))}))
+        weights[norm] = load_file(tmp_path / str(norm) / ENCODER_FILE)
+    assert all(torch.equal(weights[0][name], weights[1e9][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[1.0][name]) for name in weights[0])  # it would have clipped
 
 
 def test_eval_fraction_holds_rows_out(settings):
