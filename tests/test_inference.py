@@ -475,15 +475,8 @@ def test_in_a_pipe_there_are_answers_only(tmp_path, tuned, prefixes):
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, **options)
 
     without_locale = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
-    assert run(FRANCE, *prefixes, env=without_locale).stdout == "巴黎
-"
-    chat = run("--chat", *prefixes, input=f"{FRANCE}
-/prefix base
-/reset
-{FRANCE}
-/compare
-{FRANCE}
-")
+    assert run(FRANCE, *prefixes, env=without_locale).stdout == "巴黎\n"
+    chat = run("--chat", *prefixes, input=f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n/compare\n{FRANCE}\n")
     short, base, *compared = chat.stdout.splitlines()
     assert short == "巴黎" and base and [line.split()[0] for line in compared] == ["base", "short", "sentence"]
     assert "answering with base" in chat.stderr
