@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -123,13 +123,6 @@ def sum_of(numbers: list[float]) -> list[float]:
 def most_of(number: int) -> int:
     """The largest of what the processes have."""
     return int(all_sum(torch.tensor(number), dist.ReduceOp.MAX))
-
-
-def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
-    """Makes all processes start from the same bits."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
 
 
 def from_main(value):

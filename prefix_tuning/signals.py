@@ -35,6 +35,7 @@ def listening(announcement: str) -> Iterator[None]:
         return
 
     second = signal.SIG_IGN if distributed.job() else signal.SIG_DFL
+    hint = "" if distributed.job() else " (once more: it stops at once)"
 
     def note(number: int, frame) -> None:
         global _heard
@@ -42,7 +43,7 @@ def listening(announcement: str) -> Iterator[None]:
         for each in _SIGNALS:
             signal.signal(each, second)
         if distributed.is_main():
-            text = f"\n{signal.Signals(number).name}: {announcement}\n"
+            text = f"\n{signal.Signals(number).name}: {announcement}{hint}\n"
             os.write(2, text.encode())  # print could have been interrupted halfway, and cannot be entered twice
 
     before = {number: signal.signal(number, note) for number in _SIGNALS}

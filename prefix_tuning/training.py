@@ -147,7 +147,7 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
         with open(output_dir / METRICS_FILE if distributed.is_main() else os.devnull, "a", encoding="utf-8") as file:
             metrics = MetricsFile(file, board)
             try:
-                with signals.listening("heard; a checkpoint is written, then the run stops (a second one stops it at once)"):
+                with signals.listening("a checkpoint is written, then the run stops"):
                     fit(config, model, state, train_set, total_steps, evaluator, metrics, checkpoints)
                     summary = finish(config, state, base, evaluator, metrics, checkpoints)
             except NotFinite as error:

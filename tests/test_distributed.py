@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, random_bloom, start_process
 from safetensors.torch import load_file
-from test_faults import assert_same_run, metrics_of
+from test_faults import assert_same_run, metrics_of, wait_for_step
 from transformers import BloomForCausalLM
 
 from prefix_tuning import demo, training
@@ -150,16 +150,21 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path, 
     assert went_on[10:] == pytest.approx(whole[20:], rel=1e-6)
 
 
-def test_signals_stop_all_processes_after_the_same_step(alone, tmp_path):
-    flags = alone[0] | {"gradient_accumulation_steps": 1, "max_steps": 100_000, "save_steps": 10, "eval_steps": 10**6}
-    process = start("train.py", 2, flags | {"output_dir": tmp_path / "out"})
-    while not find_checkpoints(tmp_path / "out") and process.poll() is None:
-        select.select([], [], [], 0.02)
+def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_path):
+    """The evaluation after step 2, of 600 rows; to the end it would take longer than torchrun waits, with more rows."""
+    rows = Path(demo.resolve("bundled:short-eval")).read_text("utf-8").splitlines(True)[:600]
+    (tmp_path / "eval.jsonl").write_text("".join(rows), "utf-8")
+    flags = {name: value for name, value in alone[0].items() if name != "eval_fraction"}
+    flags |= {"gradient_accumulation_steps": 1, "max_steps": 100_000, "save_steps": 0, "eval_steps": 2}
+    process = start("train.py", 2, flags | {"eval_dataset": tmp_path / "eval.jsonl", "output_dir": tmp_path / "out"})
+    wait_for_step(process, tmp_path / "out", 2)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     _, err = process.communicate(timeout=600)
     assert process.returncode != 0
-    stopped = re.search(r"SIGTERM: stopped after step (\d+); .*checkpoint-(\d+)\.safetensors is intact", err)
-    assert stopped and stopped[1] == stopped[2] and err.count("stopped after step") == 1
+    assert err.count("SIGTERM: a checkpoint is written, then the run stops") == 1
+    assert re.search(r"SIGTERM: stopped after step 2; .*checkpoint-2\.safetensors is intact", err)
+    assert err.count("stopped after step") == 1
+    assert [line["step"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line] == [0]
 
 
 def test_a_finished_run_is_refused_once_per_attempt_and_stays(tmp_path):

@@ -225,7 +225,7 @@ def test_a_signal_during_an_evaluation_saves_at_once(settings, tmp_path, capfd, 
     train(TrainConfig(**settings))
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
     interrupt(stopped, evaluations)
-    assert "SIGINT: heard; a checkpoint is written, then the run stops" in capfd.readouterr().err
+    assert "SIGINT: a checkpoint is written, then the run stops (once more: it stops at once)" in capfd.readouterr().err
     assert names(tmp_path / "stopped") == ([f"checkpoint-{step}"] if step else [])
     assert step not in [line["step"] for line in metrics_of(tmp_path / "stopped") if "eval_loss" in line]
     train(TrainConfig(**stopped | LATEST))

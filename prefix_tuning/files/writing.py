@@ -20,7 +20,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock is flock's, on the folder itself: the system releases it when the process ends, even by SIGKILL, and no file is
     left. A folder that was made here and is still empty at the end is removed. Raises UserError if another process holds the
-    lock, or if the folder cannot be made; warns on stderr where there are no such locks.
+    lock, or if the folder cannot be made; warns on stderr where the folder has no locks. Windows has none of this kind.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
