@@ -2,12 +2,14 @@
 
     python tests/benchmarks/faults.py --kills 100
 
-A small random Bloom, 40 rows, 42 steps with a checkpoint after every step and evaluations between them. After each kill the
-run goes on with --resume_from_checkpoint latest; what it ends with is compared with a run that was never killed.
+A small random Bloom, 40 rows, 42 steps with a checkpoint after every step and evaluations between them, in the VARIANTS in
+turn. After each kill the run goes on with --resume_from_checkpoint latest; what it ends with is compared with a run that was
+never killed.
 """
 
 import argparse
 import collections
+import itertools
 import random
 import re
 import shutil
@@ -23,6 +25,13 @@ from test_faults import assert_same_run, seconds_of_a_run, start
 from transformers import AutoTokenizer
 
 from prefix_tuning import demo
+
+VARIANTS = {
+    "best": {"save_best": True},
+    "early stopping": {"learning_rate": 0.3, "early_stopping_patience": 3, "logging_steps": 7},
+    "text start": {"prefix_init": "text", "init_text": "请回答下面的问题。"},
+    "exact match": {"eval_exact_match": True, "max_tokens_per_batch": 100},
+}
 
 
 def main() -> None:
@@ -52,18 +61,21 @@ def run(folder: Path, chance: random.Random, wanted: int) -> None:
         "logging_steps": 4,
         "eval_steps": 3,
         "save_steps": 1,
-        "save_best": True,
     }
     seconds_of_a_run(settings | {"max_steps": 1, "output_dir": str(folder / "first")})
-    lifetime = seconds_of_a_run(settings)
-    print(f"a run lives for {lifetime:.2f} s")
+    lifetimes = {}
+    for name, changes in VARIANTS.items():
+        lifetimes[name] = seconds_of_a_run(settings | changes | {"output_dir": str(folder / name)})
+        print(f"{name}: a run lives for {lifetimes[name]:.2f} s")
     kills = runs = drafts = 0
     met = collections.Counter()
     started = time.perf_counter()
-    killed = settings | {"output_dir": str(folder / "killed"), "resume_from_checkpoint": "latest"}
+    names = itertools.cycle(VARIANTS)
+    name = next(names)
     while kills < wanted:
+        killed = settings | VARIANTS[name] | {"output_dir": str(folder / "killed"), "resume_from_checkpoint": "latest"}
         process = start(killed)
-        process.join(chance.uniform(0, lifetime))
+        process.join(chance.uniform(0, lifetimes[name]))
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -74,13 +86,13 @@ def run(folder: Path, chance: random.Random, wanted: int) -> None:
             met["before the first checkpoint" if not steps else "finished" if 42 in steps else "between"] += 1
             continue
         assert process.exitcode == 0
-        assert_same_run(killed["output_dir"], settings["output_dir"])
+        assert_same_run(killed["output_dir"], folder / name)
         shutil.rmtree(killed["output_dir"])
-        runs += 1
+        name, runs = next(names), runs + 1
     process = start(killed)
     process.join()
     assert process.exitcode == 0
-    assert_same_run(killed["output_dir"], settings["output_dir"])
+    assert_same_run(killed["output_dir"], folder / name)
     print(f"{kills} kills over {runs + 1} runs in {time.perf_counter() - started:.0f} s, all ended with the same bits")
     print(f"kills that came: {dict(met)}; in the middle of writing a file: {drafts}")
 
