@@ -242,6 +242,24 @@ def test_a_signal_during_the_answers_of_an_evaluation_saves_at_once(settings, tm
     assert_same_run(stopped["output_dir"], settings["output_dir"])
 
 
+def test_memory_that_runs_out_during_an_evaluation_loses_nothing(settings, tmp_path, monkeypatch):
+    settings |= {"save_steps": 0}
+    train(TrainConfig(**settings))
+    stopped, real, evaluations = settings | {"output_dir": str(tmp_path / "stopped")}, training.evaluate_loss, []
+
+    def run_out(*arguments):
+        evaluations.append(None)
+        if len(evaluations) == 5:  # of the last step
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "evaluate_loss", run_out)
+    with pytest.raises(UserError, match=r"ran out of memory; .*checkpoint-11\.safetensors is intact, resume with"):
+        train(TrainConfig(**stopped))
+    train(TrainConfig(**stopped | LATEST))
+    assert_same_run(stopped["output_dir"], settings["output_dir"])
+
+
 # --- what is said of a run ---
 
 
