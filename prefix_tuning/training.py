@@ -416,7 +416,7 @@ def fit(
             finite = loss.isfinite() & (leaf.grad.isfinite().all() | scaler.is_enabled())
             state.bad_step = torch.where(finite, state.bad_step, state.bad_step.clamp(max=step))
             state.good_prefix = torch.where(state.bad_step > step, leaf.detach(), state.good_prefix)
-            prefix.backward(torch.where(finite, leaf.grad, 0))  # once through the encoder
+            prefix.backward(leaf.grad)  # once through the encoder
 
             scaler.unscale_(state.optimizer)
             state.grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf)
