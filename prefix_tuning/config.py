@@ -193,7 +193,7 @@ class OutputArguments:
     )
     push_to_hub: str | None = _flag(None, "Upload the finished prefix to this repository of the hub: NAME or USER/NAME.")
     resume_from_checkpoint: str | None = _flag(
-        None, "Go on where a run stopped: latest (of those in --output_dir), a checkpoint, or a folder that holds some."
+        None, "Resume a run that stopped: latest (of those in --output_dir), a checkpoint, or a folder that holds some."
     )
     save_best: bool = _flag(False, "Save the prefix with the lowest eval loss instead of the last one.")
     early_stopping_patience: int | None = _flag(None, "Stop after this many evaluations in a row without a lower eval loss.")
