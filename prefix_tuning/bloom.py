@@ -55,6 +55,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The compute type for a --precision flag: the one place where it is decided. Raises UserError for fp16 off CUDA."""
     if precision == "auto":
@@ -64,7 +67,7 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if ampere_or_later else torch.float16
     if precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs CUDA; use fp32 (or auto) here")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return PRECISIONS[precision]
 
 
 # For a look at which files of a model are here.

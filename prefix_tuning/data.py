@@ -320,14 +320,16 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
         )
 
 
-def digest(tokenized: Dataset) -> str:
-    """Tells one tokenised dataset from another: a hash over the ids and labels of all rows, in their order."""
+def digest(dataset: Dataset) -> str:
+    """Tells one dataset of texts, or of token ids and labels, from another: a hash over all rows, in their order."""
     found = hashlib.sha256()
-    for batch in tokenized.with_format("arrow").iter(1000):
-        for column in ("input_ids", "labels"):
-            rows = batch[column].combine_chunks()
-            for numbers in (rows.value_lengths(), rows.flatten()):
-                found.update(numbers.cast("int64").to_numpy())
+    for batch in dataset.with_format("arrow").iter(1000):
+        for column in map(pyarrow.ChunkedArray.combine_chunks, batch.columns):
+            if pyarrow.types.is_string(column.type):
+                found.update(json.dumps(column.to_pylist()).encode())
+            else:
+                for numbers in (column.value_lengths(), column.flatten()):
+                    found.update(numbers.cast("int64").to_numpy())
     return found.hexdigest()
 
 

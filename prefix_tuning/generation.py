@@ -164,6 +164,8 @@ class PrefixBloom(BloomForCausalLM):
         """
         if cache is None:
             return True
+        if not isinstance(cache, (DynamicCache, StaticCache)):
+            raise ValueError(f"past_key_values must be a DynamicCache or a StaticCache, not {type(cache).__name__}")
         if not hasattr(cache, "prefix_mask"):
             if cache.get_seq_length() == 0:
                 return True
@@ -198,6 +200,13 @@ class PrefixBloom(BloomForCausalLM):
             attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
             if (room := past_key_values.get_max_length(layer_idx=0)) > 0:  # a static one: Bloom wants a mask of its length
                 attention_mask = F.pad(attention_mask, (0, room - attention_mask.shape[1]))
+        elif text is not None and hasattr(past_key_values, "prefix_mask") and not torch.compiler.is_compiling():
+            prefix_mask = past_key_values.prefix_mask
+            tokens = past_key_values.get_seq_length() + text.shape[1] - prefix_mask.shape[1]  # of the text so far
+            if attention_mask is None:
+                attention_mask = torch.ones(len(text), tokens, dtype=torch.long, device=text.device)
+            if attention_mask.shape[1] == tokens:  # that of the text alone, as transformers' users write it
+                attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
         return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
 
     @torch.no_grad()
@@ -236,8 +245,11 @@ class PrefixBloom(BloomForCausalLM):
             mask = _guessed_mask(input_ids, settings)
         cache = options.pop("past_key_values", None)
         if empty := self._is_empty(cache, prefix_name, len(input_ids)):
+            if mask.shape != input_ids.shape:
+                raise ValueError(f"attention_mask is {tuple(mask.shape)} for input_ids {tuple(input_ids.shape)}")
             cache = self._begin(cache, settings, mask, prefix_name)
-        if empty or mask.shape[1] == input_ids.shape[1]:  # else the ids are only new ones, and their mask covers the prefix
+        # transformers also takes the new ids alone, with a mask over all that is cached: there the prefix has its part.
+        if empty or mask.shape[1] == input_ids.shape[1]:
             cache.prefix_mask = prefix_mask = getattr(cache, "prefix_mask", mask[:, :0])
             new = prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
             if not 0 < new <= input_ids.shape[1]:

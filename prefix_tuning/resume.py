@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 
 from prefix_tuning import distributed
+from prefix_tuning.bloom import PRECISIONS
 from prefix_tuning.checkpoint import (
     ADAPTER_CONFIG_FILE,
     find_checkpoints,
     load_checkpoint,
     newest_checkpoint,
-    portable_name,
     step_of,
 )
 from prefix_tuning.config import PrefixConfig, TrainConfig, UserError
@@ -86,7 +86,10 @@ def find_resumed(config: TrainConfig) -> Resumed | None:
         if restarted and find_checkpoints(output_dir):
             where = "latest"
         found = newest_checkpoint(where, output_dir) if where else None
-        if not (restarted or config.overwrite_output_dir or (found and found[0].parent.samefile(output_dir))):
+        own = found and found[0].parent.samefile(output_dir)
+        if own and found[0].name not in [path.name for path in find_checkpoints(output_dir)]:
+            raise UserError(f"{found[0]}: rename it to checkpoint-STEP.safetensors to resume from it in its own folder")
+        if not (restarted or config.overwrite_output_dir or own):
             refuse_to_replace(output_dir, where)
     path = distributed.from_main(found and str(found[0]))
     if path is None:
@@ -119,11 +122,12 @@ def identity(config: TrainConfig, dtype: torch.dtype, contents: dict[str, object
     """What a checkpoint and the run that resumes from it must have in common, as JSON keeps it.
 
     dtype: the compute type that --precision stands for here. contents: of every setting in CONTENT, a hash of what it names,
-    several of them by name, or None where it names nothing.
+    several of them by name, or None where it names nothing. Of --prefix_from it is the last part of the name: where it lies
+    does not matter, as a checkpoint has its weights.
     """
     settings = {name: getattr(config, name) for name in SAME}
-    settings["precision"] = str(dtype).removeprefix("torch.")
-    settings["prefix_from"] = config.prefix_from and portable_name(config.prefix_from)
+    settings["precision"] = next(name for name, kind in PRECISIONS.items() if kind == dtype)
+    settings["prefix_from"] = config.prefix_from and Path(config.prefix_from).resolve().name
     return settings | {name: contents[name] for name in CONTENT}
 
 
@@ -139,7 +143,7 @@ def check_same_run(resumed: Resumed, run: dict) -> None:
         elif isinstance(before, dict) and isinstance(now, dict):
             said.append(f"another --{name} ({', '.join(key for key in now if before.get(key) != now[key])})")
         else:
-            said.append(f"{'another' if before else 'no'} --{name}")
+            said.append(f"no --{name}" if before is None else f"another --{name}" if now else f"--{name}, and now without")
     if said:
         hint = "resume with the same, or start anew without --resume_from_checkpoint"
         raise UserError(f"{resumed.path}: was made with {'; '.join(said)}; {hint}")
@@ -170,6 +174,9 @@ def clear_checkpoints(folder: Path, resumed: Resumed | None) -> None:
 
     Later ones, intact or not, are renamed; those of a run that is replaced are removed.
     """
+    if resumed is None:
+        for path in folder.glob("checkpoint-*.set-aside"):
+            path.unlink()
     for path in find_checkpoints(folder):
         if resumed is None or not path.parent.samefile(resumed.path.parent):
             path.unlink()

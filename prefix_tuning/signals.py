@@ -24,29 +24,32 @@ def heard() -> int:
 
 @contextmanager
 def listening(announcement: str) -> Iterator[None]:
-    """Inside, the first signal is noted and main prints `announcement`; a second one ends the process at once.
+    """Inside, a signal is noted and main prints `announcement`; the same one again ends the process at once.
 
-    Under torchrun a second one is ignored: Slurm sends signals to torchrun and its processes alike, and torchrun passes them
-    on. Only a process's main thread can listen; elsewhere this is a no-op.
+    Under torchrun later ones are ignored: Slurm sends signals to torchrun and its processes alike, and torchrun passes them
+    on. Signals that are ignored stay so, as in a shell's background job. Only a process's main thread can listen; elsewhere
+    this is a no-op.
     """
     global _heard
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    second = signal.SIG_IGN if distributed.job() else signal.SIG_DFL
     hint = "" if distributed.job() else " (once more: it stops at once)"
 
     def note(number: int, frame) -> None:
         global _heard
+        if not distributed.job():
+            signal.signal(number, signal.SIG_DFL)
+        elif _heard:
+            return
         _heard = number
-        for each in _SIGNALS:
-            signal.signal(each, second)
         if distributed.is_main():
             text = f"\n{signal.Signals(number).name}: {announcement}{hint}\n"
             os.write(2, text.encode())  # print could have been interrupted halfway, and cannot be entered twice
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield
     finally:

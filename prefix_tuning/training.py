@@ -121,7 +121,7 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
     contents = {
         "model_name_or_path": {key: value for key, value in base.items() if key != "name_or_path"},
         "dataset": digest(train_set),
-        "eval_dataset": eval_set and digest(eval_set),
+        "eval_dataset": eval_set and [digest(eval_rows), digest(eval_set)],  # answers are compared with the whole texts
     }
     run = identity(config, dtype, contents)
     if resumed:
@@ -145,16 +145,19 @@ def _train(config: TrainConfig, device: torch.device) -> dict:
         if config.report_to == "tensorboard" and distributed.is_main():
             board = open_board(output_dir, state.progress.step)
         with open(output_dir / METRICS_FILE if distributed.is_main() else os.devnull, "a", encoding="utf-8") as file:
-            metrics = MetricsFile(file, board)
+            metrics, summary = MetricsFile(file, board), None
             try:
-                with signals.listening("a checkpoint is written, then the run stops"):
+                with signals.listening("the run stops once it is saved"):
                     fit(config, model, state, train_set, total_steps, evaluator, metrics, checkpoints)
                     summary = finish(config, state, base, evaluator, metrics, checkpoints)
+                    signals.stop_if_heard()
             except NotFinite as error:
                 raise UserError(keep_good_prefix(config, error, encoder.config, base)) from None
             except Interrupted as stop:
-                after = f"{stop} after step {state.progress.step}{checkpoints.how_to_resume()}"
-                raise Interrupted(after, stop.signal) from None
+                what_now = checkpoints.how_to_resume() or "; there was nothing to save"
+                if summary:
+                    what_now = f", which was the last one; the prefix is saved in {config.output_dir}"
+                raise Interrupted(f"{stop} after step {state.progress.step}{what_now}", stop.signal) from None
     if evaluator:
         evaluator.show_answers()
     print(f"{summary['steps']} steps in {summary['train_seconds']:.1f} s; the prefix is saved in {config.output_dir}")

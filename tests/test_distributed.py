@@ -161,7 +161,7 @@ def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     _, err = process.communicate(timeout=600)
     assert process.returncode != 0
-    assert err.count("SIGTERM: a checkpoint is written, then the run stops") == 1
+    assert err.count("SIGTERM: the run stops once it is saved") == 1
     assert re.search(r"SIGTERM: stopped after step 2; .*checkpoint-2\.safetensors is intact", err)
     assert err.count("stopped after step") == 1
     assert [line["step"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line] == [0]

@@ -222,7 +222,7 @@ def test_going_on_as_another_run_is_refused_with_what_differs(settings, tmp_path
         ({"learning_rate": 1e-3}, "--learning_rate 0.01, not 0.001"),
         ({"seed": 1, "num_virtual_tokens": 4}, "--num_virtual_tokens 10, not 4; --seed 42, not 1"),
         ({"gradient_accumulation_steps": 4}, "--gradient_accumulation_steps 3, not 4"),
-        ({"precision": "bf16"}, "--precision float32, not bfloat16"),
+        ({"precision": "bf16"}, "--precision fp32, not bf16"),
         ({"dataset": str(tmp_path / "rows.jsonl")}, "another --dataset"),
         ({"model_name_or_path": str(tmp_path / "other")}, r"another --model_name_or_path \(weights\)"),
     ):

@@ -525,6 +525,33 @@ def test_several_sequences_go_on_each_for_itself(tuned_model, tokenizer):
     assert torch.equal(on, anew)
 
 
+def test_a_loop_of_forwards_in_one_cache_is_generate(random_model, tokenizer):
+    """Rows of different lengths after prefixes of different lengths, with the mask of the text alone, or with none."""
+    prompts, names = PROMPTS[:2], ["five", "nine"]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    settings = {"prefix_name": names, "pad_token_id": 3, "min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
+    expected = random_model.generate(**inputs, **settings)
+    ids, mask, cache = inputs.input_ids, inputs.attention_mask, DynamicCache()
+    new, options = ids, {"prefix_name": names}
+    for _ in range(6):
+        with torch.no_grad():
+            logits = random_model(new, past_key_values=cache, attention_mask=mask, **options).logits[:, -1]
+        logits[:, 2] = -torch.inf  # no end
+        new, options = logits.argmax(-1, keepdim=True), {}
+        ids, mask = torch.cat((ids, new), dim=1), F.pad(mask, (0, 1), value=1)
+    assert torch.equal(ids, expected)
+    one = tokenizer(prompts[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        cache = DynamicCache()
+        random_model(one[:, :-2], past_key_values=cache, prefix_name="five")
+        stepwise = random_model(one[:, -2:], past_key_values=cache).logits
+        assert torch.allclose(stepwise, random_model(one, prefix_name="five").logits[:, -2:], atol=1e-4)
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 3\) for input_ids"):
+        random_model.generate(inputs.input_ids, attention_mask=inputs.attention_mask[:, :3], prefix_name=names)
+    with pytest.raises(ValueError, match="must be a DynamicCache or a StaticCache, not tuple"):
+        random_model(one, past_key_values=())
+
+
 def test_pipeline_and_streamer_take_it(tuned_model, tokenizer, capsys, caplog):
     logging.getLogger("transformers").propagate = True
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from test_faults import assert_same_run, metrics_of
 
-from prefix_tuning import evaluation, resume, training
+from prefix_tuning import distributed, evaluation, resume, signals, training
 from prefix_tuning.checkpoint import ADAPTER_FILE, ENCODER_FILE, find_checkpoints
 from prefix_tuning.config import Interrupted, TrainConfig, UserError
 from prefix_tuning.files import writing
@@ -84,6 +85,15 @@ def test_a_changed_row_is_noticed_wherever_it_is(settings, tmp_path):
         with pytest.raises(UserError, match=f"another --{name}"):
             train(TrainConfig(**settings | {"max_steps": 2} | LATEST))
         path.write_text("".join(rows), "utf-8")
+    # Also one that gives no labels: its answer is compared.
+    long = json.dumps({"instruction": "长" * 300, "output": "短"}, ensure_ascii=False) + "\n"
+    path, *_ = files["eval_dataset"]
+    path.write_text("".join([*held_out, long]), "utf-8")
+    train(TrainConfig(**settings | {"max_steps": 1, "overwrite_output_dir": True}))
+    path.write_text("".join([*held_out, long.replace("短", "长")]), "utf-8")
+    with pytest.raises(UserError, match="another --eval_dataset"):
+        train(TrainConfig(**settings | {"max_steps": 2} | LATEST))
+    path.write_text("".join([*held_out, long]), "utf-8")
     # Where the file lies does not matter.
     moved = Path(settings["dataset"]).rename(tmp_path / "moved.jsonl")
     train(TrainConfig(**settings | {"max_steps": 2, "dataset": str(moved)} | LATEST))
@@ -126,8 +136,12 @@ def test_resuming_from_an_earlier_checkpoint_makes_it_the_latest(settings, tmp_p
     interrupt(settings | earlier, 1)
     assert names(again) == [f"checkpoint-{step}" for step in range(1, 7)]
     assert len(list(again.glob("*.set-aside"))) == 7
+    with pytest.raises(UserError, match=r"checkpoint-8\.set-aside: rename it to checkpoint-STEP\.safetensors"):
+        train(TrainConfig(**settings | earlier | {"resume_from_checkpoint": str(again / "checkpoint-8.set-aside")}))
     train(TrainConfig(**settings | earlier | LATEST))
     assert_same_run(again, settings["output_dir"])
+    train(TrainConfig(**settings | earlier | {"resume_from_checkpoint": None, "overwrite_output_dir": True, "max_steps": 1}))
+    assert names(again) == ["checkpoint-1"] and not list(again.glob("*.set-aside"))
 
 
 def test_a_text_start_is_resumed_with_all_its_tensors(settings, tmp_path, capsys):
@@ -137,10 +151,10 @@ def test_a_text_start_is_resumed_with_all_its_tensors(settings, tmp_path, capsys
     train(TrainConfig(**settings))
     again = settings | {"output_dir": str(tmp_path / "again")}
     train(TrainConfig(**again | {"max_steps": 5}))
-    with pytest.raises(UserError, match="--prefix_from local:start, not None"):
+    with pytest.raises(UserError, match="--prefix_from start, not None"):
         train(TrainConfig(**again | LATEST | {"prefix_from": None}))
-    # What it started from is in the checkpoint: that file may have changed.
-    (tmp_path / "start" / ENCODER_FILE).write_bytes(b"changed")
+    # What it started from is in the checkpoint: that folder may be gone.
+    shutil.rmtree(tmp_path / "start")
     path = find_checkpoints(tmp_path / "again")[-1]
     assert "encoder.text_prefix" in load_file(path)
     train(TrainConfig(**again | {"resume_from_checkpoint": str(path), "num_train_epochs": 1.5}))
@@ -225,7 +239,7 @@ def test_a_signal_during_an_evaluation_saves_at_once(settings, tmp_path, capfd, 
     train(TrainConfig(**settings))
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
     interrupt(stopped, evaluations)
-    assert "SIGINT: a checkpoint is written, then the run stops (once more: it stops at once)" in capfd.readouterr().err
+    assert "SIGINT: the run stops once it is saved (once more: it stops at once)" in capfd.readouterr().err
     assert names(tmp_path / "stopped") == ([f"checkpoint-{step}"] if step else [])
     assert step not in [line["step"] for line in metrics_of(tmp_path / "stopped") if "eval_loss" in line]
     train(TrainConfig(**stopped | LATEST))
@@ -258,6 +272,44 @@ def test_memory_that_runs_out_during_an_evaluation_loses_nothing(settings, tmp_p
         train(TrainConfig(**stopped))
     train(TrainConfig(**stopped | LATEST))
     assert_same_run(stopped["output_dir"], settings["output_dir"])
+
+
+def test_a_signal_during_the_last_files_lets_them_be_written(settings, monkeypatch):
+    def write_card(folder):
+        real(folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    real = training.write_card
+    monkeypatch.setattr(training, "write_card", write_card)
+    with pytest.raises(Interrupted, match="SIGTERM: stopped after step 11, which was the last one; the prefix is saved"):
+        train(TrainConfig(**settings))
+    assert (Path(settings["output_dir"]) / CARD_FILE).exists()
+
+
+@pytest.mark.parametrize("job", [None, "torchrun"])
+def test_two_signals_at_once_are_one(job, monkeypatch, capfd):
+    """As torchrun sends them: its own, and the terminal's that it passes on."""
+    monkeypatch.setattr(distributed, "job", lambda: job)
+    monkeypatch.setattr(sys, "unraisablehook", pytest.fail)  # what Python calls for "ignored due to race condition"
+    both = {signal.SIGINT, signal.SIGTERM}
+    with signals.listening("stops"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        assert signals.heard() in both
+    assert not signals.heard() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "SIGINT: stops" in capfd.readouterr().err
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.listening("stops"):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not signals.heard()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- what is said of a run ---

@@ -19,21 +19,25 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes `folder`, and keeps other processes that ask for the same lock out of it until the block ends.
 
     The lock is flock's, on the folder itself: the system releases it when the process ends, even by SIGKILL, and no file is
-    left. A folder that was made here and is still empty at the end is removed. Raises UserError if another process holds the
-    lock, or if the folder cannot be made; warns on stderr where the folder has no locks. Windows has none of this kind.
+    left. Folders that were made here and are still empty at the end are removed. Raises UserError if another process holds
+    the lock, or if the folder cannot be made; warns on stderr where it has no locks. Windows has none of this kind.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made: list[Path] = []  # by this process, and not by another that starts at the same time
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in (*reversed(folder.parents), folder):
+            if not place.exists():
+                with suppress(FileExistsError):
+                    place.mkdir()
+                    made.insert(0, place)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be made: {error.strerror}; name another folder") from error
-    try:
-        with _flock(folder):
+    with _flock(folder):
+        try:
             yield
-    finally:
-        for place in made:
-            with suppress(OSError):  # not empty
-                place.rmdir()
+        finally:
+            for place in made:
+                with suppress(OSError):  # not empty
+                    place.rmdir()
 
 
 @contextmanager
