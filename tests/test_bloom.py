@@ -301,3 +301,16 @@ def test_a_head_that_is_trained_is_refused_as_it_would_get_no_gradient():
     (batch,) = pack(examples_of([7, 12]), 100)
     with pytest.raises(ValueError, match="must be frozen"):
         label_losses(random_bloom().requires_grad_(), batch, None)
+
+
+@pytest.mark.parametrize(
+    "lengths, form", [([47, 48], "grid"), ([48, 48], "rows"), ([90, 7], "rows"), ([90, 7, 9], "grid"), ([47], "grid")]
+)
+def test_on_a_cpu_rows_that_are_long_on_average_go_one_by_one(monkeypatch, lengths, form):
+    called = []
+    for name in ("grid", "rows"):
+        real = getattr(attention, f"attend_{name}")
+        monkeypatch.setattr(attention, f"attend_{name}", lambda *x, n=name, real=real: called.append(n) or real(*x))
+    (batch,) = pack(examples_of(lengths), 1000)
+    label_losses(random_bloom(n_layer=1), batch, None)
+    assert called == [form]
