@@ -8,7 +8,7 @@ import torch
 
 from prefix_tuning.config import PrefixConfig, TrainConfig
 from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.state import NotFinite, Progress, TrainingState
+from prefix_tuning.state import NotFinite, TrainingState
 
 CONFIG = TrainConfig(output_dir="out", learning_rate=0.1, weight_decay=0.5, warmup_steps=2, lr_scheduler_type="linear")
 

@@ -83,19 +83,15 @@ def mutants(node: ast.AST) -> Iterator[str]:
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
             continue
-        several = isinstance(value, list)
-        for index, child in enumerate(value if several else [value]):
+        places = [(value, index) for index in range(len(value))] if isinstance(value, list) else [(vars(node), field)]
+        for holder, key in places:
+            child = holder[key]
             if not isinstance(child, ast.AST):
                 continue
-            put = (
-                (lambda new, i=index, all=value: all.__setitem__(i, new))
-                if several
-                else (lambda new: setattr(node, field, new))
-            )
             for variant in variants(child):
-                put(ast.fix_missing_locations(ast.copy_location(variant, child)))
+                holder[key] = ast.fix_missing_locations(ast.copy_location(variant, child))
                 yield f"{child.lineno}: {first_line(child)}  ->  {first_line(variant)}"
-            put(child)
+            holder[key] = child
             worded = isinstance(child, ast.Call) and getattr(child.func, "id", "") == "print"
             if not isinstance(child, ast.Raise | ast.JoinedStr) and not worded:
                 yield from mutants(child)
