@@ -21,10 +21,12 @@ from prefix_tuning.checkpoint import (
     load_prefix,
     newest_checkpoint,
     portable_name,
+    remove_drafts,
     replacing,
     save_adapter,
     save_checkpoint,
     save_encoder,
+    write_json,
 )
 from prefix_tuning.config import UserError
 from prefix_tuning.encoder import PrefixEncoder
@@ -66,6 +68,31 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with replacing(path) as draft:
         draft.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_draft_that_a_killed_run_left_is_no_hindrance_and_goes(tmp_path):
+    for name in ("file", "other"):
+        (tmp_path / f".{name}.draft").mkdir()
+        (tmp_path / f".{name}.draft" / name).write_text("half")
+    handles = os.listdir("/proc/self/fd")
+    with replacing(tmp_path / "file") as draft:
+        draft.write_text("new")
+    assert os.listdir("/proc/self/fd") == handles
+    remove_drafts(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match="nowhere/file: cannot be written"),
+        replacing(tmp_path / "nowhere" / "file") as draft,
+    ):
+        draft.write_text("new")
+
+
+def test_json_is_for_people_too(tmp_path):
+    write_json(tmp_path / "a.json", {"base": "乐山"})
+    assert (tmp_path / "a.json").read_text("utf-8") == '{\n  "base": "乐山"\n}\n'
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -13,7 +13,18 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from prefix_tuning import data
 from prefix_tuning.config import UserError
-from prefix_tuning.data import IGNORED, digest, load_rows, pack, prompt_of, read_questions, take, tokenize
+from prefix_tuning.data import (
+    IGNORED,
+    NO_LABELS,
+    count_labels,
+    digest,
+    load_rows,
+    pack,
+    prompt_of,
+    read_questions,
+    take,
+    tokenize,
+)
 
 TRAIN = ("train",)
 GOOD = {"instruction": "一加一等于几？", "input": "", "output": "二"}
@@ -164,6 +175,10 @@ def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
         write(path, GOOD | {"output": answer})
         os.utime(path, (time, time))
         assert load_rows(str(path), TRAIN)[0]["output"] == answer
+    monkeypatch.setattr(data, "HASHED_BYTES", path.stat().st_size)  # large is what is larger
+    write(path, GOOD | {"output": "十五"})
+    os.utime(path, (2, 2))
+    assert load_rows(str(path), TRAIN)[0]["output"] == "十五"
 
 
 def test_tokenising_is_cached(rows_file, tokenizer):
@@ -238,7 +253,37 @@ def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
         assert grid.shape == (batch.rows, batch.max_length, 4)
         assert torch.equal(batch.from_grid(grid), values)
     labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
-    assert sum(len(batch.labels) for batch in batches) == labels
+    assert sum(len(batch.labels) for batch in batches) == labels == count_labels(examples)
+
+
+def test_a_batch_is_filled_as_far_as_it_may_be():
+    assert [batch.lengths for batch in pack(examples_of([3, 4, 3, 10, 2, 11]), 10)] == [[2, 3, 3], [4], [10], [11]]
+    assert [batch.lengths for batch in pack(examples_of([2, 3, 5]), 10)] == [[2, 3, 5]]
+    assert (NO_LABELS.input_ids.tolist(), NO_LABELS.lengths, NO_LABELS.first_labels) == ([0], [1], [1])
+    assert len(NO_LABELS.labels) == 0 and NO_LABELS.slots is None
+
+
+def test_a_csv_cell_may_be_long_and_keeps_its_line_breaks(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "a" / "new" / "folder"))
+    answer = "一\r\n" * 100_000
+    (tmp_path / "a.csv").write_bytes(f'instruction,output\n"a","{answer}"\n'.encode())
+    assert load_rows(str(tmp_path / "a.csv"), TRAIN)["output"][:] == [answer]
+
+
+def test_a_question_may_name_its_prefix(tmp_path):
+    rows = [{"instruction": "你好", "more": 1}, {"instruction": "好", "input": "吗", "prefix": "b"}]
+    rows += [{"instruction": "好", "input": None, "prefix": empty} for empty in (None, "")]
+    found = list(read_questions(write(tmp_path / "a.jsonl", *rows), ["a", "b"]))
+    prompts = [prompt_of("你好"), prompt_of("好", "吗"), prompt_of("好"), prompt_of("好")]
+    assert found == list(zip(rows, prompts, [None, "b", None, None], strict=True))
+    for change, message in (
+        ({"prefix": "c"}, "line 2: names the prefix 'c'; there are a, b"),
+        ({"response": ""}, "line 2: has a column 'response' already"),
+        ({"instruction": None}, "line 2: 'instruction' must be a text"),
+    ):
+        path = write(tmp_path / "a.jsonl", rows[0], rows[1] | change)
+        with pytest.raises(UserError, match=message):
+            list(read_questions(path, ["a", "b"]))
 
 
 def test_columns_of_one_name_are_refused(tmp_path):
