@@ -37,7 +37,10 @@ TESTS = {
         "tests/test_checkpoint.py tests/test_sharding.py tests/test_strangers.py -k fingerprint|kind|pickled|code",
     ],
     "data": ["tests/test_data.py", "tests/test_bloom.py tests/test_strangers.py -k packed|twice|special"],
-    "checkpoint": ["tests/test_checkpoint.py", "tests/test_resume.py tests/test_faults.py -k set_aside|scale|any_step"],
+    "checkpoint": [
+        "tests/test_checkpoint.py",
+        "tests/test_resume.py tests/test_faults.py tests/test_training.py -k set_aside|scale|any_step|peft_loads|its_file",
+    ],
 }
 SECONDS = 120  # for one stage; a mutant that takes longer, because its loop never ends, is noticed
 SWAPS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn, ast.Add: ast.Sub}
