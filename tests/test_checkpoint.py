@@ -242,6 +242,14 @@ def test_a_fingerprint_knows_every_column():
     assert fingerprint(model, None)["weights"] == base
 
 
+def test_a_fingerprint_stays_what_it_was():
+    """Prefixes note it: if it changed, they would all be refused."""
+    model = random_bloom(hidden_size=64, n_head=8, n_layer=1)
+    for parameter in model.parameters():
+        parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / 1000)
+    assert fingerprint(model, None)["weights"][:16] == "1c8a20ff45e5b1ab"
+
+
 def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor(2.5), "c": torch.arange(5, dtype=torch.uint8)}
     for step in (2, 10, 9, 100):
