@@ -160,12 +160,12 @@ def test_the_cache_notices_a_changed_file(tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, GOOD)
     assert len(load_rows(str(path), TRAIN)) == 1
-    write(path, GOOD, GOOD | {"output": "三"})
+    write(path, GOOD, GOOD | {"output": "三" * 10_000})
     assert len(load_rows(str(path), TRAIN)) == 2
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    write(path, GOOD, GOOD | {"output": "四"})
+    write(path, GOOD, GOOD | {"output": "四" * 10_000})
     os.utime(path, ns=times)
-    assert load_rows(str(path), TRAIN)[1]["output"] == "四"
+    assert load_rows(str(path), TRAIN)[1]["output"] == "四" * 10_000
 
 
 def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
