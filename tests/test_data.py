@@ -144,6 +144,13 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
         load_rows(str(path), TRAIN)
 
 
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
+    for read in (lambda name: load_rows(name, TRAIN), lambda name: list(read_questions(name, []))):
+        with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: Input/output error"):
+            read(str(tmp_path / "a.jsonl"))
+
+
 def test_sources_that_are_not_there_are_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
         load_rows(str(tmp_path / "gone.jsonl"), TRAIN)
