@@ -195,6 +195,14 @@ def test_tokenising_is_cached(rows_file, tokenizer):
     assert tokenize(rows, tokenizer, 63).cache_files != first.cache_files
 
 
+def test_the_cache_knows_the_program(rows_file, tokenizer, monkeypatch):
+    rows = load_rows(str(rows_file), TRAIN)
+    first = tokenize(rows, tokenizer, 64)
+    monkeypatch.setattr(data, "_THIS_CODE", "of a later version")
+    assert tokenize(rows, tokenizer, 64).cache_files != first.cache_files
+    assert load_rows(str(rows_file), TRAIN).cache_files != rows.cache_files
+
+
 def test_the_cache_of_tokens_knows_the_eos_token(rows_file, tokenizer):
     rows = load_rows(str(rows_file), TRAIN)
     other = copy.deepcopy(tokenizer)
@@ -261,6 +269,18 @@ def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
         assert torch.equal(batch.from_grid(grid), values)
     labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
     assert sum(len(batch.labels) for batch in batches) == labels == count_labels(examples)
+
+
+def test_a_batch_moves_with_all_its_tensors():
+    for lengths in ([4, 9], [4, 4]):
+        (batch,) = pack(examples_of(lengths), 100)
+        same, elsewhere = (vars(batch.to(torch.device(name))) for name in ("cpu", "meta"))
+        assert same.keys() == elsewhere.keys() == vars(batch).keys()
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(same[name], value) and elsewhere[name].is_meta and elsewhere[name].shape == value.shape
+            else:
+                assert same[name] is elsewhere[name] is value
 
 
 def test_a_batch_is_filled_as_far_as_it_may_be():
