@@ -285,7 +285,7 @@ def test_a_batch_moves_with_all_its_tensors():
 
 def test_a_batch_is_filled_as_far_as_it_may_be():
     assert [batch.lengths for batch in pack(examples_of([3, 4, 3, 10, 2, 11]), 10)] == [[2, 3, 3], [4], [10], [11]]
-    assert [batch.lengths for batch in pack(examples_of([2, 3, 5]), 10)] == [[2, 3, 5]]
+    assert [batch.lengths for batch in pack(examples_of([5] * 5), 10)] == [[5, 5], [5, 5], [5]]
     assert (NO_LABELS.input_ids.tolist(), NO_LABELS.lengths, NO_LABELS.first_labels) == ([0], [1], [1])
     assert len(NO_LABELS.labels) == 0 and NO_LABELS.slots is None
 
