@@ -28,7 +28,7 @@ from prefix_tuning.checkpoint import (
     save_encoder,
     write_json,
 )
-from prefix_tuning.config import UserError
+from prefix_tuning.config import PrefixConfig, UserError
 from prefix_tuning.encoder import PrefixEncoder
 
 BASE = {"name_or_path": demo.MODEL, "weights": "abc"}
@@ -148,6 +148,36 @@ def test_missing_or_broken_files_are_named(saved):
         (folder / ADAPTER_CONFIG_FILE).write_text(text)
         with pytest.raises(UserError, match=ADAPTER_CONFIG_FILE):
             load_prefix(str(folder))
+
+
+def test_a_prefix_without_its_encoder_is_trained_directly(saved, capsys):
+    folder, encoder = saved
+    (folder / ENCODER_FILE).unlink()
+    again, base = load_encoder(folder)
+    assert again.config == PrefixConfig(5, 3, 6, 48, 48, prefix_projection=False) and base == BASE
+    assert torch.equal(again.bake(), encoder.bake())
+    assert "holds a baked prefix and no encoder" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_prefix_says_what_is_missing(saved):
+    folder, encoder = saved
+    description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
+    assert description == vars(encoder.config) | {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": demo.MODEL,
+        "inference_mode": True,
+        "num_transformer_submodules": 1,
+    }
+    (folder / ADAPTER_FILE).unlink()
+    with pytest.raises(UserError, match=f"{ADAPTER_FILE} is missing$"):
+        load_prefix(folder)
+    (folder / "adapter_model.bin").write_bytes(b"pickled")
+    with pytest.raises(UserError, match=f"{ADAPTER_FILE} is missing; adapter_model.bin is a pickled file"):
+        load_prefix(folder)
+    (folder / ADAPTER_CONFIG_FILE).unlink()
+    with pytest.raises(UserError, match=f"holds no prefix .{ADAPTER_CONFIG_FILE} is missing"):
+        load_prefix(folder)
 
 
 def test_paths_are_taken_and_other_tasks_refused(saved):
