@@ -17,6 +17,7 @@ from prefix_tuning.checkpoint import (
     base_of,
     check_base,
     find_checkpoints,
+    load_checkpoint,
     load_encoder,
     load_prefix,
     newest_checkpoint,
@@ -191,6 +192,38 @@ def test_paths_are_taken_and_other_tasks_refused(saved):
         load_prefix(folder)
 
 
+def test_what_a_file_notes_of_its_base_is_checked(saved):
+    folder, encoder = saved
+    description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description | {"base_model_name_or_path": "other"}), "utf-8")
+    assert load_prefix(folder).base == BASE | {"name_or_path": "other"}
+    flat = load_file(folder / ADAPTER_FILE)
+    for noted in ("{", "[]"):
+        save_file(flat, folder / ADAPTER_FILE, {"base_model": noted})
+        with pytest.raises(UserError, match="holds no valid base_model"):
+            load_prefix(folder)
+    save_file(flat, folder / ADAPTER_FILE)  # PEFT's notes nothing
+    assert load_prefix(folder).base == {"name_or_path": "other"}
+
+
+def test_a_prefix_of_the_hub_is_found_in_its_cache(saved, tmp_path_factory, monkeypatch):
+    folder, encoder = saved
+    cache = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    for name in ("me/prefix", "me/pre/fix", "prefix"):
+        with pytest.raises(UserError, match=f"^{name}: no such folder" + ", nor a repository" * (name == "me/prefix")):
+            load_prefix(name)
+    repository, commit = cache / "models--me--prefix", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    folder = folder.rename(repository / "snapshots" / commit)
+    assert torch.equal(load_prefix("me/prefix").tensor, encoder.bake())
+    assert load_encoder("me/prefix")[0].config == encoder.config
+    (folder / ENCODER_FILE).unlink()
+    assert not load_encoder("me/prefix")[0].config.prefix_projection
+
+
 def test_shapes_and_values_are_checked(saved):
     folder, encoder = saved
     flat = load_file(folder / ADAPTER_FILE)["prompt_embeddings"]
@@ -283,7 +316,8 @@ def test_a_fingerprint_stays_what_it_was():
 def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor(2.5), "c": torch.arange(5, dtype=torch.uint8)}
     for step in (2, 10, 9, 100):
-        save_checkpoint(tmp_path, step, tensors | {"a": tensors["a"] + step}, {"step": step}, keep=2)
+        written = save_checkpoint(tmp_path, step, tensors | {"a": tensors["a"] + step}, {"step": step}, keep=2)
+        assert written == tmp_path / f"checkpoint-{step}.safetensors"
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-10.safetensors", "checkpoint-100.safetensors"]
     path, found, state = newest_checkpoint("latest", tmp_path)
     assert path.name == "checkpoint-100.safetensors" and state == {"step": 100}
@@ -295,6 +329,8 @@ def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
     assert len(find_checkpoints(tmp_path)) == 4
     with pytest.raises(UserError, match="nowhere"):
         newest_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+    with pytest.raises(UserError, match="no checkpoint of this program"):
+        load_checkpoint(save_checkpoint(tmp_path, 1, tensors, [], keep=None))
 
 
 def test_every_damage_to_a_checkpoint_is_noticed(tmp_path, capsys):
