@@ -193,7 +193,7 @@ def test_paths_are_taken_and_other_tasks_refused(saved):
 
 
 def test_what_a_file_notes_of_its_base_is_checked(saved):
-    folder, encoder = saved
+    folder, _ = saved
     description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description | {"base_model_name_or_path": "other"}), "utf-8")
     assert load_prefix(folder).base == BASE | {"name_or_path": "other"}
@@ -335,18 +335,19 @@ def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
 
 def test_every_damage_to_a_checkpoint_is_noticed(tmp_path, capsys):
     """Truncated anywhere, empty, or with any bit flipped: named, and the one before it is taken."""
-    state = {"progress": {"step": 1}}
+    state, content = {"progress": {"step": 1}}, {"a": torch.randn(3), "b": torch.tensor(2.5)}
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"a": torch.randn(3), "b": torch.tensor(2.5)}, state, keep=None)
+        save_checkpoint(tmp_path, step, content, state, keep=None)
     path = tmp_path / "checkpoint-2.safetensors"
     whole = path.read_bytes()
     damaged = [whole[:size] for size in range(0, len(whole), 7)]
     damaged += [whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :] for i in range(len(whole))]
-    for content in damaged:
-        path.write_bytes(content)
+    for each in damaged:
+        path.write_bytes(each)
         found, tensors, kept = newest_checkpoint("latest", tmp_path)
         if found == path:  # a flipped bit in what nobody reads, such as the space that pads the header
-            assert kept == state and tensors.keys() == {"a", "b"}
+            assert kept == state and tensors.keys() == content.keys()
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in content.items())
         else:
             assert found.name == "checkpoint-1.safetensors"
             assert str(path) in capsys.readouterr().err
