@@ -329,6 +329,8 @@ def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
     assert len(find_checkpoints(tmp_path)) == 4
     with pytest.raises(UserError, match="nowhere"):
         newest_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+    with pytest.raises(UserError, match="gone: no such file"):
+        load_checkpoint(tmp_path / "gone")
     with pytest.raises(UserError, match="no checkpoint of this program"):
         load_checkpoint(save_checkpoint(tmp_path, 1, tensors, [], keep=None))
 
