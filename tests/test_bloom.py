@@ -23,6 +23,7 @@ from prefix_tuning.bloom import (
     prefix_cache,
     resolve_device,
     resolve_dtype,
+    run_block,
     text_prefix,
 )
 from prefix_tuning.config import UserError
@@ -170,6 +171,15 @@ def test_gradient_checkpointing_gives_the_same_bits(attention_form, options):
         loss.backward()
         results.append((loss.detach(), leaf.grad))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_each_label_counts_by_its_weight():
+    model, (batch,) = random_bloom(), pack(examples_of([7, 12]), 100)
+    prefix, labels = PrefixEncoder(prefix_config(model)).bake(), range(len(batch.labels))
+    _, whole = loss_and_gradient(lambda x: (label_losses(model, batch, x) * torch.arange(len(labels))).sum(), prefix)
+    parts = [loss_and_gradient(lambda x, i=i: label_losses(model, batch, x)[i], prefix)[1] for i in labels]
+    assert relative(sum(i * parts[i] for i in labels), whole) < 1e-5
+    assert block_runner() is run_block  # nothing is computed twice unless that is asked for
 
 
 def test_bfloat16_stays_close_to_float32(attention_form):
