@@ -16,7 +16,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 import torch
-from datasets import Dataset, DatasetDict, Features, NamedSplit, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, NamedSplit, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,6 @@ class Example:
 
 
 COLUMNS = ("instruction", "input", "output")
-_FEATURES = Features({column: Value("string") for column in COLUMNS})
 HASHED_BYTES = 64 * 2**20  # the cache knows a file of up to this size by its content
 
 
@@ -63,7 +62,6 @@ def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
             version = source._fingerprint
         return Dataset.from_generator(
             _checked_rows,
-            features=_FEATURES,
             gen_kwargs={"name": name, "reader": reader, "source": source},
             split=NamedSplit(splits[0]),  # for the progress bar, which names it; part of the key, as the cache keeps it
             fingerprint=Hasher.hash([_THIS_CODE, name, version, splits[0]]),

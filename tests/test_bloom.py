@@ -1,24 +1,29 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import examples_of, prefix_config, random_bloom
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from prefix_tuning import attention, bloom
 from prefix_tuning.bloom import (
     block_runner,
+    held_per_token,
+    is_out_of_memory,
     label_losses,
     load_base,
+    max_tokens_per_batch,
     packed_hidden,
     prefix_cache,
     resolve_device,
     resolve_dtype,
+    run_block,
     text_prefix,
 )
 from prefix_tuning.config import UserError
@@ -168,6 +173,15 @@ def test_gradient_checkpointing_gives_the_same_bits(attention_form, options):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def test_each_label_counts_by_its_weight():
+    model, (batch,) = random_bloom(), pack(examples_of([7, 12]), 100)
+    prefix, labels = PrefixEncoder(prefix_config(model)).bake(), range(len(batch.labels))
+    _, whole = loss_and_gradient(lambda x: (label_losses(model, batch, x) * torch.arange(len(labels))).sum(), prefix)
+    parts = [loss_and_gradient(lambda x, i=i: label_losses(model, batch, x)[i], prefix)[1] for i in labels]
+    assert relative(sum(i * parts[i] for i in labels), whole) < 1e-5
+    assert block_runner() is run_block  # nothing is computed twice unless that is asked for
+
+
 def test_bfloat16_stays_close_to_float32(attention_form):
     model = random_bloom()
     examples, prefix = examples_of([7, 12, 30]), PrefixEncoder(prefix_config(model)).bake()
@@ -301,3 +315,85 @@ def test_a_head_that_is_trained_is_refused_as_it_would_get_no_gradient():
     (batch,) = pack(examples_of([7, 12]), 100)
     with pytest.raises(ValueError, match="must be frozen"):
         label_losses(random_bloom().requires_grad_(), batch, None)
+
+
+@pytest.mark.parametrize(
+    "lengths, form", [([47, 48], "grid"), ([48, 48], "rows"), ([90, 7], "rows"), ([90, 7, 9], "grid"), ([47], "grid")]
+)
+def test_on_a_cpu_rows_that_are_long_on_average_go_one_by_one(monkeypatch, lengths, form):
+    called = []
+    for name in ("grid", "rows"):
+        real = getattr(attention, f"attend_{name}")
+        monkeypatch.setattr(attention, f"attend_{name}", lambda *x, n=name, real=real: called.append(n) or real(*x))
+    (batch,) = pack(examples_of(lengths), 1000)
+    label_losses(random_bloom(n_layer=1), batch, None)
+    assert called == [form]
+
+
+def test_several_processes_take_a_cuda_device_each_and_share_no_other(monkeypatch):
+    """As far as it can be seen without such a device: by the name of the one that is missing."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there are such devices here")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for processes in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert resolve_device("auto") == torch.device("cpu")
+        assert resolve_device("cpu") == torch.device("cpu")
+        with pytest.raises(UserError, match="--device cuda:1 is not available"):
+            resolve_device("cuda")
+    with pytest.raises(UserError, match="--device mps cannot be shared"):
+        resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cpu")
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable)
+    for name in ("auto", "mps"):
+        with pytest.raises(UserError, match="--device mps is not available"):
+            resolve_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--device cuda:0 is not available"):
+        resolve_device("auto")
+
+
+def test_on_cuda_the_precision_is_what_the_device_has_units_for(monkeypatch):
+    cuda = torch.device("cuda")
+    for major, dtype in ((7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, major=major: SimpleNamespace(major=major))
+        assert resolve_dtype("auto", cuda) == dtype
+    assert resolve_dtype("fp16", cuda) == torch.float16
+    assert resolve_dtype("fp32", cuda) == torch.float32
+
+
+def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it(monkeypatch):
+    model = random_bloom()
+    assert held_per_token(model) == 10 * 48 * 3 * 4 and held_per_token(model.bfloat16()) == 10 * 48 * 3 * 2
+    assert max_tokens_per_batch(model) == 640 and max_tokens_per_batch(model, 3000) == 3000
+    model = random_bloom()
+    model.config.n_layer = 1000  # a deep one, as far as its configuration is asked
+    held = 10 * 48 * 1000 * 4
+    assert max_tokens_per_batch(model) == 2**29 // held < 640
+    elsewhere = model.to("meta")  # any device but a CPU
+    assert max_tokens_per_batch(elsewhere) == 2**31 // held > 640
+    monkeypatch.setattr(bloom, "is_sharded", lambda model: True)
+    assert max_tokens_per_batch(elsewhere) == 2**33 // held
+    model.config.n_layer = 2**30
+    assert max_tokens_per_batch(elsewhere) == 1
+
+
+def test_running_out_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60)
+    assert all(is_out_of_memory(error) for error in (cpu.value, MemoryError(), torch.OutOfMemoryError()))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_prefixes_of_different_lengths_are_padded_on_the_left():
+    short, long = (torch.randn(3, 2, 6, tokens, 8) for tokens in (2, 5))
+    cache, mask = prefix_cache([short, long])
+    assert mask.tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]] and mask.dtype == torch.int64
+    for layer in range(3):
+        for kind, rows in enumerate((cache.layers[layer].keys, cache.layers[layer].values)):
+            assert torch.equal(rows[0, :, 3:], short[layer, kind]) and not rows[0, :, :3].any()
+            assert torch.equal(rows[1], long[layer, kind])
+    own = DynamicCache()
+    assert prefix_cache([short], own)[0] is own and own.get_seq_length() == 2

@@ -17,16 +17,19 @@ from prefix_tuning.checkpoint import (
     base_of,
     check_base,
     find_checkpoints,
+    load_checkpoint,
     load_encoder,
     load_prefix,
     newest_checkpoint,
     portable_name,
+    remove_drafts,
     replacing,
     save_adapter,
     save_checkpoint,
     save_encoder,
+    write_json,
 )
-from prefix_tuning.config import UserError
+from prefix_tuning.config import PrefixConfig, UserError
 from prefix_tuning.encoder import PrefixEncoder
 
 BASE = {"name_or_path": demo.MODEL, "weights": "abc"}
@@ -66,6 +69,31 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with replacing(path) as draft:
         draft.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_draft_that_a_killed_run_left_is_no_hindrance_and_goes(tmp_path):
+    for name in ("file", "other"):
+        (tmp_path / f".{name}.draft").mkdir()
+        (tmp_path / f".{name}.draft" / name).write_text("half")
+    handles = os.listdir("/proc/self/fd")
+    with replacing(tmp_path / "file") as draft:
+        draft.write_text("new")
+    assert os.listdir("/proc/self/fd") == handles
+    remove_drafts(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match="nowhere/file: cannot be written"),
+        replacing(tmp_path / "nowhere" / "file") as draft,
+    ):
+        draft.write_text("new")
+
+
+def test_json_is_for_people_too(tmp_path):
+    write_json(tmp_path / "a.json", {"base": "乐山"})
+    assert (tmp_path / "a.json").read_text("utf-8") == '{\n  "base": "乐山"\n}\n'
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -123,6 +151,36 @@ def test_missing_or_broken_files_are_named(saved):
             load_prefix(str(folder))
 
 
+def test_a_prefix_without_its_encoder_is_trained_directly(saved, capsys):
+    folder, encoder = saved
+    (folder / ENCODER_FILE).unlink()
+    again, base = load_encoder(folder)
+    assert again.config == PrefixConfig(5, 3, 6, 48, 48, prefix_projection=False) and base == BASE
+    assert torch.equal(again.bake(), encoder.bake())
+    assert "holds a baked prefix and no encoder" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_prefix_says_what_is_missing(saved):
+    folder, encoder = saved
+    description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
+    assert description == vars(encoder.config) | {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": demo.MODEL,
+        "inference_mode": True,
+        "num_transformer_submodules": 1,
+    }
+    (folder / ADAPTER_FILE).unlink()
+    with pytest.raises(UserError, match=f"{ADAPTER_FILE} is missing$"):
+        load_prefix(folder)
+    (folder / "adapter_model.bin").write_bytes(b"pickled")
+    with pytest.raises(UserError, match=f"{ADAPTER_FILE} is missing; adapter_model.bin is a pickled file"):
+        load_prefix(folder)
+    (folder / ADAPTER_CONFIG_FILE).unlink()
+    with pytest.raises(UserError, match=f"holds no prefix .{ADAPTER_CONFIG_FILE} is missing"):
+        load_prefix(folder)
+
+
 def test_paths_are_taken_and_other_tasks_refused(saved):
     folder, encoder = saved
     assert torch.equal(load_prefix(folder).tensor, encoder.bake()) and load_encoder(folder)[0].config == encoder.config
@@ -132,6 +190,38 @@ def test_paths_are_taken_and_other_tasks_refused(saved):
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description | {"task_type": "SEQ_CLS"}), "utf-8")
     with pytest.raises(UserError, match="is for the task SEQ_CLS, not for CAUSAL_LM"):
         load_prefix(folder)
+
+
+def test_what_a_file_notes_of_its_base_is_checked(saved):
+    folder, _ = saved
+    description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description | {"base_model_name_or_path": "other"}), "utf-8")
+    assert load_prefix(folder).base == BASE | {"name_or_path": "other"}
+    flat = load_file(folder / ADAPTER_FILE)
+    for noted in ("{", "[]"):
+        save_file(flat, folder / ADAPTER_FILE, {"base_model": noted})
+        with pytest.raises(UserError, match="holds no valid base_model"):
+            load_prefix(folder)
+    save_file(flat, folder / ADAPTER_FILE)  # PEFT's notes nothing
+    assert load_prefix(folder).base == {"name_or_path": "other"}
+
+
+def test_a_prefix_of_the_hub_is_found_in_its_cache(saved, tmp_path_factory, monkeypatch):
+    folder, encoder = saved
+    cache = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    for name in ("me/prefix", "me/pre/fix", "prefix"):
+        with pytest.raises(UserError, match=f"^{name}: no such folder" + ", nor a repository" * (name == "me/prefix")):
+            load_prefix(name)
+    repository, commit = cache / "models--me--prefix", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    folder = folder.rename(repository / "snapshots" / commit)
+    assert torch.equal(load_prefix("me/prefix").tensor, encoder.bake())
+    assert load_encoder("me/prefix")[0].config == encoder.config
+    (folder / ENCODER_FILE).unlink()
+    assert not load_encoder("me/prefix")[0].config.prefix_projection
 
 
 def test_shapes_and_values_are_checked(saved):
@@ -215,10 +305,19 @@ def test_a_fingerprint_knows_every_column():
     assert fingerprint(model, None)["weights"] == base
 
 
+def test_a_fingerprint_stays_what_it_was():
+    """Prefixes note it: if it changed, they would all be refused."""
+    model = random_bloom(hidden_size=64, n_head=8, n_layer=1)
+    for parameter in model.parameters():
+        parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / 1000)
+    assert fingerprint(model, None)["weights"][:16] == "1c8a20ff45e5b1ab"
+
+
 def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor(2.5), "c": torch.arange(5, dtype=torch.uint8)}
     for step in (2, 10, 9, 100):
-        save_checkpoint(tmp_path, step, tensors | {"a": tensors["a"] + step}, {"step": step}, keep=2)
+        written = save_checkpoint(tmp_path, step, tensors | {"a": tensors["a"] + step}, {"step": step}, keep=2)
+        assert written == tmp_path / f"checkpoint-{step}.safetensors"
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-10.safetensors", "checkpoint-100.safetensors"]
     path, found, state = newest_checkpoint("latest", tmp_path)
     assert path.name == "checkpoint-100.safetensors" and state == {"step": 100}
@@ -230,22 +329,27 @@ def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
     assert len(find_checkpoints(tmp_path)) == 4
     with pytest.raises(UserError, match="nowhere"):
         newest_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+    with pytest.raises(UserError, match="gone: no such file"):
+        load_checkpoint(tmp_path / "gone")
+    with pytest.raises(UserError, match="no checkpoint of this program"):
+        load_checkpoint(save_checkpoint(tmp_path, 1, tensors, [], keep=None))
 
 
 def test_every_damage_to_a_checkpoint_is_noticed(tmp_path, capsys):
     """Truncated anywhere, empty, or with any bit flipped: named, and the one before it is taken."""
-    state = {"progress": {"step": 1}}
+    state, content = {"progress": {"step": 1}}, {"a": torch.randn(3), "b": torch.tensor(2.5)}
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"a": torch.randn(3), "b": torch.tensor(2.5)}, state, keep=None)
+        save_checkpoint(tmp_path, step, content, state, keep=None)
     path = tmp_path / "checkpoint-2.safetensors"
     whole = path.read_bytes()
     damaged = [whole[:size] for size in range(0, len(whole), 7)]
     damaged += [whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :] for i in range(len(whole))]
-    for content in damaged:
-        path.write_bytes(content)
+    for each in damaged:
+        path.write_bytes(each)
         found, tensors, kept = newest_checkpoint("latest", tmp_path)
         if found == path:  # a flipped bit in what nobody reads, such as the space that pads the header
-            assert kept == state and tensors.keys() == {"a", "b"}
+            assert kept == state and tensors.keys() == content.keys()
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in content.items())
         else:
             assert found.name == "checkpoint-1.safetensors"
             assert str(path) in capsys.readouterr().err

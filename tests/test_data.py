@@ -13,7 +13,18 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from prefix_tuning import data
 from prefix_tuning.config import UserError
-from prefix_tuning.data import IGNORED, digest, load_rows, pack, prompt_of, read_questions, take, tokenize
+from prefix_tuning.data import (
+    IGNORED,
+    NO_LABELS,
+    count_labels,
+    digest,
+    load_rows,
+    pack,
+    prompt_of,
+    read_questions,
+    take,
+    tokenize,
+)
 
 TRAIN = ("train",)
 GOOD = {"instruction": "一加一等于几？", "input": "", "output": "二"}
@@ -133,6 +144,13 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
         load_rows(str(path), TRAIN)
 
 
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
+    for read in (lambda name: load_rows(name, TRAIN), lambda name: list(read_questions(name, []))):
+        with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: Input/output error"):
+            read(str(tmp_path / "a.jsonl"))
+
+
 def test_sources_that_are_not_there_are_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
         load_rows(str(tmp_path / "gone.jsonl"), TRAIN)
@@ -149,12 +167,12 @@ def test_the_cache_notices_a_changed_file(tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, GOOD)
     assert len(load_rows(str(path), TRAIN)) == 1
-    write(path, GOOD, GOOD | {"output": "三"})
+    write(path, GOOD, GOOD | {"output": "三" * 10_000})
     assert len(load_rows(str(path), TRAIN)) == 2
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    write(path, GOOD, GOOD | {"output": "四"})
+    write(path, GOOD, GOOD | {"output": "四" * 10_000})
     os.utime(path, ns=times)
-    assert load_rows(str(path), TRAIN)[1]["output"] == "四"
+    assert load_rows(str(path), TRAIN)[1]["output"] == "四" * 10_000
 
 
 def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
@@ -164,6 +182,10 @@ def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
         write(path, GOOD | {"output": answer})
         os.utime(path, (time, time))
         assert load_rows(str(path), TRAIN)[0]["output"] == answer
+    monkeypatch.setattr(data, "HASHED_BYTES", path.stat().st_size)  # large is what is larger
+    write(path, GOOD | {"output": "十五"})
+    os.utime(path, (2, 2))
+    assert load_rows(str(path), TRAIN)[0]["output"] == "十五"
 
 
 def test_tokenising_is_cached(rows_file, tokenizer):
@@ -171,6 +193,14 @@ def test_tokenising_is_cached(rows_file, tokenizer):
     first, second = (tokenize(rows, tokenizer, 64) for _ in range(2))
     assert first.cache_files == second.cache_files and first.cache_files
     assert tokenize(rows, tokenizer, 63).cache_files != first.cache_files
+
+
+def test_the_cache_knows_the_program(rows_file, tokenizer, monkeypatch):
+    rows = load_rows(str(rows_file), TRAIN)
+    first = tokenize(rows, tokenizer, 64)
+    monkeypatch.setattr(data, "_THIS_CODE", "of a later version")
+    assert tokenize(rows, tokenizer, 64).cache_files != first.cache_files
+    assert load_rows(str(rows_file), TRAIN).cache_files != rows.cache_files
 
 
 def test_the_cache_of_tokens_knows_the_eos_token(rows_file, tokenizer):
@@ -238,7 +268,49 @@ def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
         assert grid.shape == (batch.rows, batch.max_length, 4)
         assert torch.equal(batch.from_grid(grid), values)
     labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
-    assert sum(len(batch.labels) for batch in batches) == labels
+    assert sum(len(batch.labels) for batch in batches) == labels == count_labels(examples)
+
+
+def test_a_batch_moves_with_all_its_tensors():
+    for lengths in ([4, 9], [4, 4]):
+        (batch,) = pack(examples_of(lengths), 100)
+        same, elsewhere = (vars(batch.to(torch.device(name))) for name in ("cpu", "meta"))
+        assert same.keys() == elsewhere.keys() == vars(batch).keys()
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(same[name], value) and elsewhere[name].is_meta and elsewhere[name].shape == value.shape
+            else:
+                assert same[name] is elsewhere[name] is value
+
+
+def test_a_batch_is_filled_as_far_as_it_may_be():
+    assert [batch.lengths for batch in pack(examples_of([3, 4, 3, 10, 2, 11]), 10)] == [[2, 3, 3], [4], [10], [11]]
+    assert [batch.lengths for batch in pack(examples_of([5] * 5), 10)] == [[5, 5], [5, 5], [5]]
+    assert (NO_LABELS.input_ids.tolist(), NO_LABELS.lengths, NO_LABELS.first_labels) == ([0], [1], [1])
+    assert len(NO_LABELS.labels) == 0 and NO_LABELS.slots is None
+
+
+def test_a_csv_cell_may_be_long_and_keeps_its_line_breaks(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "a" / "new" / "folder"))
+    answer = "一\r\n" * 100_000
+    (tmp_path / "a.csv").write_bytes(f'instruction,output\n"a","{answer}"\n'.encode())
+    assert load_rows(str(tmp_path / "a.csv"), TRAIN)["output"][:] == [answer]
+
+
+def test_a_question_may_name_its_prefix(tmp_path):
+    rows = [{"instruction": "你好", "more": 1}, {"instruction": "好", "input": "吗", "prefix": "b"}]
+    rows += [{"instruction": "好", "input": None, "prefix": empty} for empty in (None, "")]
+    found = list(read_questions(write(tmp_path / "a.jsonl", *rows), ["a", "b"]))
+    prompts = [prompt_of("你好"), prompt_of("好", "吗"), prompt_of("好"), prompt_of("好")]
+    assert found == list(zip(rows, prompts, [None, "b", None, None], strict=True))
+    for change, message in (
+        ({"prefix": "c"}, "line 2: names the prefix 'c'; there are a, b"),
+        ({"response": ""}, "line 2: has a column 'response' already"),
+        ({"instruction": None}, "line 2: 'instruction' must be a text"),
+    ):
+        path = write(tmp_path / "a.jsonl", rows[0], rows[1] | change)
+        with pytest.raises(UserError, match=message):
+            list(read_questions(path, ["a", "b"]))
 
 
 def test_columns_of_one_name_are_refused(tmp_path):

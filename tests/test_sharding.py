@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from prefix_tuning import demo
-from prefix_tuning.bloom import label_losses, load_base
+from prefix_tuning.bloom import fingerprint, label_losses, load_base
 from prefix_tuning.checkpoint import load_prefix
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.config import UserError
@@ -58,6 +58,7 @@ def test_every_kind_of_checkpoint_is_read(group, tmp_path, files, dtype):
     plain, model = plain.to(dtype), sharded(tmp_path, dtype)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.to_local(), theirs), name
+    assert fingerprint(model, None)["weights"] == fingerprint(plain, None)["weights"]
     batch = next(pack(examples_of([20, 50, 7]), 1000))
     assert torch.allclose(label_losses(model, batch, None), label_losses(plain, batch, None), rtol=1e-5)
 

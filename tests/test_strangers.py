@@ -245,7 +245,8 @@ def test_a_pickled_base_is_read_without_running_it(base, tmp_path, capsys):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_code_that_comes_with_a_base_is_not_run(base, tmp_path):
+def test_code_that_comes_with_a_base_is_not_run(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")  # were the user asked
     config = json.loads((base / "config.json").read_text("utf-8"))
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "harm.Config", "AutoModelForCausalLM": "harm.Model"}}
     (base / "config.json").write_text(json.dumps(config), "utf-8")

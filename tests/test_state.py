@@ -1,0 +1,138 @@
+"""What changes while a run goes on: its figures, its best weights, and the way through a checkpoint and back."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from prefix_tuning.config import PrefixConfig, TrainConfig
+from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.state import NotFinite, TrainingState
+
+CONFIG = TrainConfig(output_dir="out", learning_rate=0.1, weight_decay=0.5, warmup_steps=2, lr_scheduler_type="linear")
+
+
+def new_state(seed=0, projection=True, dtype=torch.float32) -> TrainingState:
+    torch.manual_seed(seed)
+    return TrainingState(CONFIG, PrefixEncoder(PrefixConfig(5, 2, 2, 8, 6, projection)), 10, dtype)
+
+
+def step(state: TrainingState) -> None:
+    state.encoder().square().sum().backward()
+    state.optimizer.step()
+    state.scheduler.step()
+    state.optimizer.zero_grad()
+
+
+def trained(steps=3) -> TrainingState:
+    """A state in which every number differs from that of a new one."""
+    state = new_state()
+    for _ in range(steps):
+        step(state)
+    state.losses, state.grad_norm = torch.tensor(1.5), torch.tensor(2.5)
+    state.bad_step, state.good_prefix = torch.tensor(7.0), state.encoder.bake()
+    state.progress.step = steps
+    state.note_evaluation(3.0, keep_best=True)
+    return state
+
+
+def test_a_new_run_stands_at_the_start():
+    state = new_state()
+    assert vars(state.progress) == {
+        **dict.fromkeys(("step", "epoch", "row", "rows_per_step", "tokens", "logged_step", "logged_tokens"), 0),
+        **dict.fromkeys(("seconds", "logged_seconds", "learning_rate"), 0.0),
+        **{"evaluated_step": -1, "best_step": -1, "best_loss": None, "evaluations_since_best": 0},
+    }
+    assert state.losses == 0 and state.grad_norm == 0 and state.bad_step == math.inf and state.compile_seconds == 0
+    assert torch.equal(state.good_prefix, state.encoder.bake())
+    assert not state.scaler.is_enabled() and new_state(dtype=torch.float16).scaler.is_enabled()
+
+
+def test_the_optimizer_is_trainers():
+    decayed, others = new_state().optimizer.param_groups
+    assert [len(group["params"]) for group in (decayed, others)] == [3, 2]
+    assert all(parameter.ndim == 2 for parameter in decayed["params"])
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0)
+    for group in (decayed, others):
+        assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 and group["fused"]
+        assert group["initial_lr"] == 0.1 and group["lr"] == 0
+
+
+def test_the_lowest_loss_is_the_best_and_only_then_weights_are_kept():
+    state = new_state()
+    for number, (loss, best, since) in enumerate([(5.0, 1, 0), (5.0, 1, 1), (6.0, 1, 2), (4.0, 4, 0)], start=1):
+        state.progress.step = number
+        state.note_evaluation(loss, keep_best=False)
+        assert (state.progress.evaluated_step, state.progress.best_step) == (number, best)
+        assert state.progress.evaluations_since_best == since
+    assert state.progress.best_loss == 4.0 and state.best_weights == {}
+    state.note_evaluation(3.0, keep_best=True)
+    kept = {name: tensor.clone() for name, tensor in state.encoder.state_dict().items()}
+    step(state)
+    step(state)  # the first one has rate 0
+    assert state.best_weights.keys() == kept.keys()
+    assert all(torch.equal(state.best_weights[name], tensor) for name, tensor in kept.items())
+    assert not torch.equal(state.encoder.state_dict()["embedding.weight"], kept["embedding.weight"])
+
+
+def test_what_is_not_finite_is_named_by_its_step_with_the_prefix_before():
+    state = new_state()
+    state.check_finite()
+    state.progress.step = 4
+    for bad_step, named in ((3.0, 3), (1.0, 1)):
+        state.bad_step = torch.tensor(bad_step)
+        with pytest.raises(NotFinite) as error:
+            state.check_finite()
+        assert error.value.step == named and (error.value.good_prefix is None) == (named == 1)
+    state.bad_step = torch.tensor(math.inf)
+    state.encoder.embedding.weight.data[0, 0] = math.nan  # the weights broke in the step that has just ended
+    with pytest.raises(NotFinite) as error:
+        state.check_finite()
+    assert error.value.step == 5 and error.value.good_prefix is state.good_prefix
+    state.bad_step = torch.tensor(2.0)
+    with pytest.raises(NotFinite) as error:
+        state.check_finite()
+    assert error.value.step == 2
+
+
+@pytest.mark.filterwarnings("error")  # as of a scheduler that believes the optimizer has not moved yet
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_a_checkpoint_holds_all_of_a_state(steps):
+    old, new = trained(steps), new_state(seed=1)
+    tensors = {name: tensor.clone() for name, tensor in old.tensors().items()}
+    numbers = json.loads(json.dumps(old.numbers()))
+    new.encoder.load_state_dict(old.encoder.state_dict())
+    new.restore(tensors, numbers)
+    assert new.progress == old.progress and new.numbers() == numbers
+    assert new.tensors().keys() == tensors.keys()
+    assert all(torch.equal(new.tensors()[name], tensor) for name, tensor in tensors.items())
+    assert new.scheduler.get_last_lr() == old.scheduler.get_last_lr()
+    for _ in range(3):
+        for state in (old, new):
+            step(state)
+        assert new.optimizer.param_groups[0]["lr"] == old.optimizer.param_groups[0]["lr"]
+        assert torch.equal(new.encoder(), old.encoder())
+
+
+CHANGES = {
+    "another figure": lambda tensors, numbers: numbers["progress"].update(more=1),
+    "a figure less": lambda tensors, numbers: numbers["progress"].pop("step"),
+    "a figure of another type": lambda tensors, numbers: numbers["progress"].update(step="3"),
+    "a tensor of no use": lambda tensors, numbers: tensors.update({"encoder.more": torch.zeros(1)}),
+    "a part of no use": lambda tensors, numbers: tensors.update({"more.losses": torch.zeros(1)}),
+    "another shape": lambda tensors, numbers: tensors.update({"exp_avg.transform.0.bias": torch.zeros(7)}),
+    "another type": lambda tensors, numbers: tensors.update({"best.transform.0.bias": torch.zeros(6).double()}),
+    "a moment of another shape": lambda tensors, numbers: tensors.update({"step.transform.0.bias": torch.zeros(6)}),
+    "no figures": lambda tensors, numbers: [tensors.pop(name) for name in [*tensors] if name.startswith("figures.")],
+    "no second moments": lambda tensors, numbers: [tensors.pop(n) for n in [*tensors] if n.startswith("exp_avg_sq.")],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_no_state_of_this_run_is_refused(change):
+    state = trained()
+    tensors, numbers = state.tensors(), json.loads(json.dumps(state.numbers()))
+    change(tensors, numbers)
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        new_state().restore(tensors, numbers)
