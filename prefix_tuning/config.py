@@ -359,7 +359,7 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
         folders: dict[str, str] = {}
         for given in self.prefix:
             name, equals, folder = given.partition("=")
-            if not equals or "/" in name or Path(given).exists():
+            if not equals or "/" in name or os.path.exists(given):
                 name, folder = Path(given).resolve().name, given
             if name == "base" or not name:
                 raise UserError(

@@ -55,6 +55,11 @@ def test_the_demos_settings_are_printed_and_flags_override_them(capsys):
     assert own.learning_rate == TrainConfig.learning_rate and own.eval_dataset is None
 
 
+def test_a_prefix_may_have_a_longer_name_than_a_file():
+    config = parse_infer_config(["？", "--prefix", "长" * 300 + "=folder"])
+    assert config.named_prefixes() == {"长" * 300: "folder"}
+
+
 BAD_FLAGS = {
     "--num_virtual_tokens 0": "--num_virtual_tokens must be at least 1",
     "--num_virtual_tokens -1": "--num_virtual_tokens must be at least 1",
