@@ -456,7 +456,7 @@ class _RowDraws(TorchFunctionMode):
         for row, seed in zip(probabilities.chunk(len(self.seeds)), self.seeds, strict=True):
             # A hash, as a CPU's generator takes only the lower half of a seed, and neighbours are not to be alike.
             digest = hashlib.blake2b(repr((*seed, self.step)).encode(), digest_size=8).digest()
-            generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest))
+            generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest, "big"))
             drawn.append(function(row, *others, **kwargs, generator=generator))
         self.step += 1
         return torch.cat(drawn)
