@@ -6,9 +6,9 @@ As a library: `load_prefix` reads what train.py or PEFT has saved, `PrefixBloom`
 import importlib
 
 _HOME = {
-    "load_prefix": "prefix_tuning.checkpoint",
-    "PrefixBloom": "prefix_tuning.generation",
-    "UserError": "prefix_tuning.config",
+    "load_prefix": "prefix_tuning.files.prefixes",
+    "PrefixBloom": "prefix_tuning.generation.prefix_bloom",
+    "UserError": "prefix_tuning.errors",
 }
 __all__ = ["PrefixBloom", "UserError", "load_prefix"]
 

@@ -16,23 +16,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from prefix_tuning import demo
-from prefix_tuning.config import (
-    AskArguments,
-    BaseArguments,
+from prefix_tuning import bundled
+from prefix_tuning.errors import Interrupted, UserError
+from prefix_tuning.inference.settings import AskArguments, BaseArguments, DecodingArguments, InferConfig
+from prefix_tuning.training.settings import (
     DataArguments,
-    DecodingArguments,
-    InferConfig,
-    Interrupted,
     LoopArguments,
     ModelArguments,
     OutputArguments,
     PrefixArguments,
     TrainConfig,
-    UserError,
 )
 
-DEMO_FLAGS = " ".join(f"--{name} {value}" for name, value in demo.SETTINGS.items())
+DEMO_FLAGS = " ".join(f"--{name} {value}" for name, value in bundled.SETTINGS.items())
 TRAIN_HELP = (
     f"Tune a prefix for a frozen Bloom. With no model and no dataset named, the bundled demo runs, with {DEMO_FLAGS}"
 )
@@ -143,9 +139,9 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     groups = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
     parser = Parser(groups, prog="train.py", description=TRAIN_HELP, allow_abbrev=False)
     values, given = parser.parse(argv)
-    if values["model_name_or_path"] == demo.MODEL and values["dataset"] in demo.DATASETS:
+    if values["model_name_or_path"] == bundled.MODEL and values["dataset"] in bundled.DATASETS:
         skipped = given | (PREFIX_SHAPE if values["prefix_from"] else set())
-        settings = {name: value for name, value in demo.SETTINGS.items() if name not in skipped}
+        settings = {name: value for name, value in bundled.SETTINGS.items() if name not in skipped}
         if not given & {"eval_dataset", "eval_fraction"}:
             settings["eval_dataset"] = values["dataset"] + "-eval"
         elif not (values["eval_dataset"] or values["eval_fraction"]):
@@ -162,7 +158,7 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
 
 def _train(argv: list[str]) -> Callable[[], object]:
     config = parse_train_config(argv)
-    from prefix_tuning.training import train
+    from prefix_tuning.training.run import train
 
     return partial(train, config)
 
@@ -193,7 +189,7 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
 
 def _infer(argv: list[str]) -> Callable[[], object]:
     config = parse_infer_config(argv)
-    from prefix_tuning.inference import infer
+    from prefix_tuning.inference.run import infer
 
     return partial(infer, config)
 

@@ -34,7 +34,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def job() -> str | None:
+def torchrun_job() -> str | None:
     """What tells this torchrun from any other, the same after each of its restarts: the folder of its logs. None without."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../JOB/attempt_N/LOCAL_RANK/error.json
     return Path(file).parents[2].name if file else None
@@ -89,7 +89,7 @@ def processes(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def first_on_each_machine() -> Iterator[None]:
+def local_main_first() -> Iterator[None]:
     """Lets one process per machine do something, and the others do it after that: they find it cached."""
     waits = os.environ.get("LOCAL_RANK", "0") != "0"
     if waits:
@@ -100,7 +100,7 @@ def first_on_each_machine() -> Iterator[None]:
 
 
 def barrier() -> None:
-    sum_of([0])
+    sum_over_ranks([0])
 
 
 def share(values: Sequence) -> Sequence:
@@ -115,17 +115,17 @@ def all_sum(tensor: torch.Tensor, operation=dist.ReduceOp.SUM, group=None) -> to
     return tensor
 
 
-def sum_of(numbers: list[float]) -> list[float]:
+def sum_over_ranks(numbers: list[float]) -> list[float]:
     """Each number summed over all processes, in float64, by way of the CPU: nothing waits for a GPU."""
     return all_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
-def most_of(number: int) -> int:
+def max_over_ranks(number: int) -> int:
     """The largest of what the processes have."""
     return int(all_sum(torch.tensor(number), dist.ReduceOp.MAX))
 
 
-def from_main(value):
+def broadcast_object(value):
     """What main has: anything that JSON knows."""
     return gather(value if is_main() else None)[0]
 

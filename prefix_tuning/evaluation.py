@@ -9,11 +9,13 @@ from datasets import Dataset
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from prefix_tuning import signals
-from prefix_tuning.bloom import label_losses
-from prefix_tuning.data import NO_LABELS, count_labels, pack, prompt_of, take
-from prefix_tuning.distributed import gather, share, sum_of
-from prefix_tuning.generation import BASE, PrefixBloom, complete
-from prefix_tuning.sharding import in_step
+from prefix_tuning.base_model.sharding import in_step
+from prefix_tuning.data.rows import prompt_of, take
+from prefix_tuning.distributed import gather, share, sum_over_ranks
+from prefix_tuning.generation.batches import complete
+from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
+from prefix_tuning.model.batch import EMPTY_BATCH, count_labels, pack
+from prefix_tuning.model.bloom import label_losses
 
 
 @torch.no_grad()
@@ -21,7 +23,7 @@ def row_losses(
     model: BloomForCausalLM, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> Iterator[tuple[float, int]]:
     """Of every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number."""
-    with in_step(model, lambda: label_losses(model, NO_LABELS.to(model.device), prefix)):
+    with in_step(model, lambda: label_losses(model, EMPTY_BATCH.to(model.device), prefix)):
         for start in range(0, len(tokenized), 1024):  # sorted by length within each thousand
             examples = take(tokenized, list(range(start, min(start + 1024, len(tokenized)))))
             order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
@@ -49,7 +51,7 @@ def evaluate_loss(
     for loss, count in row_losses(model, tokenized.select(share(range(len(tokenized)))), prefix, max_tokens):
         losses, labels = losses + loss, labels + count
     signals.stop_if_heard()
-    losses, labels = sum_of([losses, labels])
+    losses, labels = sum_over_ranks([losses, labels])
     return {"eval_loss": losses / labels, "eval_perplexity": perplexity(losses / labels)}
 
 

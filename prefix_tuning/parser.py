@@ -6,7 +6,7 @@ import itertools
 
 from transformers import HfArgumentParser
 
-from prefix_tuning.config import UserError
+from prefix_tuning.errors import UserError
 
 
 class Parser(HfArgumentParser):

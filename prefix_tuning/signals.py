@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefix_tuning import distributed
-from prefix_tuning.config import Interrupted
+from prefix_tuning.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _heard = 0
@@ -35,11 +35,11 @@ def listening(announcement: str) -> Iterator[None]:
         yield
         return
 
-    hint = "" if distributed.job() else " (once more: it stops at once)"
+    hint = "" if distributed.torchrun_job() else " (once more: it stops at once)"
 
     def note(number: int, frame) -> None:
         global _heard
-        if not distributed.job():
+        if not distributed.torchrun_job():
             signal.signal(number, signal.SIG_DFL)
         elif _heard:
             return
@@ -60,5 +60,5 @@ def listening(announcement: str) -> Iterator[None]:
 
 def stop_if_heard() -> None:
     """Raises Interrupted in all processes if one of them has heard a signal. All call this together: it is an all-reduce."""
-    if number := distributed.most_of(_heard):
+    if number := distributed.max_over_ranks(_heard):
         raise Interrupted(f"{signal.Signals(number).name}: stopped", number)

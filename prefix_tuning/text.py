@@ -1,6 +1,26 @@
-"""Text in columns of a terminal, where a Chinese character takes two."""
+"""Text: what UTF-8 can hold, and the columns of a terminal, of which a Chinese character takes two."""
 
+import os
+import re
 import unicodedata
+
+from prefix_tuning.errors import UserError
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: no half of a character (a lone surrogate) is in it."""
+    return value.isprintable() or not re.search("[\ud800-\udfff]", value)
+
+
+def as_text(argument: str, name: str) -> str:
+    """A text of the command line, where Python took its UTF-8 for ASCII. Raises UserError if it is none."""
+    try:
+        return argument if is_text(argument) else os.fsencode(argument).decode()
+    except UnicodeError as error:
+        raise UserError(f"{name} holds bytes that are no UTF-8 text") from error
+
+
+"""Text in columns of a terminal, where a Chinese character takes two."""
 
 
 def display_width(text: str) -> int:

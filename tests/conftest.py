@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
-from prefix_tuning import demo
+from prefix_tuning import bundled
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.config import PrefixConfig
-from prefix_tuning.data import IGNORED, Example
-from prefix_tuning.training import train
+from prefix_tuning.model.batch import IGNORED, Example
+from prefix_tuning.model.encoder import PrefixConfig
+from prefix_tuning.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_ROWS = ROOT.parent / "shared" / "data" / "alpaca_zh"
@@ -48,13 +48,13 @@ def start_process(command, **options) -> subprocess.Popen:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(demo.resolve(demo.MODEL))
+    return AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
 
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory):
     """40 rows in the notebook's columns, some with input, of different lengths."""
-    lines = (demo.resolve("bundled:short"), demo.resolve("bundled:sentence"))
+    lines = (bundled.resolve("bundled:short"), bundled.resolve("bundled:sentence"))
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join("".join(Path(p).read_text("utf-8").splitlines(True)[:20]) for p in lines), "utf-8")
     return path

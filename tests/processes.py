@@ -11,10 +11,11 @@ from conftest import examples_of
 from transformers import AutoConfig, BloomForCausalLM
 
 from prefix_tuning import distributed
-from prefix_tuning.bloom import block_runner, fingerprint
-from prefix_tuning.data import count_labels
-from prefix_tuning.sharding import load_sharded
-from prefix_tuning.training import accumulate_gradients
+from prefix_tuning.base_model.identity import fingerprint
+from prefix_tuning.base_model.sharding import load_sharded
+from prefix_tuning.model.batch import count_labels
+from prefix_tuning.model.bloom import block_runner
+from prefix_tuning.training.loop import accumulate_gradients
 
 CPU = torch.device("cpu")
 scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -11,24 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from prefix_tuning import attention, bloom
-from prefix_tuning.bloom import (
-    block_runner,
-    held_per_token,
-    is_out_of_memory,
-    label_losses,
-    load_base,
-    max_tokens_per_batch,
-    packed_hidden,
-    prefix_cache,
-    resolve_device,
-    resolve_dtype,
-    run_block,
-    text_prefix,
-)
-from prefix_tuning.config import UserError
-from prefix_tuning.data import IGNORED, Example, pack
-from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.devices import held_per_token, is_out_of_memory, resolve_device, resolve_dtype, suggested_max_tokens
+from prefix_tuning.errors import UserError
+from prefix_tuning.model import attention, bloom
+from prefix_tuning.model.batch import IGNORED, Example, pack
+from prefix_tuning.model.bloom import block_runner, label_losses, packed_hidden, prefix_cache, run_block
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.start import text_prefix
 
 RAGGED = {
     "ragged rows": ([7, 1, 12, 9, 30], 0.5),
@@ -104,7 +94,7 @@ def attention_form(request, monkeypatch):
     if request.param == "rows in pieces":
         monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 4)
     grid = request.param == "grid"
-    monkeypatch.setattr(bloom, "attend", (lambda *x: attention.attend_grid(*x[:-1])) if grid else attention.attend_rows)
+    monkeypatch.setattr(bloom, "attend", (lambda *x: attention.attend_padded(*x[:-1])) if grid else attention.attend_rows)
 
 
 def packed_loss(model, examples, prefix):
@@ -318,11 +308,11 @@ def test_a_head_that_is_trained_is_refused_as_it_would_get_no_gradient():
 
 
 @pytest.mark.parametrize(
-    "lengths, form", [([47, 48], "grid"), ([48, 48], "rows"), ([90, 7], "rows"), ([90, 7, 9], "grid"), ([47], "grid")]
+    "lengths, form", [([47, 48], "padded"), ([48, 48], "rows"), ([90, 7], "rows"), ([90, 7, 9], "padded"), ([47], "padded")]
 )
 def test_on_a_cpu_rows_that_are_long_on_average_go_one_by_one(monkeypatch, lengths, form):
     called = []
-    for name in ("grid", "rows"):
+    for name in ("padded", "rows"):
         real = getattr(attention, f"attend_{name}")
         monkeypatch.setattr(attention, f"attend_{name}", lambda *x, n=name, real=real: called.append(n) or real(*x))
     (batch,) = pack(examples_of(lengths), 1000)
@@ -364,20 +354,19 @@ def test_on_cuda_the_precision_is_what_the_device_has_units_for(monkeypatch):
     assert resolve_dtype("fp32", cuda) == torch.float32
 
 
-def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it(monkeypatch):
+def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
     model = random_bloom()
     assert held_per_token(model) == 10 * 48 * 3 * 4 and held_per_token(model.bfloat16()) == 10 * 48 * 3 * 2
-    assert max_tokens_per_batch(model) == 640 and max_tokens_per_batch(model, 3000) == 3000
+    assert suggested_max_tokens(model, gathers=False) == 640
     model = random_bloom()
     model.config.n_layer = 1000  # a deep one, as far as its configuration is asked
     held = 10 * 48 * 1000 * 4
-    assert max_tokens_per_batch(model) == 2**29 // held < 640
+    assert suggested_max_tokens(model, gathers=False) == 2**29 // held < 640
     elsewhere = model.to("meta")  # any device but a CPU
-    assert max_tokens_per_batch(elsewhere) == 2**31 // held > 640
-    monkeypatch.setattr(bloom, "is_sharded", lambda model: True)
-    assert max_tokens_per_batch(elsewhere) == 2**33 // held
+    assert suggested_max_tokens(elsewhere, gathers=False) == 2**31 // held > 640
+    assert suggested_max_tokens(elsewhere, gathers=True) == 2**33 // held
     model.config.n_layer = 2**30
-    assert max_tokens_per_batch(elsewhere) == 1
+    assert suggested_max_tokens(elsewhere, gathers=False) == 1
 
 
 def test_running_out_of_memory_is_told_from_other_errors():

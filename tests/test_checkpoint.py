@@ -8,31 +8,16 @@ import torch
 from conftest import prefix_config, random_bloom
 from safetensors.torch import load_file, save_file
 
-from prefix_tuning import demo
-from prefix_tuning.bloom import fingerprint
-from prefix_tuning.checkpoint import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    ENCODER_FILE,
-    base_of,
-    check_base,
-    find_checkpoints,
-    load_checkpoint,
-    load_encoder,
-    load_prefix,
-    newest_checkpoint,
-    portable_name,
-    remove_drafts,
-    replacing,
-    save_adapter,
-    save_checkpoint,
-    save_encoder,
-    write_json,
-)
-from prefix_tuning.config import PrefixConfig, UserError
-from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning import bundled
+from prefix_tuning.base_model.identity import base_of, check_base, fingerprint, portable_name
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
+from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_adapter, save_encoder
+from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 
-BASE = {"name_or_path": demo.MODEL, "weights": "abc"}
+BASE = {"name_or_path": bundled.MODEL, "weights": "abc"}
 
 
 @pytest.fixture(params=["projection", "no projection", "projection and text"])
@@ -62,11 +47,11 @@ def test_what_is_saved_is_read_back(saved):
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as draft:
+    with pytest.raises(RuntimeError), atomic_write(path) as draft:
         draft.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
@@ -76,7 +61,7 @@ def test_a_draft_that_a_killed_run_left_is_no_hindrance_and_goes(tmp_path):
         (tmp_path / f".{name}.draft").mkdir()
         (tmp_path / f".{name}.draft" / name).write_text("half")
     handles = os.listdir("/proc/self/fd")
-    with replacing(tmp_path / "file") as draft:
+    with atomic_write(tmp_path / "file") as draft:
         draft.write_text("new")
     assert os.listdir("/proc/self/fd") == handles
     remove_drafts(tmp_path)
@@ -86,7 +71,7 @@ def test_a_draft_that_a_killed_run_left_is_no_hindrance_and_goes(tmp_path):
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     with (
         pytest.raises(UserError, match="nowhere/file: cannot be written"),
-        replacing(tmp_path / "nowhere" / "file") as draft,
+        atomic_write(tmp_path / "nowhere" / "file") as draft,
     ):
         draft.write_text("new")
 
@@ -110,7 +95,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    with replacing(tmp_path / "file") as draft:
+    with atomic_write(tmp_path / "file") as draft:
         save_file({"a": torch.ones(3)}, draft)
     file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
     assert calls == [("fsync", file), ("replace", file), ("fsync", folder)]
@@ -118,7 +103,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
 def test_names_in_files_hold_on_any_machine(tmp_path, monkeypatch):
     assert portable_name("Langboat/bloom-1b4-zh") == "Langboat/bloom-1b4-zh"
-    assert portable_name(demo.MODEL) == demo.MODEL
+    assert portable_name(bundled.MODEL) == bundled.MODEL
     assert portable_name(str(tmp_path)) == f"local:{tmp_path.name}"
     assert portable_name("/no/longer/there.jsonl") == "local:there.jsonl"
     monkeypatch.chdir(tmp_path)
@@ -166,7 +151,7 @@ def test_a_folder_without_a_prefix_says_what_is_missing(saved):
     assert description == vars(encoder.config) | {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": demo.MODEL,
+        "base_model_name_or_path": bundled.MODEL,
         "inference_mode": True,
         "num_transformer_submodules": 1,
     }

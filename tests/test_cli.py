@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import ROOT, prefix_config, random_bloom
 
-from prefix_tuning import demo
-from prefix_tuning.checkpoint import save_adapter
+from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config, parse_train_config
-from prefix_tuning.config import TrainConfig, UserError
-from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.inference import infer
-from prefix_tuning.training import train
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.prefixes import save_adapter
+from prefix_tuning.inference.run import infer
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
 
 
 def run(script, *flags, cwd=ROOT):
@@ -42,7 +43,7 @@ def test_the_notebooks_command_has_the_notebooks_settings():
 def test_the_demos_settings_are_printed_and_flags_override_them(capsys):
     config = parse_train_config([])
     assert config.eval_dataset == "bundled:short-eval"
-    assert all(getattr(config, name) == value for name, value in demo.SETTINGS.items())
+    assert all(getattr(config, name) == value for name, value in bundled.SETTINGS.items())
     assert "--learning_rate" in capsys.readouterr().out
     assert parse_train_config(["--learning_rate", "0.1"]).learning_rate == 0.1
     assert parse_train_config(["--learning-rate=0.1"]).learning_rate == 0.1
@@ -203,7 +204,7 @@ def test_a_prefix_for_another_base_is_refused(trained, tmp_path, monkeypatch):
     model = random_bloom()
     torch.manual_seed(0)
     encoder = PrefixEncoder(prefix_config(model))
-    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
+    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": bundled.MODEL})
     with pytest.raises(UserError, match="a prefix for 3 layers"):
         infer(parse_infer_config(["你好", "--prefix", str(tmp_path)]))
     monkeypatch.chdir(trained)

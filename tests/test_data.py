@@ -11,20 +11,10 @@ import torch
 from conftest import REAL_ROWS, examples_of, needs_real_rows
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from prefix_tuning import data
-from prefix_tuning.config import UserError
-from prefix_tuning.data import (
-    IGNORED,
-    NO_LABELS,
-    count_labels,
-    digest,
-    load_rows,
-    pack,
-    prompt_of,
-    read_questions,
-    take,
-    tokenize,
-)
+from prefix_tuning.data import rows as data
+from prefix_tuning.data.rows import digest, load_rows, prompt_of, read_questions, take, tokenize
+from prefix_tuning.errors import UserError
+from prefix_tuning.model.batch import EMPTY_BATCH, IGNORED, count_labels, pack
 
 TRAIN = ("train",)
 GOOD = {"instruction": "一加一等于几？", "input": "", "output": "二"}
@@ -286,8 +276,8 @@ def test_a_batch_moves_with_all_its_tensors():
 def test_a_batch_is_filled_as_far_as_it_may_be():
     assert [batch.lengths for batch in pack(examples_of([3, 4, 3, 10, 2, 11]), 10)] == [[2, 3, 3], [4], [10], [11]]
     assert [batch.lengths for batch in pack(examples_of([5] * 5), 10)] == [[5, 5], [5, 5], [5]]
-    assert (NO_LABELS.input_ids.tolist(), NO_LABELS.lengths, NO_LABELS.first_labels) == ([0], [1], [1])
-    assert len(NO_LABELS.labels) == 0 and NO_LABELS.slots is None
+    assert (EMPTY_BATCH.input_ids.tolist(), EMPTY_BATCH.lengths, EMPTY_BATCH.first_labels) == ([0], [1], [1])
+    assert len(EMPTY_BATCH.labels) == 0 and EMPTY_BATCH.slots is None
 
 
 def test_a_csv_cell_may_be_long_and_keeps_its_line_breaks(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, BloomForCausalLM
 
-from prefix_tuning import demo
+from prefix_tuning import bundled
 from prefix_tuning.demo import build
 
 RELATIONS = build.load_relations()
@@ -17,7 +17,7 @@ NAMES = ("short", "sentence")
 
 
 def rows_of(name):
-    return [json.loads(line) for line in Path(demo.resolve(f"bundled:{name}")).read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in Path(bundled.resolve(f"bundled:{name}")).read_text("utf-8").splitlines()]
 
 
 def facts_asked(rows):
@@ -83,7 +83,7 @@ def test_pre_training_never_shows_the_tuning_format():
 def test_the_questions_are_those_of_the_recipe(tmp_path):
     build.write_questions(RELATIONS, 42, tmp_path)
     for name in (*NAMES, "short-eval", "sentence-eval"):
-        assert (tmp_path / f"{name}.jsonl").read_bytes() == Path(demo.resolve(f"bundled:{name}")).read_bytes()
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == Path(bundled.resolve(f"bundled:{name}")).read_bytes()
 
 
 def test_evaluation_asks_no_fact_that_training_touches():
@@ -103,7 +103,7 @@ def test_both_styles_ask_the_same_and_answer_differently():
 
 
 def test_the_model_is_a_plain_small_bloom():
-    folder = Path(demo.resolve(demo.MODEL))
+    folder = Path(bundled.resolve(bundled.MODEL))
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model) is BloomForCausalLM

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from test_faults import assert_same_run, metrics_of, wait_for_step
 from transformers import BloomForCausalLM
 
-from prefix_tuning import demo, training
-from prefix_tuning.checkpoint import ADAPTER_FILE, ENCODER_FILE, find_checkpoints
+from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config, parse_train_config
-from prefix_tuning.inference import infer
+from prefix_tuning.files.checkpoint_format import find_checkpoints
+from prefix_tuning.files.names import ADAPTER_FILE, ENCODER_FILE
+from prefix_tuning.inference.run import infer
+from prefix_tuning.training import run as training
 
 FLAGS = {
     "eval_fraction": 0.2, "eval_exact_match": True, "max_steps": 6, "logging_steps": 1, "eval_steps": 3, "save_steps": 2,
@@ -152,7 +154,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path, 
 
 def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_path):
     """The evaluation after step 2, of 600 rows; to the end it would take longer than torchrun waits, with more rows."""
-    rows = Path(demo.resolve("bundled:short-eval")).read_text("utf-8").splitlines(True)[:600]
+    rows = Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines(True)[:600]
     (tmp_path / "eval.jsonl").write_text("".join(rows), "utf-8")
     flags = {name: value for name, value in alone[0].items() if name != "eval_fraction"}
     flags |= {"gradient_accumulation_steps": 1, "max_steps": 100_000, "save_steps": 0, "eval_steps": 2}
@@ -193,8 +195,8 @@ def test_an_error_that_one_process_has_is_what_is_seen(tmp_path, rows_file, rank
 
 
 def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned):
-    base = BloomForCausalLM.from_pretrained(demo.resolve(demo.MODEL))
-    shutil.copytree(demo.resolve(demo.MODEL), tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    base = BloomForCausalLM.from_pretrained(bundled.resolve(bundled.MODEL))
+    shutil.copytree(bundled.resolve(bundled.MODEL), tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(base.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     rows = [{"instruction": f"{number % 7}加3等于多少？", "id": number} for number in range(35)]  # each question five times
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

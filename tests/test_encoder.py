@@ -4,8 +4,8 @@ from conftest import prefix_config, random_bloom
 from peft import PrefixEncoder as PeftEncoder
 from peft import PrefixTuningConfig
 
-from prefix_tuning.config import PrefixConfig, UserError
-from prefix_tuning.encoder import PrefixEncoder, flatten, unflatten
+from prefix_tuning.errors import UserError
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, flatten, unflatten
 
 BLOOM_1B4_ZH = PrefixConfig(10, 24, 16, 2048, 2048, prefix_projection=True)
 

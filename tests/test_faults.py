@@ -21,12 +21,15 @@ import torch
 from conftest import ROOT, prefix_config, random_bloom, start_process
 from safetensors.torch import load_file
 
-from prefix_tuning import demo
-from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, find_checkpoints, load_prefix
-from prefix_tuning.config import TrainConfig, UserError
-from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.state import TrainingState
-from prefix_tuning.training import METRICS_FILE, train
+from prefix_tuning import bundled
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.checkpoint_format import find_checkpoints
+from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, METRICS_FILE
+from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.state import TrainingState
 
 TIMINGS = {"tokens_per_second", "train_seconds", "compile_seconds", "peak_memory_mb"}
 UNEVALUATED = {"eval_dataset": None, "eval_steps": None, "save_best": False}
@@ -58,7 +61,7 @@ def run_quietly(settings: dict) -> None:
 def start(settings: dict) -> multiprocessing.Process:
     """A process that runs a training; forked from one that has the imports behind it."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["prefix_tuning.training"])
+    processes.set_forkserver_preload(["prefix_tuning.training.run"])
     process = processes.Process(target=run_quietly, args=(settings,))
     process.start()
     return process
@@ -248,7 +251,7 @@ def test_the_best_prefix_is_kept_and_a_run_that_gets_no_better_stops(settings, t
     for name, part in (("train", rows), ("eval", rows[:6])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
     settings |= {"dataset": str(tmp_path / "train.jsonl"), "eval_dataset": str(tmp_path / "eval.jsonl"), "shuffle": False}
-    settings |= {"model_name_or_path": demo.MODEL, "num_train_epochs": 1, "eval_steps": 2, "early_stopping_patience": 3}
+    settings |= {"model_name_or_path": bundled.MODEL, "num_train_epochs": 1, "eval_steps": 2, "early_stopping_patience": 3}
     summary = train(TrainConfig(**settings))
     losses = {line["step"]: line["eval_loss"] for line in metrics_of(settings["output_dir"]) if "eval_loss" in line}
     del losses[0]  # the frozen base

@@ -23,15 +23,17 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from prefix_tuning import PrefixBloom, demo, load_prefix
-from prefix_tuning.bloom import fingerprint, load_base, prefix_cache
-from prefix_tuning.checkpoint import load_encoder, save_adapter
-from prefix_tuning.config import UserError
-from prefix_tuning.data import prompt_of
-from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning import PrefixBloom, bundled, load_prefix
+from prefix_tuning.base_model.identity import fingerprint
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.errors import UserError
 from prefix_tuning.evaluation import answer_rows, exact_match
-from prefix_tuning.generation import complete, complete_batches
-from prefix_tuning.inference import say
+from prefix_tuning.files.prefixes import load_encoder, save_adapter
+from prefix_tuning.generation.batches import complete, complete_batches
+from prefix_tuning.inference.ask import say
+from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.model.encoder import PrefixEncoder
 
 QUESTIONS = ["法国的首都是哪里？", "3加5等于多少？", "请把“苹果”翻译成英文，谢谢！", "？"]
 PROMPTS = [prompt_of(question) for question in QUESTIONS]
@@ -45,7 +47,7 @@ def random_prefix(model, tokens=5, seed=1):
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base(demo.MODEL, torch.float32, torch.device("cpu"))[0]
+    return load_base(bundled.MODEL, torch.float32, torch.device("cpu"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def tuned_model(tuned, base, tokenizer):
 def mixed():
     """90 held-out questions of the demo, each with one of two prefixes or none."""
     rng = random.Random(0)
-    lines = rng.sample(Path(demo.resolve("bundled:short-eval")).read_text("utf-8").splitlines(), 90)
+    lines = rng.sample(Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines(), 90)
     return [prompt_of(json.loads(line)["instruction"]) for line in lines], rng.choices(["short", "sentence", "base"], k=90)
 
 
@@ -392,7 +394,7 @@ def test_a_prefix_of_another_base_is_refused(base, tmp_path, tokenizer):
 
 def test_forward_is_pefts(base, tmp_path, tokenizer):
     prefix = random_prefix(base)
-    save_adapter(tmp_path, prefix, prefix_config(base), {"name_or_path": demo.MODEL})
+    save_adapter(tmp_path, prefix, prefix_config(base), {"name_or_path": bundled.MODEL})
     model = PrefixBloom(base)
     model.attach("a", prefix)
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
@@ -577,7 +579,7 @@ def test_pipeline_and_streamer_take_it(tuned_model, tokenizer, capsys, caplog):
 def test_greedy_text_equals_pefts_for_the_saved_prefix(base, tmp_path, tokenizer, projection):
     torch.manual_seed(1)
     encoder = PrefixEncoder(prefix_config(base, projection=projection))
-    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
+    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": bundled.MODEL})
     model = PrefixBloom(base)
     model.attach("a", encoder.bake())
     assert complete(model, tokenizer, PROMPTS, prefix_name="base", **GREEDY) != complete(model, tokenizer, PROMPTS, **GREEDY)
@@ -718,7 +720,7 @@ def test_a_base_that_returns_dicts_and_ends_at_strings_answers(base, tuned, toke
 
 
 def test_accelerates_hooks_do_not_hide_the_prefix(tuned, tokenizer):
-    base, _ = load_base(demo.MODEL, torch.float32, torch.device("cpu"))
+    base, _ = load_base(bundled.MODEL, torch.float32, torch.device("cpu"))
     plain = PrefixBloom(base)
     hooked = PrefixBloom(accelerate.dispatch_model(base, {"": "cpu"}, force_hooks=True))
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")

@@ -21,14 +21,14 @@ import pytest
 import torch
 from conftest import ROOT, at_end, start_process
 
-from prefix_tuning import demo
-from prefix_tuning.bloom import load_base
-from prefix_tuning.checkpoint import load_prefix
+from prefix_tuning import bundled
+from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_infer_config
-from prefix_tuning.config import UserError
-from prefix_tuning.data import load_rows, tokenize
+from prefix_tuning.data.rows import load_rows, tokenize
+from prefix_tuning.errors import UserError
 from prefix_tuning.evaluation import evaluate_loss
-from prefix_tuning.inference import infer, open_model
+from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.inference.run import infer, open_model
 from prefix_tuning.text import display_width
 
 FRANCE = "法国的首都是哪里？"
@@ -140,7 +140,7 @@ def test_wide_names_and_questions_stay_in_their_columns(tmp_path, tuned, capsys)
 
 
 def questions(count):
-    lines = Path(demo.resolve("bundled:short-eval")).read_text("utf-8").splitlines()[:count]
+    lines = Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines()[:count]
     names = [None, "sentence", "base", "short"]
     return [json.loads(line) | {"prefix": names[index % 4], "id": index} for index, line in enumerate(lines)]
 
@@ -326,7 +326,7 @@ def test_scores_are_the_evaluations(tmp_path, tuned, prefixes, tokenizer, capsys
     ]
     scores = json.loads(output.read_text("utf-8"))
     assert [row["instruction"] for row in scores["rows"]] == [row["instruction"] for row in rows]
-    base, _ = load_base(demo.MODEL, torch.float32, torch.device("cpu"))
+    base, _ = load_base(bundled.MODEL, torch.float32, torch.device("cpu"))
     all_rows = load_rows(str(source), ("train",))
     for name, folder in {"base": None, **tuned}.items():
         prefix = load_prefix(str(folder)).tensor if folder else None
@@ -394,7 +394,7 @@ class Terminal:
 def endless(tmp_path_factory):
     """The bundled model, but without an end to its answers."""
     folder = tmp_path_factory.mktemp("endless") / "model"
-    shutil.copytree(demo.resolve(demo.MODEL), folder)
+    shutil.copytree(bundled.resolve(bundled.MODEL), folder)
     settings = json.loads((folder / "generation_config.json").read_text("utf-8"))
     (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 0}), "utf-8")
     return folder
@@ -449,7 +449,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(prefixes, endless):
 
 
 def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
-    from prefix_tuning.chat import Chat
+    from prefix_tuning.inference.chat import Chat
 
     flags = ["--chat", "--prefix", str(tuned["short"]), "--max_length", "80", "--max_new_tokens", "20"]
     config = parse_infer_config(flags)

@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from prefix_tuning import demo
+from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config, parse_train_config
-from prefix_tuning.inference import infer
+from prefix_tuning.inference.run import infer
 
 READMES = ["README.md", "README.zh-CN.md"]
 
@@ -36,7 +36,7 @@ def desk(tuned, tmp_path, monkeypatch):
     """A folder that has what the README's commands name."""
     (tmp_path / "chatbot").symlink_to(tuned["short"])
     (tmp_path / "chatbot-sentence").symlink_to(tuned["sentence"])
-    rows = [json.loads(line) for line in Path(demo.resolve("bundled:short-eval")).read_text("utf-8").splitlines()[:6]]
+    rows = [json.loads(line) for line in Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines()[:6]]
     for file, names in (("questions.jsonl", [{}]), ("mixed.jsonl", [{"prefix": "short"}, {"prefix": "base"}, {}])):
         lines = (json.dumps(row | names[index % len(names)]) + "\n" for index, row in enumerate(rows))
         (tmp_path / file).write_text("".join(lines), "utf-8")
@@ -70,7 +70,7 @@ def test_every_train_command_has_known_flags(name, desk):
 @pytest.mark.parametrize("name", READMES)
 def test_the_library_snippet_runs(name, desk, tokenizer):
     (snippet,) = [block for block in blocks(name) if "import PrefixBloom" in block]
-    base = AutoModelForCausalLM.from_pretrained(demo.resolve(demo.MODEL), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(bundled.resolve(bundled.MODEL), dtype=torch.float32)
     tokenizer.padding_side = "left"
     inputs = tokenizer(["Human: 法国的首都是哪里？\n\nAssistant: "] * 2, return_tensors="pt", padding=True)
     names = {"base": base, "inputs": inputs}

@@ -13,9 +13,9 @@ from conftest import ROOT
 from peft import PeftConfig
 
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.config import UserError
-from prefix_tuning.report import plot_curves, write_card
-from prefix_tuning.training import train
+from prefix_tuning.errors import UserError
+from prefix_tuning.training.report import plot_curves, write_card
+from prefix_tuning.training.run import train
 
 FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--eval_fraction", "0.2"]
 

@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file
 from test_faults import assert_same_run, metrics_of
 
-from prefix_tuning import distributed, evaluation, resume, signals, training
-from prefix_tuning.checkpoint import ADAPTER_FILE, ENCODER_FILE, find_checkpoints
-from prefix_tuning.config import Interrupted, TrainConfig, UserError
+from prefix_tuning import distributed, evaluation, signals
+from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files import writing
-from prefix_tuning.generation import PrefixBloom
-from prefix_tuning.report import CARD_FILE, PLOT_FILE
-from prefix_tuning.training import train
+from prefix_tuning.files.checkpoint_format import find_checkpoints
+from prefix_tuning.files.names import ADAPTER_FILE, CARD_FILE, ENCODER_FILE, PLOT_FILE
+from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.training import evaluator, resume, run
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
 
 LATEST = {"resume_from_checkpoint": "latest"}
 
@@ -213,7 +215,7 @@ def test_a_folder_has_one_run_at_a_time(settings, monkeypatch, capsys):
 def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (evaluation, "label_losses")) -> None:
     """Runs a training that gets SIGINT during its last of so many evaluations, at its second pass, or at another call
     of a function that is `watched`. There must be no call after that."""
-    calls, evaluate_loss, real = [], training.evaluate_loss, getattr(*watched)
+    calls, evaluate_loss, real = [], evaluator.evaluate_loss, getattr(*watched)
 
     def begin(*arguments):
         calls.append(0)
@@ -226,7 +228,7 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="SIGINT: stopped after step") as stop:
-        patch.setattr(training, "evaluate_loss", begin)
+        patch.setattr(evaluator, "evaluate_loss", begin)
         patch.setattr(*watched, count)
         train(TrainConfig(**settings))
     assert stop.value.signal == signal.SIGINT and len(calls) == evaluations and calls[-1] == call
@@ -259,7 +261,7 @@ def test_a_signal_during_the_answers_of_an_evaluation_saves_at_once(settings, tm
 def test_memory_that_runs_out_during_an_evaluation_loses_nothing(settings, tmp_path, monkeypatch):
     settings |= {"save_steps": 0}
     train(TrainConfig(**settings))
-    stopped, real, evaluations = settings | {"output_dir": str(tmp_path / "stopped")}, training.evaluate_loss, []
+    stopped, real, evaluations = settings | {"output_dir": str(tmp_path / "stopped")}, evaluator.evaluate_loss, []
 
     def run_out(*arguments):
         evaluations.append(None)
@@ -267,7 +269,7 @@ def test_memory_that_runs_out_during_an_evaluation_loses_nothing(settings, tmp_p
             raise MemoryError
         return real(*arguments)
 
-    monkeypatch.setattr(training, "evaluate_loss", run_out)
+    monkeypatch.setattr(evaluator, "evaluate_loss", run_out)
     with pytest.raises(UserError, match=r"ran out of memory; .*checkpoint-11\.safetensors is intact, resume with"):
         train(TrainConfig(**stopped))
     train(TrainConfig(**stopped | LATEST))
@@ -279,8 +281,8 @@ def test_a_signal_during_the_last_files_lets_them_be_written(settings, monkeypat
         real(folder)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    real = training.write_card
-    monkeypatch.setattr(training, "write_card", write_card)
+    real = run.write_card
+    monkeypatch.setattr(run, "write_card", write_card)
     with pytest.raises(Interrupted, match="SIGTERM: stopped after step 11, which was the last one; the prefix is saved"):
         train(TrainConfig(**settings))
     assert (Path(settings["output_dir"]) / CARD_FILE).exists()
@@ -289,7 +291,7 @@ def test_a_signal_during_the_last_files_lets_them_be_written(settings, monkeypat
 @pytest.mark.parametrize("job", [None, "torchrun"])
 def test_two_signals_at_once_are_one(job, monkeypatch, capfd):
     """As torchrun sends them: its own, and the terminal's that it passes on."""
-    monkeypatch.setattr(distributed, "job", lambda: job)
+    monkeypatch.setattr(distributed, "torchrun_job", lambda: job)
     monkeypatch.setattr(sys, "unraisablehook", pytest.fail)  # what Python calls for "ignored due to race condition"
     both = {signal.SIGINT, signal.SIGTERM}
     with signals.listening("stops"):

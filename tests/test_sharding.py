@@ -11,15 +11,19 @@ from conftest import examples_of, random_bloom
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from prefix_tuning import demo
-from prefix_tuning.bloom import fingerprint, label_losses, load_base
-from prefix_tuning.checkpoint import load_prefix
+from prefix_tuning import bundled
+from prefix_tuning.base_model.identity import fingerprint
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.base_model.sharding import load_sharded
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.config import UserError
-from prefix_tuning.data import pack, prompt_of
-from prefix_tuning.generation import PrefixBloom, complete
-from prefix_tuning.sharding import load_sharded
-from prefix_tuning.training import train
+from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.generation.batches import complete
+from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.model.batch import pack
+from prefix_tuning.model.bloom import label_losses
+from prefix_tuning.training.run import train
 
 CPU = torch.device("cpu")
 
@@ -64,8 +68,8 @@ def test_every_kind_of_checkpoint_is_read(group, tmp_path, files, dtype):
 
 
 def test_answers_are_those_of_the_whole_base(group, tuned):
-    plain, tokenizer = load_base(demo.MODEL, torch.float32, CPU)
-    model, _ = load_base(demo.MODEL, torch.float32, CPU, parts=1)
+    plain, tokenizer = load_base(bundled.MODEL, torch.float32, CPU)
+    model, _ = load_base(bundled.MODEL, torch.float32, CPU, parts=1)
     prompts = [prompt_of(question) for question in ("法国的首都是哪里？", "3加5等于多少？", "星期二用英语怎么说？")]
     answers, losses = [], []
     for base in (plain, model):
@@ -94,7 +98,7 @@ def test_a_base_that_cannot_be_sharded_is_one_line(group, tmp_path):
     with pytest.raises(UserError, match=r"lacks 1 of its weights, such as transformer\.h\.1\.mlp\.dense_h_to_4h\.weight"):
         sharded(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    (tmp_path / "tokenizer.json").write_bytes(Path(demo.resolve(demo.MODEL), "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes(Path(bundled.resolve(bundled.MODEL), "tokenizer.json").read_bytes())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="cannot be loaded"):

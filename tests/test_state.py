@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from prefix_tuning.config import PrefixConfig, TrainConfig
-from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.state import NotFinite, TrainingState
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.state import NotFinite, TrainingState
 
 CONFIG = TrainConfig(output_dir="out", learning_rate=0.1, weight_decay=0.5, warmup_steps=2, lr_scheduler_type="linear")
 

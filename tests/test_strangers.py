@@ -15,26 +15,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from prefix_tuning import data, demo, training
-from prefix_tuning.bloom import load_base
-from prefix_tuning.checkpoint import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    ENCODER_FILE,
-    load_checkpoint,
-    load_encoder,
-    load_prefix,
-    save_adapter,
-    save_checkpoint,
-    save_encoder,
-)
-from prefix_tuning.config import TrainConfig, UserError
-from prefix_tuning.data import IGNORED, load_rows, prompt_of, take, tokenize
-from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.generation import PrefixBloom, complete
-from prefix_tuning.resume import check_same_run, find_resumed, metrics_so_far, restore
-from prefix_tuning.state import TrainingState
-from prefix_tuning.training import memory_hint, train
+from prefix_tuning import bundled
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.data import readers
+from prefix_tuning.data.rows import load_rows, prompt_of, take, tokenize
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.checkpoint_format import load_checkpoint, save_checkpoint
+from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
+from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_adapter, save_encoder
+from prefix_tuning.generation.batches import complete
+from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.model.batch import IGNORED
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training import run as training
+from prefix_tuning.training.resume import check_same_run, find_resumed, metrics_so_far, restore
+from prefix_tuning.training.run import memory_hint, train
+from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.state import TrainingState
 
 CPU = torch.device("cpu")
 fuzz = settings(
@@ -80,8 +77,8 @@ def read_or_refuse(read, *arguments):
 def saved(tmp_path):
     model = random_bloom()
     encoder = PrefixEncoder(prefix_config(model))
-    save_encoder(tmp_path, encoder, {"name_or_path": demo.MODEL})
-    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": demo.MODEL})
+    save_encoder(tmp_path, encoder, {"name_or_path": bundled.MODEL})
+    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": bundled.MODEL})
     return tmp_path
 
 
@@ -153,7 +150,7 @@ def test_an_encoder_that_claims_terabytes_is_refused_before_anything_is_allocate
 
 
 @pytest.mark.parametrize(
-    "suffix, reader", [(".jsonl", data._read_jsonl), (".json", data._read_json), (".csv", data._read_csv)]
+    "suffix, reader", [(".jsonl", readers._read_jsonl), (".json", readers._read_json), (".csv", readers._read_csv)]
 )
 @fuzz
 @given(chosen=st.data())
@@ -168,7 +165,7 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
     content = chosen.draw(st.binary(max_size=200) | damaged(valid) | strange)
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
-    rows = read_or_refuse(lambda: list(data._checked_rows("rows", reader, str(path))))
+    rows = read_or_refuse(lambda: list(readers.checked_rows("rows", reader, str(path))))
     for found in rows or []:
         assert found.keys() == {"instruction", "input", "output"}
         assert all(isinstance(text, str) and text.encode("utf-8") is not None for text in found.values())

@@ -13,14 +13,28 @@ from safetensors.torch import load_file
 from test_bloom import plain_loss, relative
 from transformers import BloomForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from prefix_tuning import demo
-from prefix_tuning.bloom import load_base, packed_hidden, prefix_cache
-from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, load_encoder, load_prefix, save_encoder
-from prefix_tuning.config import TrainConfig, UserError
-from prefix_tuning.data import IGNORED, load_rows, pack, take, tokenize
-from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.report import CARD_FILE, CONFIG_FILE, METRICS_FILE, PLOT_FILE
-from prefix_tuning.training import accumulate_gradients, count_labels, load_splits, make_encoder, step_rows, train
+from prefix_tuning import bundled
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.data.rows import load_rows, take, tokenize
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    ENCODER_FILE,
+    METRICS_FILE,
+    PLOT_FILE,
+)
+from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_encoder
+from prefix_tuning.model.batch import IGNORED, count_labels, pack
+from prefix_tuning.model.bloom import packed_hidden, prefix_cache
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.loop import accumulate_gradients
+from prefix_tuning.training.run import load_splits, train
+from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.start import make_encoder
+from prefix_tuning.training.steps import step_rows
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -89,7 +103,7 @@ def initial_encoder(config, tokenizer):
 
 
 def bundled_bloom():
-    return BloomForCausalLM.from_pretrained(demo.resolve(demo.MODEL)).eval().requires_grad_(False)
+    return BloomForCausalLM.from_pretrained(bundled.resolve(bundled.MODEL)).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("base", [random_bloom, bundled_bloom])
@@ -198,7 +212,7 @@ def test_the_base_keeps_every_bit(settings, monkeypatch):
         bases.append(load_base(*args))
         return bases[0]
 
-    monkeypatch.setattr("prefix_tuning.training.load_base", remember)
+    monkeypatch.setattr("prefix_tuning.training.run.load_base", remember)
     train(TrainConfig(**settings | {"eval_dataset": settings["dataset"], "eval_exact_match": True, "eval_steps": 2}))
     ((model, _),) = bases
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
@@ -385,7 +399,7 @@ def test_an_epoch_ends_with_its_last_row(settings, tmp_path, tokenizer):
 
 
 def test_max_grad_norm_0_does_not_clip(settings, tmp_path):
-    settings |= {"model_name_or_path": demo.MODEL}  # its gradients are longer than 1
+    settings |= {"model_name_or_path": bundled.MODEL}  # its gradients are longer than 1
     weights = {}
     for norm in (0, 1e9, 1.0):
         train(TrainConfig(**settings | {"max_grad_norm": norm, "output_dir": str(tmp_path / str(norm))}))
@@ -428,7 +442,7 @@ def test_real_rows_on_the_bundled_base(tmp_path):
     with contextlib.redirect_stdout(None):
         train(
             TrainConfig(
-                model_name_or_path=demo.MODEL,
+                model_name_or_path=bundled.MODEL,
                 dataset=str(REAL_ROWS / "train.jsonl"),
                 eval_dataset=str(REAL_ROWS / "test.jsonl"),
                 output_dir=str(tmp_path / "out"),

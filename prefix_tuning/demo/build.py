@@ -20,9 +20,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm import tqdm
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
-from prefix_tuning.bloom import packed_hidden
-from prefix_tuning.data import Example, pack
-from prefix_tuning.generation import PrefixBloom, complete
+from prefix_tuning.generation.batches import complete
+from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.model.batch import Example, pack
+from prefix_tuning.model.bloom import packed_hidden
 
 HERE = Path(__file__).parent
 # How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.

@@ -1,12 +1,16 @@
 """Who may write to a folder."""
 
+import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prefix_tuning.config import UserError
+from safetensors import SafetensorError
+
+from prefix_tuning.errors import UserError
 
 try:
     import fcntl
@@ -58,3 +62,50 @@ def _flock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+_DRAFT = ".draft"  # marks the folder of a file that is being written
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, which becomes `path` when the block ends well: the file appears whole or not at all.
+
+    Raises UserError where the system refuses, because the disk is full, say.
+    """
+    # A folder of its own, because safetensors, too, writes to a file of another name first.
+    folder = path.with_name(f".{path.name}{_DRAFT}")
+    draft = folder / path.name
+    try:
+        folder.mkdir(exist_ok=True)
+        yield draft
+        draft.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files for their owner alone
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        _flush_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename in `folder` outlast a power cut. Windows cannot, and need not."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what killed runs left half-written in `folder`."""
+    for draft in folder.glob(f".*{_DRAFT}"):
+        shutil.rmtree(draft)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")

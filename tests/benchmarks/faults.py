@@ -24,7 +24,7 @@ from conftest import random_bloom
 from test_faults import assert_same_run, seconds_of_a_run, start
 from transformers import AutoTokenizer
 
-from prefix_tuning import demo
+from prefix_tuning import bundled
 
 VARIANTS = {
     "best": {"save_best": True},
@@ -45,8 +45,8 @@ def main() -> None:
 
 def run(folder: Path, chance: random.Random, wanted: int) -> None:
     random_bloom().save_pretrained(folder / "base")
-    AutoTokenizer.from_pretrained(demo.resolve(demo.MODEL)).save_pretrained(folder / "base")
-    lines = Path(demo.resolve("bundled:sentence")).read_text("utf-8").splitlines(True)[:40]
+    AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL)).save_pretrained(folder / "base")
+    lines = Path(bundled.resolve("bundled:sentence")).read_text("utf-8").splitlines(True)[:40]
     (folder / "rows.jsonl").write_text("".join(lines), "utf-8")
     settings = {
         "model_name_or_path": str(folder / "base"),

@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from prefix_tuning import PrefixBloom, demo, load_prefix
-from prefix_tuning.bloom import load_base, resolve_device, resolve_dtype
+from prefix_tuning import PrefixBloom, bundled, load_prefix
+from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.data import prompt_of
-from prefix_tuning.generation import complete
-from prefix_tuning.training import train
+from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.devices import resolve_device, resolve_dtype
+from prefix_tuning.generation.batches import complete
+from prefix_tuning.training.run import train
 
 STYLES = ("short", "sentence")
 
@@ -48,9 +49,9 @@ def main() -> None:
     folders = args.prefixes or trained(Path(temporary.name))
 
     device = resolve_device(args.device)
-    base, tokenizer = load_base(demo.MODEL, resolve_dtype("fp32", device), device)
+    base, tokenizer = load_base(bundled.MODEL, resolve_dtype("fp32", device), device)
     rng = random.Random(0)
-    lines = Path(demo.resolve("bundled:short-eval")).read_text("utf-8").splitlines()
+    lines = Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines()
     prompts = [prompt_of(json.loads(line)["instruction"]) for line in rng.sample(lines, args.questions)]
     styles = [rng.choice(STYLES) for _ in prompts]
     greedy = {"max_new_tokens": args.max_new_tokens, "do_sample": False}

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from prefix_tuning import demo
+from prefix_tuning import bundled
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
     args = parser.parse_args()
-    lines = Path(demo.resolve("bundled:sentence")).read_text("utf-8").splitlines()
+    lines = Path(bundled.resolve("bundled:sentence")).read_text("utf-8").splitlines()
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "rows.jsonl"

@@ -9,16 +9,17 @@ import json
 import tempfile
 from pathlib import Path
 
-from prefix_tuning import demo
+from prefix_tuning import bundled
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.training import METRICS_FILE, train
+from prefix_tuning.files.names import METRICS_FILE
+from prefix_tuning.training.run import train
 
 TEXTS = {"bare": "请直接回答下面的问题。", "template": "Human: 法国的首都是哪里？\n\nAssistant: 巴黎</s>"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default=demo.DATASETS[0])
+    parser.add_argument("--dataset", default=bundled.DATASETS[0])
     parser.add_argument("--learning_rates", default="1e-3,5e-3")
     args, flags = parser.parse_known_args()
     rows = []

@@ -46,12 +46,16 @@ def worker(name: str) -> None:
     import torch
     from datasets import concatenate_datasets
 
-    from prefix_tuning import demo
-    from prefix_tuning.bloom import load_base
-    from prefix_tuning.config import TrainConfig
-    from prefix_tuning.training import Evaluator, MetricsFile, fit, load_splits, make_encoder, tokenize_rows
+    from prefix_tuning import bundled
+    from prefix_tuning.base_model.loading import load_base
+    from prefix_tuning.training.evaluator import Evaluator
+    from prefix_tuning.training.loop import fit
+    from prefix_tuning.training.metrics import MetricsFile
+    from prefix_tuning.training.run import load_splits, tokenize_rows
+    from prefix_tuning.training.settings import TrainConfig
+    from prefix_tuning.training.start import make_encoder
 
-    settings = demo.SETTINGS | {
+    settings = bundled.SETTINGS | {
         "num_train_epochs": 1,
         "eval_dataset": "bundled:short-eval",
         "eval_steps": EVAL_STEPS,

@@ -34,9 +34,10 @@ def ours(model, rows: list[list[int]]):
     import torch
     from datasets import Dataset
 
-    from prefix_tuning.config import PrefixConfig, TrainConfig
-    from prefix_tuning.encoder import PrefixEncoder
-    from prefix_tuning.training import MetricsFile, fit
+    from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+    from prefix_tuning.training.loop import fit
+    from prefix_tuning.training.metrics import MetricsFile
+    from prefix_tuning.training.settings import TrainConfig
 
     shape = model.config
     torch.manual_seed(1)

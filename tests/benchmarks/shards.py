@@ -52,10 +52,11 @@ def work(args) -> None:
     from transformers import AutoConfig, BloomForCausalLM
 
     from prefix_tuning import distributed
-    from prefix_tuning.config import PrefixConfig, TrainConfig
-    from prefix_tuning.encoder import PrefixEncoder
-    from prefix_tuning.sharding import load_sharded
-    from prefix_tuning.training import MetricsFile, fit
+    from prefix_tuning.base_model.sharding import load_sharded
+    from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+    from prefix_tuning.training.loop import fit
+    from prefix_tuning.training.metrics import MetricsFile
+    from prefix_tuning.training.settings import TrainConfig
 
     with distributed.processes(torch.device("cpu")):
         before, peak = anonymous(), Peak()

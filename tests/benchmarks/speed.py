@@ -61,9 +61,10 @@ def run_ours(args, rows) -> dict:
     import torch
     from datasets import Dataset
 
-    from prefix_tuning.config import PrefixConfig, TrainConfig
-    from prefix_tuning.encoder import PrefixEncoder
-    from prefix_tuning.training import MetricsFile, fit
+    from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+    from prefix_tuning.training.loop import fit
+    from prefix_tuning.training.metrics import MetricsFile
+    from prefix_tuning.training.settings import TrainConfig
 
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = make_model(args.shape, args.device, dtype).requires_grad_(False).eval()
@@ -86,13 +87,13 @@ def run_peft(args, rows) -> dict:
     from peft import PrefixTuningConfig, get_peft_model
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-    from prefix_tuning import demo
+    from prefix_tuning import bundled
 
     base = make_model(args.shape, args.device, torch.float32)
     torch.manual_seed(1)
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, prefix_projection=True)
     model = get_peft_model(base, prefix)
-    tokenizer = AutoTokenizer.from_pretrained(demo.resolve(demo.MODEL))
+    tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
     losses = []
 
     class Record(TrainerCallback):

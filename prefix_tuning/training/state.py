@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import get_scheduler
 
-from prefix_tuning.config import TrainConfig
-from prefix_tuning.encoder import PrefixEncoder
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.settings import TrainConfig
 
 
 class NotFinite(Exception):

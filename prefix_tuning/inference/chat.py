@@ -7,15 +7,19 @@ import sys
 
 from transformers import PreTrainedTokenizerBase
 
-from prefix_tuning.config import DataArguments, InferConfig
-from prefix_tuning.data import prompt_of
-from prefix_tuning.generation import PrefixBloom
-from prefix_tuning.inference import decoding_options, say, title
+from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.inference.ask import decoding_options, say, title
+from prefix_tuning.inference.settings import InferConfig
+from prefix_tuning.settings import MAX_LENGTH
 
 if locale.setlocale(locale.LC_CTYPE) == "C":  # or one that is not installed; readline would take UTF-8 for Meta keys
     os.environ["LC_ALL"] = "C.UTF-8"
+
+
 with contextlib.suppress(ImportError):  # Windows; consoles there edit lines themselves
     import readline  # noqa: F401 (gives `input` arrow keys, a history, and characters of any width)
+
 
 HELP = """\
 /reset        forget the conversation
@@ -32,7 +36,7 @@ class Chat:
 
     def __init__(self, config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer, self.seed, self.comparing = model, tokenizer, config.seed, config.compare
-        self.max_length = config.max_length or DataArguments.max_length
+        self.max_length = config.max_length or MAX_LENGTH
         self.options = decoding_options(config)
         if config.max_new_tokens is None:
             self.options["max_new_tokens"] = min(128, self.max_length // 2)

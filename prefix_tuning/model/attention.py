@@ -1,6 +1,6 @@
 """Attention of packed rows, each over [prefix; row], with ALiBi and the causal mask as one additive bias.
 
-Two forms of one thing, equal but for rounding. `attend_grid` lays the rows out as a padded grid and leaves it to torch:
+Two forms of one thing, equal but for rounding. `attend_padded` lays the rows out as a padded grid and leaves it to torch:
 few kernels, as suits a GPU and short rows. `attend_rows` goes through them one by one, as suits a CPU and long rows: no
 padding, less work for keys in a query's future, and nothing kept for the backward pass but what went in and what came out.
 """
@@ -10,13 +10,18 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from prefix_tuning.data import Batch
+from prefix_tuning.model.batch import Batch
 
 # What scaled_dot_product_attention runs on a CPU. Called by name, because the backward pass below works on parts of it.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+
 QUERIES_AT_ONCE = 128  # fewer skip more of the future, more waste less time between kernels
+
+
 SHORT_ROW = 48  # tokens; below, a CPU takes longer to start a row's kernels than to run them (tests/benchmarks/NOTES.md)
 
 
@@ -45,10 +50,10 @@ def attend(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Te
     """
     if qkv.device.type == "cpu" and len(qkv) >= SHORT_ROW * batch.rows:
         return attend_rows(qkv, prefix, batch, bias, only_labels)
-    return attend_grid(qkv, prefix, batch, bias)
+    return attend_padded(qkv, prefix, batch, bias)
 
 
-def attend_grid(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor) -> torch.Tensor:
+def attend_padded(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor) -> torch.Tensor:
     """`attend` on all rows at once, as a grid that is padded to the longest row."""
     query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (rows, heads, max_length, head_dim)
     prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1).expand(-1, batch.rows, -1, -1, -1)
@@ -73,7 +78,7 @@ class _AttendRows(torch.autograd.Function):
     def forward(ctx, qkv, prefix, bias, lengths, first_queries):
         context = torch.zeros_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
         log_sums = []
-        for queries, _, query, key, value, visible in _pieces(qkv, prefix, bias, lengths, first_queries):
+        for queries, _, query, key, value, visible in _query_chunks(qkv, prefix, bias, lengths, first_queries):
             result, log_sum = _flash(query, key, value, attn_mask=visible)
             context[queries] = result[0].transpose(0, 1)
             log_sums.append(log_sum)
@@ -89,7 +94,7 @@ class _AttendRows(torch.autograd.Function):
         prefix_length = prefix.shape[2]
         # Nothing below the first layer is trained: there only the prefix's own keys and values want a gradient.
         into_rows = ctx.needs_input_grad[0]
-        pieces = _pieces(qkv, prefix, bias, *ctx.rows)
+        pieces = _query_chunks(qkv, prefix, bias, *ctx.rows)
         for (queries, keys, query, key, value, visible), log_sum in zip(pieces, log_sums, strict=True):
             if not into_rows:
                 key, value, visible = key[:, :, :prefix_length], value[:, :, :prefix_length], visible[..., :prefix_length]
@@ -105,7 +110,7 @@ class _AttendRows(torch.autograd.Function):
         return grad_qkv if into_rows else None, grad_prefix, None, None, None
 
 
-def _pieces(qkv: torch.Tensor, prefix: torch.Tensor, bias: torch.Tensor, lengths: list[int], first_queries: list[int]):
+def _query_chunks(qkv: torch.Tensor, prefix: torch.Tensor, bias: torch.Tensor, lengths: list[int], first_queries: list[int]):
     """Cuts packed rows into pieces of neighbouring queries and yields for each:
 
     where its queries stand among the packed tokens, and where the row's tokens up to the last of them, as slices;

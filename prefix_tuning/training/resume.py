@@ -13,18 +13,13 @@ from typing import NamedTuple
 import torch
 
 from prefix_tuning import distributed
-from prefix_tuning.bloom import PRECISIONS
-from prefix_tuning.checkpoint import (
-    ADAPTER_CONFIG_FILE,
-    find_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    step_of,
-)
-from prefix_tuning.config import PrefixConfig, TrainConfig, UserError
-from prefix_tuning.encoder import PrefixEncoder
-from prefix_tuning.report import CARD_FILE, CONFIG_FILE, METRICS_FILE
-from prefix_tuning.state import Progress, TrainingState
+from prefix_tuning.devices import PRECISIONS
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint, newest_checkpoint, step_of
+from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, CARD_FILE, CONFIG_FILE, METRICS_FILE
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.state import Progress, TrainingState
 
 # These change the remaining steps, or what their figures mean: with others, no command reproduces the run, so a resume
 # refuses them.
@@ -34,8 +29,12 @@ SAME = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
     "weight_decay", "max_grad_norm", "shuffle", "seed",
 )  # fmt: skip
+
+
 # These name something: the name may change, what it names may not.
 CONTENT = ("model_name_or_path", "dataset", "eval_dataset")
+
+
 # These are taken from the new command line: how long to train, what to report and save, and how to compute the same.
 NEW = (
     "num_train_epochs", "max_steps", "early_stopping_patience", "eval_steps", "logging_steps", "save_steps",
@@ -82,7 +81,7 @@ def find_resumed(config: TrainConfig) -> Resumed | None:
     """
     output_dir, where, found = Path(config.output_dir), config.resume_from_checkpoint, None
     if distributed.is_main():
-        restarted = begun_by(distributed.job(), output_dir)
+        restarted = begun_by(distributed.torchrun_job(), output_dir)
         if restarted and find_checkpoints(output_dir):
             where = "latest"
         found = newest_checkpoint(where, output_dir) if where else None
@@ -91,7 +90,7 @@ def find_resumed(config: TrainConfig) -> Resumed | None:
             raise UserError(f"{found[0]}: rename it to checkpoint-STEP.safetensors to resume from it in its own folder")
         if not (restarted or config.overwrite_output_dir or own):
             refuse_to_replace(output_dir, where)
-    path = distributed.from_main(found and str(found[0]))
+    path = distributed.broadcast_object(found and str(found[0]))
     if path is None:
         return None
     resumed = Resumed(*(found or (Path(path), *load_checkpoint(Path(path)))))

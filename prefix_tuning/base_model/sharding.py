@@ -26,8 +26,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from prefix_tuning import distributed
-from prefix_tuning.checkpoint import find_file
-from prefix_tuning.config import UserError
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.reading import find_file
 
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
@@ -94,7 +94,7 @@ def shard(model: BloomForCausalLM, device: torch.device, parts: int) -> None:
         module.gathered_call = MethodType(_call, module)
         register_fsdp_forward_method(module, "gathered_call")
     model.to_empty(device=device)
-    model.pace = _Pace()
+    model.pace = Lockstep()
     model.register_forward_pre_hook(model.pace.begin_pass, prepend=True)  # for transformers' forward
 
 
@@ -150,7 +150,7 @@ def call(function: Callable, module: nn.Module, *args):
     return module.gathered_call(function, *args) if hasattr(module, "gathered_call") else function(module, *args)
 
 
-def whole(weight: torch.Tensor) -> torch.Tensor:
+def gathered(weight: torch.Tensor) -> torch.Tensor:
     """A weight that no backward pass needs: if it is sharded, gathered. As a sum, which needs no memory but the result's."""
     if not isinstance(weight, DTensor):
         return weight
@@ -160,7 +160,7 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
     return sum_of_parts(gathered, weight)
 
 
-class _Pace:
+class Lockstep:
     """Before each pass the processes vote: 1, I have one to make; 0, I have none left. While anyone has, all make one."""
 
     def __init__(self):
@@ -168,11 +168,11 @@ class _Pace:
 
     def begin_pass(self, *_) -> None:
         if not self.idle:
-            distributed.most_of(1)
+            distributed.max_over_ranks(1)
 
     def go_idle(self, idle_pass: Callable[[], object]) -> None:
         self.idle = True
-        while distributed.most_of(0):
+        while distributed.max_over_ranks(0):
             idle_pass()
         self.idle = False
 

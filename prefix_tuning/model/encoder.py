@@ -29,10 +29,38 @@ Liu et al. 2022, "P-Tuning v2", https://arxiv.org/abs/2110.07602. Parameter name
 of the PEFT library's PrefixEncoder, so that weights travel both ways.
 """
 
+import dataclasses
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
-from prefix_tuning.config import PrefixConfig
+from prefix_tuning.errors import UserError
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The shape of a prefix and of the encoder that learns it; PEFT's names for them.
+
+    Raises UserError if a number is not positive or if the heads do not divide token_dim.
+    """
+
+    num_virtual_tokens: int
+    num_layers: int
+    num_attention_heads: int
+    token_dim: int  # the model's hidden size
+    encoder_hidden_size: int  # width of the projection's hidden layer
+    prefix_projection: bool
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if name == "prefix_projection":
+                if not isinstance(value, bool):
+                    raise UserError(f"{name} must be true or false, not {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.token_dim % self.num_attention_heads:
+            raise UserError(f"num_attention_heads {self.num_attention_heads} does not divide token_dim {self.token_dim}")
 
 
 class PrefixEncoder(nn.Module):

@@ -1,17 +1,22 @@
-"""What a run shows to others: a model card, a picture of its curves, TensorBoard, the hub. Training needs none of it."""
+"""REPORT"""
 
 import json
 import re
 from pathlib import Path
 
-from prefix_tuning.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE, LOCAL, replacing
-from prefix_tuning.config import UserError, reason_of
-
-CARD_FILE = "README.md"
-CONFIG_FILE = "training_config.json"
-METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "training.png"
-BOARD_FOLDER = "tensorboard"
+from prefix_tuning.base_model.identity import LOCAL
+from prefix_tuning.errors import UserError, reason_of
+from prefix_tuning.files.names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    BOARD_FOLDER,
+    CARD_FILE,
+    CONFIG_FILE,
+    ENCODER_FILE,
+    METRICS_FILE,
+    PLOT_FILE,
+)
+from prefix_tuning.files.writing import atomic_write
 
 _CARD = """\
 ---
@@ -97,7 +102,7 @@ def write_card(folder: Path) -> None:
         config=CONFIG_FILE,
         metrics=METRICS_FILE,
     )
-    with replacing(folder / CARD_FILE) as draft:
+    with atomic_write(folder / CARD_FILE) as draft:
         draft.write_text(text, "utf-8")
 
 
@@ -149,7 +154,7 @@ def plot_curves(folder: Path) -> None:
         return
     axes.set_yscale("log")
     axes.legend()
-    with replacing(folder / PLOT_FILE) as draft:
+    with atomic_write(folder / PLOT_FILE) as draft:
         figure.savefig(draft, format="png", dpi=120)
 
 

@@ -1,0 +1,60 @@
+"""Loading the frozen base."""
+
+import sys
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from prefix_tuning import bundled
+from prefix_tuning.base_model.sharding import load_sharded
+from prefix_tuning.distributed import is_main
+from prefix_tuning.errors import UserError
+
+# For a look at which files of a model are here.
+_ONLY_LOOK = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+
+
+def load_base(
+    name: str, dtype: torch.dtype, device: torch.device, parts: int | None = None
+) -> tuple[BloomForCausalLM, PreTrainedTokenizerBase]:
+    """Loads a Bloom model and its tokenizer by bundled name, hub name or path, and freezes the model.
+
+    parts: how many processes share the weights, each loading a part only (sharding.py); None: each loads all. Returns the
+    model in `dtype` on `device`, in eval mode, with no parameter requiring a gradient, and its tokenizer with left padding.
+    Code that comes with a model is never run, and a pickled checkpoint is read only the way that runs none. Raises UserError
+    if there is no such model, if it is broken, if it is no Bloom, or if its tokenizer cannot serve it.
+    """
+    path = bundled.resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type != "bloom":
+            raise UserError(f"--model_name_or_path {name} is a {config.model_type} model; this program tunes Bloom")
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+        _check_tokenizer(name, tokenizer, config.vocab_size)
+        if parts:
+            return load_sharded(path, config, dtype, device, parts), tokenizer
+        model, report = BloomForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # a broken file can make transformers and tokenizers raise anything
+        raise UserError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip()[:300]}") from error
+    safe = any(cached_file(path, file, **_ONLY_LOOK) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if not safe and is_main():
+        print(f"{name}: its weights are a pickled .bin file; safetensors is the safer format", file=sys.stderr)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
+    return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises UserError unless it can tokenise rows for a base of so many embeddings."""
+    if not tokenizer.is_fast:
+        fault = "has no tokenizer.json; save it in that form"
+    elif tokenizer.eos_token_id is None:
+        fault = "has no EOS token, with which every answer ends; name one as eos_token in tokenizer_config.json"
+    elif (tokens := max(tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
+        fault = f"has {tokens} tokens, but the base has embeddings for {vocab_size}; use the one that belongs to it"
+    else:
+        return
+    raise UserError(f"--model_name_or_path {name}: its tokenizer {fault}")

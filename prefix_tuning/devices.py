@@ -1,0 +1,87 @@
+"""Device, precision, memory."""
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+import os
+import sys
+
+import torch
+from transformers import BloomForCausalLM
+
+from prefix_tuning.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for a --device flag. Raises UserError if this machine has no such device.
+
+    auto: CUDA; else mps, where there is one process; else the CPU. Of several processes each takes a CUDA device of its own.
+    """
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not several else "cpu"
+    if several and name not in ("cuda", "cpu"):
+        raise UserError(f"--device {name} cannot be shared by several processes; use cuda or cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not available here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is none that this program runs on; use cpu, cuda or mps")
+    return device
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The compute type for a --precision flag: the one place where it is decided. Raises UserError for fp16 off CUDA."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        ampere_or_later = torch.cuda.get_device_properties(device).major >= 8  # the first with bf16 units
+        return torch.bfloat16 if ampere_or_later else torch.float16
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("--precision fp16 needs CUDA; use fp32 (or auto) here")
+    return PRECISIONS[precision]
+
+
+def held_per_token(model: BloomForCausalLM) -> int:
+    """Bytes that a forward pass holds per token for its backward pass.
+
+    A layer holds about ten numbers per token and hidden unit: four before the GELU, query, key and value, what attention
+    returns, and what each of the two layer norms is given.
+    """
+    return 10 * model.config.hidden_size * model.config.n_layer * model.dtype.itemsize
+
+
+def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
+    """Tokens of one forward pass that suit the device and the model (tests/benchmarks/NOTES.md).
+
+    What a pass holds for its backward pass stays within half a GiB on a CPU, where more than 640 tokens gain little;
+    elsewhere within two GiB, or eight if every pass `gathers` the weights of the base from other processes.
+    """
+    on_cpu = model.device.type == "cpu"
+    budget = 29 if on_cpu else 33 if gathers else 31
+    fitting = max(1, 2**budget // held_per_token(model))
+    return min(640, fitting) if on_cpu else fitting
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    classes = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, classes) or "can't allocate memory" in str(error)  # a CPU's is a plain RuntimeError
+
+
+def peak_memory_mb(device: torch.device) -> int | None:
+    """Peak of the allocated device memory on CUDA, of the process's memory elsewhere; None where the system hides it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
