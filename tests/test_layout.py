@@ -1,4 +1,4 @@
-"""The layout of the package, read off its syntax trees: floors, no circle, no private name across files, nothing too long."""
+"""The layout of the package, read off its syntax trees: floors, no circle, no private name shared, nothing too long."""
 
 import ast
 import graphlib
@@ -82,7 +82,11 @@ def body_lines(function: ast.FunctionDef) -> int:
 def test_a_file_imports_from_below_only(module):
     for other in own_imports(TREES[module]):
         here, there = part_of(module), part_of(other)
-        assert here == there or PARTS[there] < PARTS[here] or {here, there} <= {*FLOORS[-1], "settings", "signals", "distributed"}
+        assert (
+            here == there
+            or PARTS[there] < PARTS[here]
+            or {here, there} <= {*FLOORS[-1], "settings", "signals", "distributed"}
+        )
 
 
 def test_there_is_no_circle():
