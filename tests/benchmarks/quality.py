@@ -3,21 +3,22 @@
     python tests/benchmarks/quality.py
 
 This loop against PEFT + Trainer: the same initial weights, rows in the same order, optimizer, learning rate, schedule and
-batch of 32; every 20 steps the clock stands still, and both prefixes are measured by the same code. Each in a process of
+batch of 32; every 20 steps the clock is stopped, and both prefixes are measured by the same code. Each in a process of
 its own, in turn.
 """
 
 import argparse
 import contextlib
-import io
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 EPOCHS, EVAL_STEPS, GOAL = 3, 20, 0.9
+MAX_TOKENS = 640  # of a forward pass, as train.py chooses on a CPU
 
 
 class Reached(Exception):
@@ -25,11 +26,15 @@ class Reached(Exception):
 
 
 class Clock:
-    """Seconds of training; stands still while a prefix is measured."""
+    """Seconds of training; stopped while a prefix is measured."""
 
     def __init__(self, evaluator):
         self.evaluator, self.seconds, self.curve = evaluator, 0.0, []
         self.started = time.perf_counter()
+
+    def __getattr__(self, name: str):
+        """When to measure is the evaluator's decision."""
+        return getattr(self.evaluator, name)
 
     def __call__(self, prefix, title: str) -> dict:
         self.seconds += time.perf_counter() - self.started
@@ -47,38 +52,36 @@ def worker(name: str) -> None:
     from datasets import concatenate_datasets
 
     from prefix_tuning import bundled
-    from prefix_tuning.base_model.loading import load_base
+    from prefix_tuning.training.checkpoints import Checkpoints
     from prefix_tuning.training.evaluator import Evaluator
+    from prefix_tuning.training.inputs import read_inputs
     from prefix_tuning.training.loop import fit
-    from prefix_tuning.training.metrics import MetricsFile
-    from prefix_tuning.training.run import load_splits, tokenize_rows
+    from prefix_tuning.training.metrics import Metrics
     from prefix_tuning.training.settings import TrainConfig
-    from prefix_tuning.training.start import make_encoder
+    from prefix_tuning.training.start import begin
 
-    settings = bundled.SETTINGS | {
-        "num_train_epochs": 1,
-        "eval_dataset": "bundled:short-eval",
-        "eval_steps": EVAL_STEPS,
-        "shuffle": False,
-    }
-    config = TrainConfig(**settings)
-    train_rows, eval_rows = load_splits(config)
-    model, tokenizer = load_base(config.model_name_or_path, torch.float32, torch.device("cpu"))
-    rows = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
-    rows = concatenate_datasets([rows.shuffle(seed=epoch) for epoch in range(EPOCHS)])
-    evaluator = Evaluator(config, model, tokenizer, eval_rows)
-    torch.manual_seed(config.seed)
-    encoder = make_encoder(config, model, tokenizer, {})
-    with contextlib.suppress(Reached):
+    config = TrainConfig(
+        **bundled.SETTINGS | {"num_train_epochs": 1, "eval_dataset": "bundled:short-eval", "shuffle": False}
+    )
+    inputs = read_inputs(config, torch.float32, torch.device("cpu"))
+    rows = concatenate_datasets([inputs.train_set.shuffle(seed=epoch) for epoch in range(EPOCHS)])
+    state, steps = begin(config, inputs._replace(train_set=rows), resumed=None, max_tokens=MAX_TOKENS)
+    base, tokenizer = inputs.base, inputs.tokenizer
+    clock = Clock(
+        Evaluator(
+            base, tokenizer, inputs.eval_rows, inputs.eval_set, MAX_TOKENS, steps.total, EVAL_STEPS, wants_answers=True
+        )
+    )
+    with contextlib.suppress(Reached), tempfile.TemporaryDirectory() as folder:
         if name == "ours":
-            clock = Clock(evaluator)
-            fit(config, model, encoder, rows, clock, MetricsFile(io.StringIO()))
+            with Metrics(Path(folder), config.logging_steps, steps) as metrics:
+                fit(base, state, steps, metrics, clock, Checkpoints(Path(folder), {}, None))
         else:
-            clock = run_peft(config, model, tokenizer, encoder, rows, evaluator)
+            run_peft(config, base, tokenizer, state.encoder, rows, clock)
     print(json.dumps(clock.curve))
 
 
-def run_peft(config, model, tokenizer, encoder, rows, evaluator) -> Clock:
+def run_peft(config, model, tokenizer, encoder, rows, clock) -> None:
     from peft import PrefixTuningConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
@@ -86,7 +89,6 @@ def run_peft(config, model, tokenizer, encoder, rows, evaluator) -> Clock:
     wrapped = get_peft_model(model, prefix)
     theirs = wrapped.prompt_encoder["default"]
     theirs.load_state_dict(encoder.state_dict())
-    clock = Clock(evaluator)
 
     class Measure(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -120,7 +122,6 @@ def run_peft(config, model, tokenizer, encoder, rows, evaluator) -> Clock:
     )  # fmt: skip
     with contextlib.suppress(Reached):
         trainer.train()
-    return clock
 
 
 def main() -> None:

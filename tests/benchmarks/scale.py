@@ -1,15 +1,14 @@
-"""What travels between processes per optimizer step, and steps per second: this loop, and PEFT under DDP.
+"""What processes exchange per optimizer step, and steps per second: this loop, and PEFT under DDP.
 
     python tests/benchmarks/scale.py --shape 389m --processes 1 2 4
 
 torchrun and gloo on this machine. Bytes are read off the loopback device (/proc/net/dev), so they are what was sent, headers
 and all, by all processes together. Each process has one row of --tokens tokens per step, float32, 10 virtual tokens, the
-projection, AdamW. The processes share the cores of one machine: steps per second show what the meetings cost, not what more
+projection, AdamW. The processes share the cores of one machine: steps per second show what the exchange costs, not what more
 machines gain.
 """
 
 import argparse
-import io
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from speed import SHAPES, VIRTUAL_TOKENS, make_model
+from speed import SHAPES, VIRTUAL_TOKENS, make_encoder, make_model, train_ours
 
 WARM_UP = 2
 
@@ -31,26 +30,10 @@ def bytes_sent() -> int:
 
 def ours(model, rows: list[list[int]]):
     """A function that does so many optimizer steps, all processes together."""
-    import torch
     from datasets import Dataset
 
-    from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
-    from prefix_tuning.training.loop import fit
-    from prefix_tuning.training.metrics import MetricsFile
-    from prefix_tuning.training.settings import TrainConfig
-
-    shape = model.config
-    torch.manual_seed(1)
-    encoder = PrefixEncoder(
-        PrefixConfig(VIRTUAL_TOKENS, shape.n_layer, shape.n_head, shape.hidden_size, shape.hidden_size, True)
-    )
-    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-    def run(steps: int) -> None:
-        settings = TrainConfig(gradient_accumulation_steps=1, shuffle=False, max_steps=steps)
-        fit(settings, model, encoder, data, None, MetricsFile(io.StringIO()))
-
-    return run
+    encoder, data = make_encoder(model), Dataset.from_dict({"input_ids": rows, "labels": rows})
+    return lambda steps: train_ours(model, encoder, data, len(rows), steps)
 
 
 def peft(model, rows: list[list[int]]):

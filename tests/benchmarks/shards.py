@@ -10,7 +10,6 @@ which do not count: what it holds, the pass itself needs. Bytes are those of all
 """
 
 import argparse
-import io
 import json
 import re
 import tempfile
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 from scale import bytes_sent, launch
-from speed import SHAPES, VIRTUAL_TOKENS, make_model
+from speed import SHAPES, make_encoder, make_model, train_ours
 
 
 def anonymous() -> float:
@@ -49,14 +48,12 @@ def work(args) -> None:
     import torch
     from datasets import Dataset
     from torch import distributed as dist
-    from transformers import AutoConfig, BloomForCausalLM
+    from transformers import AutoConfig
 
     from prefix_tuning import distributed
+    from prefix_tuning.base_model.layers import wrap_layers
     from prefix_tuning.base_model.sharding import load_sharded
-    from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
-    from prefix_tuning.training.loop import fit
-    from prefix_tuning.training.metrics import MetricsFile
-    from prefix_tuning.training.settings import TrainConfig
+    from prefix_tuning.model.bloom import Bloom
 
     with distributed.processes(torch.device("cpu")):
         before, peak = anonymous(), Peak()
@@ -64,18 +61,15 @@ def work(args) -> None:
             config = AutoConfig.from_pretrained(args.model)
             model = load_sharded(args.model, config, torch.float32, torch.device("cpu"), dist.get_world_size())
         else:
-            model = BloomForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False).eval()
+            model = Bloom.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False).eval()
         loading, held = peak.since() - before, anonymous() - before
-        shape = model.config
-        encoder = PrefixEncoder(PrefixConfig(VIRTUAL_TOKENS, shape.n_layer, shape.n_head, shape.hidden_size, 1, False))
+        wrap_layers(model, args.gradient_checkpointing, torch_compile=False)
+        shape, encoder = model.config, make_encoder(model, width=1)
         ids = torch.randint(4, shape.vocab_size, (args.steps * dist.get_world_size(), args.tokens)).tolist()
         rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
-        settings = TrainConfig(
-            gradient_accumulation_steps=1, max_steps=args.steps, gradient_checkpointing=args.gradient_checkpointing
-        )
         distributed.barrier()
         started, sent = time.perf_counter(), bytes_sent()
-        fit(settings, model, encoder, rows, None, MetricsFile(io.StringIO()))
+        train_ours(model, encoder, rows, dist.get_world_size(), args.steps)
         distributed.barrier()
         seconds, sent = (time.perf_counter() - started) / args.steps, (bytes_sent() - sent) / args.steps / 1e6
         figures = {"loading": loading, "held": held, "training": peak.since() - before, "seconds": seconds, "sent": sent}
