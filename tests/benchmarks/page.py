@@ -2,9 +2,10 @@
 
     python tests/benchmarks/page.py --shape mini --rows 100 --repeats 3
 
-Training: the page as it is; the same with the encoder once per optimizer step; the loop of train.py, which also runs packed
-rows through the base and computes logits at labels only. Answers: the page's, one at a time, and those of infer.py's batches of
-64, for the same held-out questions of the bundled demo. Each measurement is a process of its own, in turn; medians.
+Training: the page as it is; the same with the encoder once per optimizer step; the loop of train.py, which also runs
+packed rows through the base and computes logits at labels only. Answers: the page's, one at a time, and those of
+infer.py's batches of 64, for the same held-out questions of the bundled demo. Each measurement is a process of its own,
+in turn; medians.
 """
 
 import argparse
