@@ -66,7 +66,8 @@ def as_past_key_values(prefix: torch.Tensor, base: BloomForCausalLM) -> DynamicC
 
 def loss_of(base: BloomForCausalLM, prefix: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats, summed over the labels of one row, differentiable in the prefix."""
-    # The mask covers what is cached, too. Bloom derives positions from it, so the text begins at position P.
+    # Here prefix and text meet: in each layer, every token attends to all P cached pairs, and to the tokens before it. The
+    # mask covers the cached pairs too. Bloom counts positions (ALiBi) by it, so the text begins at position P.
     mask = torch.ones(1, prefix.shape[3] + ids.shape[1], dtype=torch.long, device=base.device)
     logits = base(ids, past_key_values=as_past_key_values(prefix, base), attention_mask=mask).logits
     logits = logits.to(prefix.dtype)  # the loss in the encoder's float32, also where the base is bf16 or fp16
@@ -131,10 +132,7 @@ def main(rows_file: str = str(DEMO / "data" / "short.jsonl"), base_name: str = s
     examples = [example for example in (tokenize(row, tokenizer) for row in rows) if (example[1][:, 1:] != -100).any()]
 
     torch.manual_seed(SEED)
-    shape, width = base.config, base.config.hidden_size
-    encoder = PrefixEncoder(
-        PrefixConfig(NUM_VIRTUAL_TOKENS, shape.n_layer, shape.n_head, width, width, prefix_projection=True)
-    )
+    encoder = new_encoder(base)
     print(f"{len(examples):,} rows, {sum(p.numel() for p in encoder.parameters()):,} trainable parameters")
     train(base, encoder.to(DEVICE), examples)
 
