@@ -12,7 +12,7 @@ from prefix_tuning.errors import UserError
 
 
 class Parser(HfArgumentParser):
-    """A parser whose mistakes are UserErrors. groups: dataclasses of `settings.flag`, one for each group of flags in --help."""
+    """A parser whose errors are UserErrors. groups: dataclasses of `settings.flag`, one per group of flags in --help."""
 
     def __init__(self, groups: tuple[type[Any], ...], **options: Any):
         super().__init__(map(_with_help_only, groups), allow_abbrev=False, **options)
@@ -57,7 +57,7 @@ class Parser(HfArgumentParser):
         self.error(f"unknown argument {argument}{hint}")
 
 
-def _with_help_only(group: type[Any]) -> type[Any]:
+def _with_help_only(group: Any) -> Any:
     """The dataclass with `help` as its only metadata: HfArgumentParser passes all of it on to argparse's `add_argument`."""
     fields = [
         (field.name, field.type, dataclasses.field(default=field.default, metadata={"help": field.metadata["help"]}))

@@ -1,4 +1,4 @@
-"""What the flags of both commands have in common. Imports no torch, so that --help and mistakes in flags need not wait for it.
+"""What the flags of both commands have in common. Imports no torch, so that --help and mistakes in flags are quick.
 
 The settings of a command are dataclasses, of which parser.py makes flags. One line says all about a setting:
 
