@@ -1,26 +1,22 @@
-"""Shared pieces: small random Blooms, a tokenizer, ragged rows. No network, seeds fixed."""
+"""Fixtures that several test files use. No network, seeds fixed."""
 
-import contextlib
-import os
-import subprocess
+import json
+import random
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import pytest
+
+pytest.register_assert_rewrite("helpers")  # before it is imported
+
 import torch
-from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+from helpers import at_end, random_bloom, random_prefix, run_script
+from transformers import AutoTokenizer
 
-from prefix_tuning import bundled
+from prefix_tuning import PrefixBloom, bundled, load_prefix
+from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.model.batch import IGNORED, Example
-from prefix_tuning.model.encoder import PrefixConfig
+from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.training.run import train
-
-ROOT = Path(__file__).resolve().parent.parent
-REAL_ROWS = ROOT.parent / "shared" / "data" / "alpaca_zh"
-needs_real_rows = pytest.mark.skipif(not REAL_ROWS.exists(), reason="the alpaca_zh rows are not on this machine")
 
 
 @pytest.fixture(autouse=True)
@@ -30,20 +26,10 @@ def _private_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
 
 
-at_end = contextlib.ExitStack()  # what ends the processes of a test
-
-
 @pytest.fixture(autouse=True)
 def _no_process_outlives_its_test():
     with at_end:
         yield
-
-
-def start_process(command, **options) -> subprocess.Popen:
-    """A process that ends with the test at the latest: by SIGTERM, which torchrun passes on to its workers."""
-    process = at_end.enter_context(subprocess.Popen(command, **options))
-    at_end.callback(process.terminate)
-    return process
 
 
 @pytest.fixture(scope="session")
@@ -93,27 +79,75 @@ def settings(tmp_path, tokenizer, rows_file):
     }
 
 
-def random_bloom(seed=0, dtype=torch.float32, **options) -> BloomForCausalLM:
-    """A small Bloom whose biases and layer norms are random too, so that no term hides behind a zero or a one."""
-    torch.manual_seed(seed)
-    shape = {"vocab_size": 4096, "hidden_size": 48, "n_layer": 3, "n_head": 6, "pad_token_id": 3} | options
-    model = BloomForCausalLM(BloomConfig(**shape)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.to(dtype)
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A prefix after a few steps on the demo, made from a folder that is not the checkout."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run_script("train.py", "--max_steps", "30", "--eval_exact_match", "false", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
-def prefix_config(model, tokens=5, projection=True, width=None) -> PrefixConfig:
-    shape = model.config
-    return PrefixConfig(tokens, shape.n_layer, shape.n_head, shape.hidden_size, width or shape.hidden_size, projection)
+@pytest.fixture(scope="module")
+def base():
+    return load_base(bundled.MODEL, torch.float32, torch.device("cpu"))[0]
 
 
-def examples_of(lengths, vocab_size=4096, seed=0, prompt_share=0.5) -> list[Example]:
-    """Rows of random tokens with these lengths, the first part of each without labels."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for length in lengths:
-        ids = torch.randint(4, vocab_size, (length,), generator=generator).tolist()
-        cut = max(1, int(length * prompt_share))
-        examples.append(Example(ids, [IGNORED] * cut + ids[cut:]))
-    return examples
+@pytest.fixture(scope="module")
+def random_model(base):
+    model = PrefixBloom(base)
+    model.attach("five", random_prefix(model))
+    model.attach("nine", random_prefix(model, tokens=9, seed=2))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tuned_model(tuned, base, tokenizer):
+    model = PrefixBloom(base, tokenizer)
+    for name, folder in tuned.items():
+        model.attach(name, load_prefix(str(folder)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """90 held-out questions of the demo, each with one of two prefixes or none."""
+    rng = random.Random(0)
+    lines = rng.sample(Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines(), 90)
+    return [prompt_of(json.loads(line)["instruction"]) for line in lines], rng.choices(["short", "sentence", "base"], k=90)
+
+
+@pytest.fixture(scope="module")
+def prefixes(tuned):
+    return [flag for name, folder in tuned.items() for flag in ("--prefix", f"{name}={folder}")]
+
+
+@pytest.fixture
+def small_pass_settings(settings):
+    """Evaluations and steps of several passes."""
+    return settings | {"max_tokens_per_batch": 100}
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory, tokenizer):
+    """A folder with a small random Bloom and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("random-base")
+    random_bloom().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def quick_settings(random_base, rows_file, tmp_path):
+    """A quick run on the random base; `settings | {...}` changes it."""
+    return {
+        "model_name_or_path": random_base,
+        "dataset": str(rows_file),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }

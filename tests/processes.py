@@ -7,7 +7,7 @@ that they share to 1e-5.
 import sys
 
 import torch
-from conftest import examples_of
+from helpers import examples_of
 from transformers import AutoConfig, BloomForCausalLM
 
 from prefix_tuning import distributed

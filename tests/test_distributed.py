@@ -1,6 +1,5 @@
 """Several processes as one, on this machine with gloo."""
 
-import contextlib
 import json
 import os
 import re
@@ -13,9 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_bloom, start_process
+from helpers import (
+    ROOT,
+    assert_same_run,
+    metrics_without_timings,
+    random_bloom,
+    start_process,
+    torchrun,
+    wait_for_step,
+    worker,
+)
 from safetensors.torch import load_file
-from test_faults import assert_same_run, metrics_of, wait_for_step
 from transformers import BloomForCausalLM
 
 from prefix_tuning import bundled
@@ -29,11 +36,6 @@ FLAGS = {
     "eval_fraction": 0.2, "eval_exact_match": True, "max_steps": 6, "logging_steps": 1, "eval_steps": 3, "save_steps": 2,
     "per_device_train_batch_size": 2, "num_virtual_tokens": 4, "learning_rate": 5e-3, "encoder_hidden_size": 24,
 }  # fmt: skip
-
-
-def torchrun(processes, restarts=0):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
-    return [*command, "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
 
 
 def start(script, processes, flags, *more, restarts=0):
@@ -63,15 +65,6 @@ def train_here(flags):
     training.train(parse_train_config([part for name, value in flags.items() for part in (f"--{name}", str(value))]))
 
 
-def worker(job, rank):
-    """The process of torchrun's that has this rank; None if there is none at the moment."""
-    for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                return int(pid)
-    return None
-
-
 def assert_close(ours, theirs, tolerance=1e-5):
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -91,7 +84,7 @@ def test_two_processes_train_as_one_with_as_many_rows(alone, tmp_path):
     flags, folder = alone
     flags = flags | {"gradient_accumulation_steps": 2, "output_dir": tmp_path / "out"}
     out = train(2, flags)
-    assert_close(metrics_of(tmp_path / "out"), metrics_of(folder))
+    assert_close(metrics_without_timings(tmp_path / "out"), metrics_without_timings(folder))
     assert out.count("frozen base: eval loss") == 1 and out.count("the prefix is saved in") == 1  # only main speaks
     for name in (ENCODER_FILE, ADAPTER_FILE):
         ours, theirs = load_file(tmp_path / "out" / name), load_file(folder / name)
@@ -119,8 +112,8 @@ def test_steps_with_fewer_rows_than_processes_and_rows_without_labels(tmp_path, 
     train_here(flags | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 3})
     train(3, flags | {"output_dir": tmp_path / "three", "gradient_accumulation_steps": 1, "shard_base": True})
     # Adam divides by the root of tiny squares at first: what differs in the seventh digit may soon differ in the fifth.
-    assert_close(metrics_of(tmp_path / "three"), metrics_of(tmp_path / "one"), tolerance=1e-4)
-    assert len(metrics_of(tmp_path / "one")) == 5  # 4 rows, 3 and 1, twice, and the summary
+    assert_close(metrics_without_timings(tmp_path / "three"), metrics_without_timings(tmp_path / "one"), tolerance=1e-4)
+    assert len(metrics_without_timings(tmp_path / "one")) == 5  # 4 rows, 3 and 1, twice, and the summary
 
 
 def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
@@ -146,9 +139,11 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path, 
     train_here(flags | {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-10.safetensors"})
     assert "rows per step changed from 4 to 2 (1 processes)" in capsys.readouterr().out
     # After 10 steps of 4 rows, 24 of the second epoch's 32 are left: 12 steps of 2.
-    assert metrics_of(tmp_path / "out")[-1]["steps"] == 22
+    assert metrics_without_timings(tmp_path / "out")[-1]["steps"] == 22
     train_here(flags | {"output_dir": tmp_path / "one"})
-    went_on, whole = ([line["loss"] for line in metrics_of(tmp_path / name) if "loss" in line] for name in ("out", "one"))
+    went_on, whole = (
+        [line["loss"] for line in metrics_without_timings(tmp_path / name) if "loss" in line] for name in ("out", "one")
+    )
     assert went_on[10:] == pytest.approx(whole[20:], rel=1e-6)
 
 
@@ -166,7 +161,7 @@ def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_
     assert err.count("SIGTERM: the run stops once it is saved") == 1
     assert re.search(r"SIGTERM: stopped after step 2; .*checkpoint-2\.safetensors is intact", err)
     assert err.count("stopped after step") == 1
-    assert [line["step"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line] == [0]
+    assert [line["step"] for line in metrics_without_timings(tmp_path / "out") if "eval_loss" in line] == [0]
 
 
 def test_a_finished_run_is_refused_once_per_attempt_and_stays(tmp_path):

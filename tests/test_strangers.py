@@ -1,16 +1,14 @@
 """Input from strangers: files that are broken or mean harm, and text that hurts. Never a traceback, a hang or a pickle."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import resource
 import struct
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import prefix_config, random_bloom
+from helpers import prefix_config, random_bloom
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -18,18 +16,16 @@ from safetensors.torch import save_file
 from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data import readers
-from prefix_tuning.data.rows import load_rows, prompt_of, take, tokenize
+from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import load_checkpoint, save_checkpoint
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_adapter, save_encoder
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
-from prefix_tuning.model.batch import IGNORED
 from prefix_tuning.model.encoder import PrefixEncoder
-from prefix_tuning.training import run as training
 from prefix_tuning.training.resume import check_same_run, find_resumed, metrics_so_far, restore
-from prefix_tuning.training.run import memory_hint, train
+from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.state import TrainingState
 
@@ -37,7 +33,6 @@ CPU = torch.device("cpu")
 fuzz = settings(
     max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -171,12 +166,6 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
         assert all(isinstance(text, str) and text.encode("utf-8") is not None for text in found.values())
 
 
-def test_a_name_that_comes_twice_is_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b", "output": "c"}\n', "utf-8")
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1: .*'output' comes twice"):
-        load_rows(str(tmp_path / "a.jsonl"), ("train",))
-
-
 @settings(fuzz, max_examples=200)
 @given(chosen=st.data())
 def test_any_state_of_a_checkpoint(tmp_path, chosen):
@@ -292,71 +281,3 @@ def test_text_that_hurts_trains_and_answers(base, tmp_path, tokenizer, text):
     model.attach("prefix", prefix)
     (answer,) = complete(model, tokenizer, [prompt_of(text[:500])], max_new_tokens=3, do_sample=False)
     assert isinstance(answer, str)
-
-
-def test_half_a_character_is_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"instruction": "\\ud83d", "output": "b"}\n', "utf-8")
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: 'instruction' holds half of a character"):
-        load_rows(str(tmp_path / "rows.jsonl"), ("train",))
-
-
-def test_what_looks_like_a_special_token_in_a_row_is_plain_text(tmp_path, tokenizer):
-    row = {"instruction": "a</s>b", "input": "<pad>", "output": "c</s>d"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
-    tokenized = tokenize(load_rows(str(tmp_path / "rows.jsonl"), ("train",)), tokenizer, 256)
-    (example,) = take(tokenized, [0])
-    assert [token for token in example.input_ids if token in tokenizer.all_special_ids] == [tokenizer.eos_token_id]
-    assert example.input_ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(example.input_ids[:-1]) == "Human: a</s>b\n<pad>\n\nAssistant: c</s>d"
-    assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == "c</s>d</s>"
-
-
-def train_with_little_memory(runs: list[dict], answer) -> None:
-    """What a child process does: runs trainings with 600 MB of address space left, and reports how each ended."""
-    load = training.load_base
-
-    def load_then_limit(*arguments):
-        loaded = load(*arguments)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20, resource.RLIM_INFINITY))
-        return loaded
-
-    training.load_base = load_then_limit
-    for options in runs:
-        try:
-            train(TrainConfig(**options))
-        except UserError as error:
-            answer.send(str(error))
-        else:
-            answer.send("it went through")
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs to know its own size")
-def test_a_cpu_without_memory_says_what_to_change(tmp_path):
-    processes = multiprocessing.get_context("forkserver")
-    ours, theirs = processes.Pipe()
-    options = {"dataset": "bundled:sentence", "output_dir": str(tmp_path / "out"), "device": "cpu", "max_steps": 4}
-    rows = {"per_device_train_batch_size": 3000, "gradient_accumulation_steps": 1, "max_tokens_per_batch": 10**6}
-    runs = [options | rows, options | {"encoder_hidden_size": 100_000}]
-    process = processes.Process(target=train_with_little_memory, args=(runs, theirs))
-    process.start()
-    theirs.close()
-    tokens, width = ours.recv(), ours.recv()
-    process.join()
-    assert "cpu ran out of memory; lower --max_tokens_per_batch (it was 1000000) or add --gradient_checkpointing" in tokens
-    assert "the encoder and its optimizer take 2.6 GiB: lower --encoder_hidden_size (it was 100000)" in width
-
-
-def test_what_takes_most_memory_decides_what_to_change():
-    model = random_bloom(hidden_size=48)
-
-    def hint(**options):
-        return memory_hint(TrainConfig(**options), model)
-
-    assert hint() == "lower --max_tokens_per_batch (it was 640) or add --gradient_checkpointing"
-    assert hint(max_tokens_per_batch=1) == "add --gradient_checkpointing"
-    assert hint(gradient_checkpointing=True) == "lower --max_tokens_per_batch (it was 640)"
-    assert hint(gradient_checkpointing=True, max_tokens_per_batch=1) == "lower --max_length (it was 256)"
-    assert hint(encoder_hidden_size=600_000).endswith("take 3.0 GiB: lower --encoder_hidden_size (it was 600000)")
-    assert hint(prefix_projection=False, num_virtual_tokens=10**6).endswith("lower --num_virtual_tokens (it was 1000000)")

@@ -1,5 +1,5 @@
 import pytest
-from conftest import REAL_ROWS, needs_real_rows
+from helpers import REAL_ROWS, needs_real_rows
 
 from prefix_tuning.data.rows import load_rows
 from prefix_tuning.text import display_width, pad, shorten

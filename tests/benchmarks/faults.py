@@ -20,8 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import random_bloom
-from test_faults import assert_same_run, seconds_of_a_run, start
+from helpers import assert_same_run, random_bloom, seconds_of_a_run, start_run
 from transformers import AutoTokenizer
 
 from prefix_tuning import bundled
@@ -74,7 +73,7 @@ def run(folder: Path, chance: random.Random, wanted: int) -> None:
     name = next(names)
     while kills < wanted:
         killed = settings | VARIANTS[name] | {"output_dir": str(folder / "killed"), "resume_from_checkpoint": "latest"}
-        process = start(killed)
+        process = start_run(killed)
         process.join(chance.uniform(0, lifetimes[name]))
         if process.exitcode is None:
             process.kill()
@@ -89,7 +88,7 @@ def run(folder: Path, chance: random.Random, wanted: int) -> None:
         assert_same_run(killed["output_dir"], folder / name)
         shutil.rmtree(killed["output_dir"])
         name, runs = next(names), runs + 1
-    process = start(killed)
+    process = start_run(killed)
     process.join()
     assert process.exitcode == 0
     assert_same_run(killed["output_dir"], folder / name)

@@ -1,6 +1,6 @@
 """Puts small faults into a module, one at a time, and counts those that its tests notice.
 
-    python tests/benchmarks/mutants.py encoder attention state bloom data checkpoint
+    python tests/benchmarks/mutants.py model.encoder data.rows training.state
 
 Each mutant runs in a forked child, which imports the package anew with the mutated module in it: first the tests of that
 module, then, if they pass, those that use it most. Strings, annotations, decorators, and what only words a message (within
@@ -29,17 +29,28 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 # pytest's arguments, a list for each stage. No test that starts processes: they would import the real module.
 TESTS = {
-    "encoder": ["tests/test_encoder.py", "tests/test_bloom.py tests/test_checkpoint.py"],
-    "attention": ["tests/test_bloom.py"],
-    "state": ["tests/test_state.py", "tests/test_faults.py tests/test_resume.py -k scale|any_step|tie|best_prefix|early"],
-    "bloom": [
-        "tests/test_bloom.py",
-        "tests/test_checkpoint.py tests/test_sharding.py tests/test_strangers.py -k fingerprint|kind|pickled|code",
+    "model.encoder": ["tests/model/test_encoder.py", "tests/model/test_bloom.py tests/files/test_prefixes.py"],
+    "model.batch": ["tests/model/test_batch.py", "tests/model/test_bloom.py"],
+    "model.attention": ["tests/model/test_attention.py tests/model/test_bloom.py"],
+    "model.bloom": [
+        "tests/model/test_bloom.py tests/model/test_attention.py",
+        "tests/training/test_start.py -k text_prefix",
     ],
-    "data": ["tests/test_data.py", "tests/test_bloom.py tests/test_strangers.py -k packed|twice|special"],
-    "checkpoint": [
-        "tests/test_checkpoint.py",
-        "tests/test_resume.py tests/test_faults.py tests/test_training.py -k set_aside|scale|any_step|peft_loads|its_file",
+    "base_model.loading": ["tests/base_model/test_loading.py", "tests/test_strangers.py -k pickled|code"],
+    "base_model.identity": ["tests/base_model/test_identity.py", "tests/base_model/test_sharding.py -k kind"],
+    "data.readers": ["tests/data/test_readers.py"],
+    "data.rows": ["tests/data/test_rows.py", "tests/data/test_readers.py"],
+    "files.writing": ["tests/files/test_writing.py", "tests/training/test_run.py -k one_run"],
+    "files.reading": ["tests/files/test_reading.py", "tests/files/test_prefixes.py"],
+    "files.prefixes": ["tests/files/test_prefixes.py tests/files/test_reading.py", "tests/training -k peft_loads|its_file"],
+    "files.checkpoint_format": [
+        "tests/files/test_checkpoint_format.py",
+        "tests/training/test_resume.py -k set_aside|any_step",
+    ],
+    "training.state": [
+        "tests/training/test_state.py",
+        "tests/training/test_resume.py tests/training/test_checkpoints.py tests/training/test_metrics.py"
+        " -k any_step|tie|best_prefix|early",
     ],
 }
 SECONDS = 120  # for one stage; a mutant that takes longer, because its loop never ends, is noticed
@@ -148,7 +159,7 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         if name != self.name:
             return None
-        file, tree = ROOT / "prefix_tuning" / f"{name.rpartition('.')[2]}.py", self.tree
+        file, tree = ROOT / f"{name.replace('.', '/')}.py", self.tree
 
         class Loader(SourceFileLoader):
             def get_code(self, fullname):
@@ -163,14 +174,14 @@ def import_others(tests: list[str], folder: str) -> None:
         for each in tests:
             pytest.main([*arguments(each, folder), "--collect-only"])
     for name in [*sys.modules]:
-        if name.split(".")[0] in ("prefix_tuning", "conftest", "processes") or name.startswith("test_"):
+        if name.split(".")[0] in ("prefix_tuning", "tests", "helpers"):
             del sys.modules[name]
 
 
 def run(module: str, lines: list[int] | None, sample: int | None, folder: str) -> None:
     import_others(TESTS[module], folder)
     gc.freeze()  # the children share what is here
-    tree = ast.parse((ROOT / "prefix_tuning" / f"{module}.py").read_text("utf-8"))
+    tree = ast.parse((ROOT / "prefix_tuning" / f"{module.replace('.', '/')}.py").read_text("utf-8"))
     for tests in TESTS[module]:
         if not passes(tests, tree, module, folder):
             raise SystemExit(f"{tests}: fails without a mutant")
@@ -180,7 +191,7 @@ def run(module: str, lines: list[int] | None, sample: int | None, folder: str) -
     for number, what in enumerate(mutants(tree)):
         if (number, what) in chosen and all(passes(tests, tree, module, folder) for tests in TESTS[module]):
             survivors += 1
-            print(f"{module}.py:{what}", flush=True)
+            print(f"{module}:{what}", flush=True)
     share = 1 - survivors / len(chosen)
     print(f"{module}: {len(chosen)} of {len(found)} mutants, {survivors} not noticed: {share:.1%} killed", flush=True)
 

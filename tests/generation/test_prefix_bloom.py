@@ -1,26 +1,14 @@
 import copy
-import json
 import logging
-import random
-from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import prefix_config, random_bloom
-from datasets import Dataset
+from helpers import GREEDY, PROMPTS, logits_after, prefix_config, random_bloom, random_prefix
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    StaticCache,
-    StoppingCriteriaList,
-    SuppressTokensAtBeginLogitsProcessor,
-    TextStreamer,
-    pipeline,
-)
+from transformers import DynamicCache, GenerationConfig, StaticCache, StoppingCriteriaList, TextStreamer, pipeline
 from transformers.generation import BaseStreamer
 
 from prefix_tuning import PrefixBloom, bundled, load_prefix
@@ -28,58 +16,9 @@ from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import UserError
-from prefix_tuning.evaluation import answer_rows, exact_match
 from prefix_tuning.files.prefixes import load_encoder, save_adapter
-from prefix_tuning.generation.batches import complete, complete_batches
-from prefix_tuning.inference.ask import say
-from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.generation.batches import complete
 from prefix_tuning.model.encoder import PrefixEncoder
-
-QUESTIONS = ["法国的首都是哪里？", "3加5等于多少？", "请把“苹果”翻译成英文，谢谢！", "？"]
-PROMPTS = [prompt_of(question) for question in QUESTIONS]
-GREEDY = {"max_new_tokens": 12, "do_sample": False}
-
-
-def random_prefix(model, tokens=5, seed=1):
-    torch.manual_seed(seed)
-    return 10 * PrefixEncoder(prefix_config(model, tokens)).bake()  # large enough to change the text
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_base(bundled.MODEL, torch.float32, torch.device("cpu"))[0]
-
-
-@pytest.fixture(scope="module")
-def random_model(base):
-    model = PrefixBloom(base)
-    model.attach("five", random_prefix(model))
-    model.attach("nine", random_prefix(model, tokens=9, seed=2))
-    return model
-
-
-@pytest.fixture(scope="module")
-def tuned_model(tuned, base, tokenizer):
-    model = PrefixBloom(base, tokenizer)
-    for name, folder in tuned.items():
-        model.attach(name, load_prefix(str(folder)))
-    return model
-
-
-@pytest.fixture(scope="module")
-def mixed():
-    """90 held-out questions of the demo, each with one of two prefixes or none."""
-    rng = random.Random(0)
-    lines = rng.sample(Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines(), 90)
-    return [prompt_of(json.loads(line)["instruction"]) for line in lines], rng.choices(["short", "sentence", "base"], k=90)
-
-
-# --- the plain twin: the whole row anew for every token, after the prefix, by transformers' own Bloom ---
-
-
-def logits_after(base, prefix, ids):
-    mask = torch.ones(1, prefix.shape[3] + len(ids), dtype=torch.long)
-    return base(torch.tensor([ids]), past_key_values=prefix_cache([prefix])[0], attention_mask=mask).logits[0, -1]
 
 
 def step_by_hand(base, prefix, ids, steps, choose):
@@ -157,131 +96,11 @@ def test_beams_equal_a_search_by_hand(base, random_model, tokenizer):
         assert output.tolist() == [beam for _, beam in beams[:2]]
 
 
-def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_model, tokenizer):
-    options = {"max_new_tokens": 6, "do_sample": True, "prefix_name": "five", "num_return_sequences": 3}
-    ((places, texts),) = complete_batches(random_model, tokenizer, PROMPTS, seed=3, **options)
-    assert sorted(places) == [0, 1, 2, 3] and all(len(set(row)) == 3 for row in texts)
-    ((_, again),) = complete_batches(random_model, tokenizer, PROMPTS, seed=3, **options)
-    assert again == texts
-    ((_, other),) = complete_batches(random_model, tokenizer, PROMPTS, seed=4, **options)
-    assert other != texts
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"num_return_sequences": 2}, {"num_beams": 2}, {"cache_implementation": "static"}],
-    ids=["plain", "sequences", "beams", "static cache"],
-)
-def test_what_is_drawn_for_a_prompt_depends_on_its_number_and_the_seed_alone(tuned_model, tokenizer, mixed, options):
-    prompts, names = ([*part[:14], *part[:4]] for part in mixed)  # the last ones are asked for the second time
-    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 2.0, **options}
-
-    def answers(numbers, seed, batch_size):
-        asked = [prompts[number] for number in numbers], [names[number] for number in numbers]
-        batches = complete_batches(tuned_model, tokenizer, *asked, batch_size, seed, numbers, **options)
-        return {numbers[place]: texts for batch in batches for place, texts in zip(*batch, strict=True)}
-
-    whole = answers(range(18), 5, 64)
-    for process in range(2):  # as two processes share them, in another order and other batches
-        assert answers(range(18)[process::2][::-1], 5, 4 + process).items() <= whole.items()
-    assert sum(whole[number] != whole[number + 14] for number in range(4)) > 1
-    assert sum(answers(range(18), 6, 64)[number] != whole[number] for number in range(18)) > 9
-
-
-def test_draws_follow_the_models_distribution(base, random_model, tokenizer):
-    probabilities = logits_after(base, random_model.prefixes["five"], tokenizer(PROMPTS[0]).input_ids).softmax(0)
-    token = probabilities.argmax().item()
-    prompts, options = PROMPTS[:1] * 1000, {"max_new_tokens": 1, "do_sample": True, "top_k": 0, "prefix_name": "five"}
-    texts = complete(random_model, tokenizer, prompts, batch_size=500, seed=1, **options)
-    share, count = probabilities[token].item(), texts.count(tokenizer.decode([token]))
-    assert 0.02 < share < 0.98
-    assert abs(count - 1000 * share) < 4 * (1000 * share * (1 - share)) ** 0.5
-    even = {"do_sample": True, "temperature": 1e4, "top_k": 0, "seed": 1}  # all tokens alike: what comes is the draw alone
-    first, all_eight = (complete(random_model, tokenizer, PROMPTS, max_new_tokens=most, **even) for most in (1, 8))
-    assert all(eight != 8 * one for one, eight in zip(first, all_eight, strict=True))
-
-
-# --- many rows, many prefixes ---
-
-
-@pytest.mark.parametrize("batch_size", [7, 64])
-def test_a_mixed_batch_answers_as_each_row_alone(tuned_model, tokenizer, mixed, batch_size):
-    prompts, names = mixed
-    assert len({tuned_model.prefixes[name].shape[3] for name in ("short", "sentence")}) == 2  # of different lengths
-    together = complete(tuned_model, tokenizer, prompts, prefix_name=names, batch_size=batch_size, **GREEDY)
-    alone = [complete(tuned_model, tokenizer, [p], prefix_name=n, **GREEDY)[0] for p, n in zip(prompts, names, strict=True)]
-    assert together == alone
-    assert len(set(together)) > 40
-
-
-IS = 267  # the token "是", which most sentences have
-OTHER_DECODING = {
-    "beams": {"num_beams": 3},
-    "a static cache": {"cache_implementation": "static"},
-    "a repetition penalty": {"repetition_penalty": 1.3},
-    "a repetition penalty on beams": {"repetition_penalty": 20.0, "num_beams": 2},
-    "no token twice": {"no_repeat_ngram_size": 1},
-    "another end": {"eos_token_id": [2, IS]},
-    "an end of the configuration's": {"generation_config": GenerationConfig(eos_token_id=[2, IS])},
-    "no end at first": {"begin_suppress_tokens": [2]},
-    "a least number of tokens": {"min_new_tokens": 6},
-    "ends that become likelier": {"exponential_decay_length_penalty": (3, 2.0)},
-    "a penalty on the prompt": {"encoder_repetition_penalty": 1.5},
-    "a forced end": {"forced_eos_token_id": 2},
-    "strings that end an answer": {"stop_strings": ["是", "的"]},
-    "a processor of the user's": {"logits_processor": [SuppressTokensAtBeginLogitsProcessor([2], 0)]},
-}
-
-
-@pytest.mark.parametrize("options", OTHER_DECODING.values(), ids=OTHER_DECODING)
-def test_so_it_does_with_other_decoding(tuned_model, tokenizer, mixed, options):
-    prompts, names = (part[:24] for part in mixed)
-    together = complete(tuned_model, tokenizer, prompts, prefix_name=names, **(GREEDY | options))
-    alone = [
-        complete(tuned_model, tokenizer, [p], prefix_name=n, **(GREEDY | options))[0]
-        for p, n in zip(prompts, names, strict=True)
-    ]
-    assert together == alone
-
-
-@pytest.mark.parametrize("most", [1, 3, 12])
-def test_answers_are_whole_up_to_the_last_token(tuned_model, tokenizer, mixed, most):
-    prompts = mixed[0][:12]
-    replies = complete(tuned_model, tokenizer, prompts, prefix_name="sentence", max_new_tokens=most, do_sample=False)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        inputs = tokenizer(prompt, return_tensors="pt")
-        ids = tuned_model.generate(**inputs, prefix_name="sentence", max_new_tokens=most, do_sample=False)[0]
-        assert reply == tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokenizer, mixed):
-    def row(prompt):
-        answer = complete(tuned_model, tokenizer, [prompt], prefix_name="sentence", max_new_tokens=64, do_sample=False)[0]
-        return {"instruction": prompt.removeprefix("Human: ").partition("\n\n")[0], "input": "", "output": answer}
-
-    rows = Dataset.from_list([row(prompt) for prompt in mixed[0][:4]])
-    model = PrefixBloom(tuned_model)
-    answers = answer_rows(model, tokenizer, rows, tuned_model.prefixes["sentence"])
-    assert exact_match(answers, rows) == 1
-
-
 def test_one_call_takes_a_prefix_for_every_row(tuned_model, tokenizer):
     inputs = tokenizer([PROMPTS[0]] * 3, return_tensors="pt")
     output = tuned_model.generate(**inputs, prefix_name=["short", "sentence", "base"], pad_token_id=3, **GREEDY)
     short, sentence, base = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert short == "巴黎" and "巴黎" in sentence and len(sentence) > 4 and "巴黎" not in base
-
-
-def test_rows_that_have_ended_leave_the_batch(tuned_model, tokenizer, mixed):
-    prompts = mixed[0][:64]
-    computed = []
-    hook = tuned_model.lm_head.register_forward_hook(lambda module, args, output: computed.append(len(output)))
-    try:
-        answers = complete(tuned_model, tokenizer, prompts, prefix_name="short", max_new_tokens=40, do_sample=False)
-    finally:
-        hook.remove()
-    longest = max(len(ids) for ids in tokenizer(answers).input_ids) + 1
-    assert computed[0] == 64 and sum(computed) < 0.6 * 64 * longest
 
 
 def test_memory_holds_the_base_once(base):
@@ -291,9 +110,6 @@ def test_memory_holds_the_base_once(base):
         model.attach(str(number), random_prefix(base, seed=number))
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == weights
     assert sum(tensor.numel() for tensor in model.prefixes.values()) == 5 * 4 * 2 * 192 * 5
-
-
-# --- the library ---
 
 
 def test_the_users_model_stays_as_it_is(base, tokenizer):
@@ -572,9 +388,6 @@ def test_pipeline_and_streamer_take_it(tuned_model, tokenizer, capsys, caplog):
     assert capsys.readouterr().out == "巴黎\n"
 
 
-# --- PEFT, both ways ---
-
-
 @pytest.mark.parametrize("projection", [True, False])
 def test_greedy_text_equals_pefts_for_the_saved_prefix(base, tmp_path, tokenizer, projection):
     torch.manual_seed(1)
@@ -620,17 +433,6 @@ def peft_answers(model, tokenizer):
         output = model.eval().generate(**inputs, **GREEDY, pad_token_id=3)
         answers.append(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
     return answers
-
-
-def test_pickled_adapters_are_not_read(tmp_path):
-    theirs = get_peft_model(random_bloom(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    theirs.save_pretrained(tmp_path)
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(UserError, match="pickled file, which is never read"):
-        load_prefix(str(tmp_path))
-
-
-# --- as transformers users write it ---
 
 
 def test_settings_come_from_the_call_its_configuration_and_the_models_own(tuned_model, base, tokenizer):
@@ -688,35 +490,6 @@ def test_it_goes_on_with_the_next_turn(tuned_model, tokenizer):
         tuned_model.generate(text, past_key_values=said.past_key_values, prefix_name="short", **GREEDY)
     on = tuned_model.generate(text, attention_mask=torch.ones_like(text), past_key_values=said.past_key_values, **GREEDY)
     assert torch.equal(on, anew)
-
-
-def test_a_base_with_settings_of_its_own_answers_as_alone(base, tuned, tokenizer, mixed):
-    odd = copy.deepcopy(base)
-    odd.config.use_cache = odd.generation_config.use_cache = False
-    odd.generation_config.update(min_new_tokens=5, no_repeat_ngram_size=2, cache_implementation="static")
-    model = PrefixBloom(odd, tokenizer)
-    model.attach("short", load_prefix(str(tuned["short"])))
-    prompts = mixed[0][:9]
-    together = complete(model, tokenizer, prompts, **GREEDY)
-    assert together == [complete(model, tokenizer, [prompt], **GREEDY)[0] for prompt in prompts]
-
-
-def test_a_base_that_returns_dicts_and_ends_at_strings_answers(base, tuned, tokenizer, mixed, capsys):
-    odd = copy.deepcopy(base)
-    odd.generation_config.update(return_dict_in_generate=True, output_scores=True, stop_strings=["是"])
-    model = PrefixBloom(odd, tokenizer)
-    model.attach("sentence", load_prefix(tuned["sentence"]))
-    prompts = mixed[0][:9]
-    answers = complete(model, tokenizer, prompts, **GREEDY)
-    plain = PrefixBloom(base, tokenizer)
-    plain.attach("sentence", load_prefix(tuned["sentence"]))
-    until = [text.partition("是")[0] + "是" * ("是" in text) for text in complete(plain, tokenizer, prompts, **GREEDY)]
-    assert answers == until and any(answer.endswith("是") for answer in answers)
-    for sequences in (1, 2):
-        capsys.readouterr()
-        options = {"num_beams": 1, "num_return_sequences": sequences, "max_new_tokens": 12, "do_sample": True, "top_k": 1}
-        say(model, tokenizer, prompts[0], "sentence", 0, options)
-        assert capsys.readouterr().out.splitlines() == answers[:1] * sequences
 
 
 def test_accelerates_hooks_do_not_hide_the_prefix(tuned, tokenizer):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import prefix_config, random_bloom
 
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training.settings import TrainConfig
@@ -136,3 +137,18 @@ def test_what_is_no_state_of_this_run_is_refused(change):
     change(tensors, numbers)
     with pytest.raises((KeyError, TypeError, ValueError)):
         new_state().restore(tensors, numbers)
+
+
+def test_the_loss_scale_goes_on(settings):
+    """fp16 alone has one, and only CUDA has fp16; what keeps it is the same everywhere."""
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        encoder = PrefixEncoder(prefix_config(random_bloom(), projection=False))
+        states.append(TrainingState(TrainConfig(**settings), encoder, 10, torch.float16))
+    old, new = states
+    old.scaler.scale(old.encoder().sum()).backward()
+    old.scaler.step(old.optimizer)
+    old.scaler.update(2.0**7)
+    new.restore(old.tensors(), json.loads(json.dumps(old.numbers())))
+    assert new.scaler.is_enabled() and new.scaler.get_scale() == 2.0**7

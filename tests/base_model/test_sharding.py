@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import examples_of, random_bloom
+from helpers import examples_of, random_bloom
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT, metrics_of
 from peft import PeftConfig
 
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.files.names import CARD_FILE, PLOT_FILE
 from prefix_tuning.training.report import plot_curves, write_card
 from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
 
 FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--eval_fraction", "0.2"]
 
@@ -28,16 +31,12 @@ def finished(tmp_path_factory, rows_file):
     return folder
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
 def test_the_card_says_what_was_trained_and_how_good_it_is(finished):
     front, card = (finished / "README.md").read_text("utf-8").removeprefix("---\n").split("\n---\n")
     assert "pipeline_tag: text-generation" in front and "library_name: peft" in front
     assert "# license: " in front and "\nlicense:" not in front  # the user's to choose
     assert "base_model" not in front  # a bundled model is no name of the hub
-    first, *_, last = [record for record in records(finished) if "eval_loss" in record]
+    first, *_, last = [record for record in metrics_of(finished) if "eval_loss" in record]
     assert f"| frozen base | {first['eval_loss']:.4g} | {first['eval_perplexity']:.4g} |" in card
     assert f"| this prefix, step 4 | {last['eval_loss']:.4g} |" in card
     assert "rows.jsonl, 32 rows; held out: 20% of it" in card and "4 steps of 8 rows" in card
@@ -64,7 +63,7 @@ def test_a_base_of_the_hub_stands_in_the_cards_front(finished, tmp_path):
 
 
 def test_the_card_tells_of_the_best_prefix_if_that_was_saved(finished, tmp_path):
-    lines = records(finished)
+    lines = metrics_of(finished)
     for line, loss in zip([line for line in lines if "eval_loss" in line][1:], (1.25, 1.75), strict=True):
         line["eval_loss"] = loss  # of steps 2 and 4
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
@@ -98,7 +97,7 @@ def test_tensorboard_shows_the_metrics_and_goes_on_with_the_run(tmp_path, rows_f
         train(parse_train_config([*flags, *more]))
         board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
         for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
-            expected = [(record["step"], record[name]) for record in records(tmp_path / "out") if name in record]
+            expected = [(record["step"], record[name]) for record in metrics_of(tmp_path / "out") if name in record]
             shown = [(event.step, event.value) for event in board.Scalars(name)]
             assert [step for step, _ in shown] == [step for step, _ in expected]
             assert [value for _, value in shown] == pytest.approx([value for _, value in expected], rel=1e-6)
@@ -191,3 +190,11 @@ def test_a_push_that_cannot_be_is_refused_before_the_training(tmp_path, rows_fil
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("error: --push_to_hub prefix: ") and "offline" in line.lower()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_an_earlier_run_does_not_stand_in_the_card(small_pass_settings):
+    train(TrainConfig(**small_pass_settings))
+    folder = Path(small_pass_settings["output_dir"])
+    assert (folder / PLOT_FILE).exists() and PLOT_FILE in (folder / CARD_FILE).read_text("utf-8")
+    train(TrainConfig(**small_pass_settings | {"overwrite_output_dir": True, "max_steps": 0}))
+    assert not (folder / PLOT_FILE).exists() and PLOT_FILE not in (folder / CARD_FILE).read_text("utf-8")

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+import torch
+from helpers import random_bloom
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.errors import UserError
+
+
+def resave(folder, change):
+    """Changes the JSON of a saved tokenizer."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text("utf-8")))), "utf-8")
+
+
+def test_the_base_is_frozen_and_in_the_compute_type(tmp_path, tokenizer):
+    random_bloom().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, loaded = load_base(str(tmp_path), torch.bfloat16, torch.device("cpu"))
+    assert not model.training and model.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert loaded.padding_side == "left"
+
+
+def test_a_base_that_is_none_is_named(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="model_name_or_path no/such-model"):
+        load_base("no/such-model", torch.float32, torch.device("cpu"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        load_base(str(tmp_path / "empty"), torch.float32, torch.device("cpu"))
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gpt2"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+def test_a_base_with_broken_or_missing_weights_is_refused(tmp_path, tokenizer):
+    random_bloom().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}  # not a view of the file
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+    save_file({name: tensor for name, tensor in weights.items() if "h.1." not in name}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="of its weights"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+    save_file({name: tensor[:2].contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("parts", [None, 1])
+def test_a_tokenizer_that_does_not_serve_is_refused(tmp_path, tokenizer, parts):
+    def refused(folder, match):
+        with pytest.raises(UserError, match=rf"--model_name_or_path .*{folder.name}: its tokenizer {match}"):
+            load_base(str(folder), torch.float32, torch.device("cpu"), parts)
+
+    for name, size in (("small", len(tokenizer) - 1), ("no_eos", len(tokenizer)), ("slow", 384)):
+        random_bloom(vocab_size=size).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    refused(tmp_path / "small", "has 4096 tokens, .* 4095")
+    resave(tmp_path / "no_eos", lambda settings: settings | {"eos_token": None})
+    refused(tmp_path / "no_eos", "has no EOS token")
+    (tmp_path / "slow" / "tokenizer.json").unlink()
+    resave(tmp_path / "slow", lambda settings: {"tokenizer_class": "ByT5Tokenizer"})
+    refused(tmp_path / "slow", "has no tokenizer.json")
+
+
+def test_a_base_may_have_more_embeddings_than_tokens(tmp_path, tokenizer):
+    random_bloom(vocab_size=len(tokenizer) + 100).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert model.config.vocab_size == len(tokenizer) + 100

@@ -1,0 +1,155 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, DatasetDict
+from helpers import GOOD, TRAIN, write_jsonl
+
+from prefix_tuning.data.rows import load_rows, prompt_of, read_questions
+from prefix_tuning.errors import UserError
+
+
+def test_every_kind_of_source_gives_the_same_rows(tmp_path):
+    import pandas
+
+    rows = [GOOD, {"instruction": "翻译，\n“好”", "input": "a,b", "output": "8"}, GOOD | {"input": None}]
+    expected = [row | {"input": row["input"] or ""} for row in rows]
+    write_jsonl(tmp_path / "a.jsonl", *rows)
+    write_jsonl(tmp_path / "lines.json", *rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), "utf-8")
+    (tmp_path / "bom.json").write_text("\ufeff" + json.dumps(rows), "utf-8")
+    (tmp_path / "crlf.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\r\n\r\n"))
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)  # "8" must stay a text
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "folder")
+    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}).save_to_disk(tmp_path / "splits")
+    for path in sorted(tmp_path.iterdir()):
+        assert load_rows(str(path), TRAIN).to_list() == expected, path.name
+    assert load_rows(str(tmp_path / "splits"), ("validation", "test", "train")).to_list() == expected[:1]
+
+
+def test_input_may_be_missing_and_other_columns_are_passed_over(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"instruction": "你好", "output": "好", "history": [1]})
+    assert load_rows(path, TRAIN).to_list() == [{"instruction": "你好", "input": "", "output": "好"}]
+    assert prompt_of("你好") == "Human: 你好\n\nAssistant: "
+    assert prompt_of("你好", "世界") == "Human: 你好\n世界\n\nAssistant: "
+
+
+BAD_FILES = {
+    "missing column": ("a.jsonl", json.dumps({"instruction": "x"}), r"a\.jsonl, line 1: has no column 'output'"),
+    "number as output": (
+        "a.jsonl",
+        json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"output": 3}),
+        r"a\.jsonl, line 3: 'output' must be a text, not 3",
+    ),
+    "Chinese list as output": ("a.jsonl", json.dumps(GOOD | {"output": ["好"]}), r"'output' must be a text, not \[\"好\"\]"),
+    "null instruction": ("a.jsonl", json.dumps(GOOD | {"instruction": None}), "line 1: 'instruction' must be a text"),
+    "list as input": ("a.json", json.dumps([GOOD, GOOD | {"input": []}]), r"a\.json, row 2: 'input' must be a text"),
+    "empty output": ("a.json", json.dumps([GOOD, GOOD | {"output": " "}]), r"a\.json, row 2: 'output' is empty"),
+    "no object": ("a.jsonl", "[1, 2]", "line 1: is no object"),
+    "empty file": ("a.jsonl", "", r"a\.jsonl: holds no rows"),
+    "empty list": ("a.json", "[]", r"a\.json: holds no rows"),
+    "empty csv": ("a.csv", "instruction,output\n", r"a\.csv: holds no rows"),
+    "no JSON": ("a.jsonl", json.dumps(GOOD) + "\nhello", r"a\.jsonl, line 2: is not JSON"),
+    "half a character": ("a.jsonl", '{"instruction": "a\\ud83d", "output": "b"}', "line 1: 'instruction' holds half of a"),
+    "one object over lines": ("a.json", '{\n"data": []\n}', "is one object over several lines"),
+    "broken JSON list": ("a.json", "[{", r"a\.json, as a whole: is not JSON"),
+    "deeply nested": ("a.json", "[" * 100_000, "is not JSON"),
+    "no CSV": ("a.csv", 'instruction,output\n"a', r"a\.csv, row 1: is not CSV"),
+    "CSV with too many cells": ("a.csv", "instruction,output\na,b,c\n", "row 1: has more cells"),
+    "CSV with too few cells": ("a.csv", "instruction,output\na\n", "row 1: 'output' must be a text, not null"),
+    "CSV without the column": ("a.csv", "question,answer\na,b\n", "row 1: has no column 'instruction'"),
+    "no Parquet": ("a.parquet", "hello", r"a\.parquet: cannot be read as Parquet: "),
+    "unknown kind": ("a.txt", "hello", r"a\.txt: unknown kind of file"),
+}
+
+
+@pytest.mark.parametrize("name, text, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_named_with_its_row(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text, "utf-8")
+    with pytest.raises(UserError, match=message):
+        load_rows(str(path), TRAIN)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xff")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        load_rows(str(path), TRAIN)
+
+
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
+    for read in (lambda name: load_rows(name, TRAIN), lambda name: list(read_questions(name, []))):
+        with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: Input/output error"):
+            read(str(tmp_path / "a.jsonl"))
+
+
+def test_a_csv_cell_may_be_long_and_keeps_its_line_breaks(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "a" / "new" / "folder"))
+    answer = "一\r\n" * 100_000
+    (tmp_path / "a.csv").write_bytes(f'instruction,output\n"a","{answer}"\n'.encode())
+    assert load_rows(str(tmp_path / "a.csv"), TRAIN)["output"][:] == [answer]
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,output,output\na,b,c\n", "utf-8")
+    table = pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for kind in ("csv", "parquet"):
+        with pytest.raises(UserError, match="more than one column 'output'"):
+            load_rows(str(tmp_path / f"rows.{kind}"), ("train",))
+
+
+STRANGE = {
+    "late": pa.array([0, 1, 2**62], pa.timestamp("us")),
+    "zone": pa.array([None, None, 2], pa.timestamp("us", tz="Mars/Olympus")),
+    "text": pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"b", b"\xff\xfe"]).buffers()),
+}
+
+
+@pytest.mark.parametrize("column", STRANGE)
+def test_a_table_is_read_for_its_three_columns_only(tmp_path, column):
+    table = pa.table({"instruction": ["a", "b", "c"], "output": ["d", "e", "f"], column: STRANGE[column]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    Dataset(table).save_to_disk(tmp_path / "folder")
+    for name in ("a.parquet", "folder"):
+        assert load_rows(str(tmp_path / name), TRAIN)["output"][:] == ["d", "e", "f"]
+    questions = read_questions(str(tmp_path / "a.parquet"), [])
+    assert [next(questions)[0]["instruction"] for _ in range(2)] == ["a", "b"]
+    with pytest.raises(UserError, match=rf"a\.parquet, row 3: '{column}' cannot be read: "):
+        next(questions)
+
+
+def test_a_table_whose_own_columns_are_wrong_is_named_with_its_row(tmp_path):
+    table = pa.table({"instruction": ["a", "b", "c"], "output": STRANGE["text"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 3: 'output' cannot be read: 'utf-8'"):
+        load_rows(str(tmp_path / "a.parquet"), TRAIN)
+    Dataset(table).save_to_disk(tmp_path / "folder")
+    with pytest.raises(UserError, match="folder, row 3: cannot be read: 'utf-8'"):
+        load_rows(str(tmp_path / "folder"), TRAIN)
+    table = pa.table({"question": ["a"], "answer": ["b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    Dataset(table).save_to_disk(tmp_path / "other")
+    for name in ("b.parquet", "other"):
+        with pytest.raises(UserError, match=f"{name}, row 1: has no column 'instruction'; it has 'question', 'answer'"):
+            load_rows(str(tmp_path / name), TRAIN)
+    damaged = (tmp_path / "b.parquet").read_bytes().replace(b"question", b"quest\xffon")
+    (tmp_path / "b.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"b\.parquet: cannot be read as Parquet: 'utf-8'"):
+        load_rows(str(tmp_path / "b.parquet"), TRAIN)
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b", "output": "c"}\n', "utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: .*'output' comes twice"):
+        load_rows(str(tmp_path / "a.jsonl"), ("train",))
+
+
+def test_half_a_character_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "\\ud83d", "output": "b"}\n', "utf-8")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: 'instruction' holds half of a character"):
+        load_rows(str(tmp_path / "rows.jsonl"), ("train",))

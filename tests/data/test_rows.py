@@ -1,0 +1,185 @@
+import copy
+import json
+import os
+import resource
+
+import pytest
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from helpers import GOOD, REAL_ROWS, TRAIN, needs_real_rows, write_jsonl
+
+from prefix_tuning.data import rows as data
+from prefix_tuning.data.rows import digest, load_rows, prompt_of, read_questions, take, tokenize
+from prefix_tuning.errors import UserError
+from prefix_tuning.model.batch import IGNORED
+
+
+def notebook_process(example, tokenizer, max_length=256):
+    """The notebook's own function, row by row: the twin that `tokenize` must agree with."""
+    prompt = tokenizer("\n".join(["Human: " + example["instruction"], example["input"]]).strip() + "\n\nAssistant: ")
+    response = tokenizer(example["output"] + tokenizer.eos_token)
+    input_ids = prompt["input_ids"] + response["input_ids"]
+    labels = [-100] * len(prompt["input_ids"]) + response["input_ids"]
+    return input_ids[:max_length], labels[:max_length]
+
+
+def agree_with_the_notebook(rows, tokenizer, max_length):
+    expected = [notebook_process(row, tokenizer, max_length) for row in rows]
+    expected = [pair for pair in expected if any(label != IGNORED for label in pair[1])]
+    tokenized = tokenize(rows, tokenizer, max_length)
+    found = take(tokenized, list(range(len(tokenized))))
+    assert [(example.input_ids, example.labels) for example in found] == expected
+    return len(rows) - len(tokenized)
+
+
+@needs_real_rows
+@pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl"])
+def test_ids_and_labels_equal_the_notebooks_on_all_real_rows(file, tokenizer):
+    rows = load_rows(str(REAL_ROWS / file), TRAIN)
+    agree_with_the_notebook(rows, tokenizer, 256)
+    assert agree_with_the_notebook(rows, tokenizer, 24) > 0  # some rows lose all labels
+
+
+def test_ids_and_labels_equal_the_notebooks(rows_file, tokenizer):
+    rows = load_rows(str(rows_file), TRAIN)
+    assert agree_with_the_notebook(rows, tokenizer, 256) == 0
+    dropped = agree_with_the_notebook(rows, tokenizer, 26)
+    assert 0 < dropped < len(rows)
+
+
+def test_a_row_is_kept_if_there_is_room_for_one_label(rows_file, tokenizer):
+    row = load_rows(str(rows_file), TRAIN).select([0])
+    prompt = tokenizer(prompt_of(row[0]["instruction"], row[0]["input"])).input_ids
+    assert [len(tokenize(row, tokenizer, len(prompt) + room)) for room in (-1, 0, 1)] == [0, 0, 1]
+
+
+def test_sources_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
+        load_rows(str(tmp_path / "gone.jsonl"), TRAIN)
+    with pytest.raises(UserError, match="not one written by save_to_disk"):
+        load_rows(str(tmp_path), TRAIN)
+    with pytest.raises(UserError, match="nobody/no-such-set"):
+        load_rows("nobody/no-such-set", TRAIN)
+    DatasetDict({"extra": Dataset.from_list([GOOD])}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="has the splits extra"):
+        load_rows(str(tmp_path / "splits"), TRAIN)
+
+
+def test_the_cache_notices_a_changed_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, GOOD)
+    assert len(load_rows(str(path), TRAIN)) == 1
+    write_jsonl(path, GOOD, GOOD | {"output": "三" * 10_000})
+    assert len(load_rows(str(path), TRAIN)) == 2
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write_jsonl(path, GOOD, GOOD | {"output": "四" * 10_000})
+    os.utime(path, ns=times)
+    assert load_rows(str(path), TRAIN)[1]["output"] == "四" * 10_000
+
+
+def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HASHED_BYTES", 10)
+    path = tmp_path / "a.jsonl"
+    for answer, time in (("三", 1), ("四", 2), ("十四", 2)):
+        write_jsonl(path, GOOD | {"output": answer})
+        os.utime(path, (time, time))
+        assert load_rows(str(path), TRAIN)[0]["output"] == answer
+    monkeypatch.setattr(data, "HASHED_BYTES", path.stat().st_size)  # large is what is larger
+    write_jsonl(path, GOOD | {"output": "十五"})
+    os.utime(path, (2, 2))
+    assert load_rows(str(path), TRAIN)[0]["output"] == "十五"
+
+
+def test_tokenising_is_cached(rows_file, tokenizer):
+    rows = load_rows(str(rows_file), TRAIN)
+    first, second = (tokenize(rows, tokenizer, 64) for _ in range(2))
+    assert first.cache_files == second.cache_files and first.cache_files
+    assert tokenize(rows, tokenizer, 63).cache_files != first.cache_files
+
+
+def test_the_cache_knows_the_program(rows_file, tokenizer, monkeypatch):
+    rows = load_rows(str(rows_file), TRAIN)
+    first = tokenize(rows, tokenizer, 64)
+    monkeypatch.setattr(data, "_THIS_CODE", "of a later version")
+    assert tokenize(rows, tokenizer, 64).cache_files != first.cache_files
+    assert load_rows(str(rows_file), TRAIN).cache_files != rows.cache_files
+
+
+def test_the_cache_of_tokens_knows_the_eos_token(rows_file, tokenizer):
+    rows = load_rows(str(rows_file), TRAIN)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<s>"
+    for one in (tokenizer, other):
+        assert {ids[-1] for ids in tokenize(rows, one, 256)["input_ids"]} == {one.eos_token_id}
+
+
+def test_a_digest_covers_every_row_and_nothing_but_the_rows(tmp_path, tokenizer):
+    rows = [GOOD | {"instruction": f"{number}加一等于几？"} for number in range(3000)]
+    tokenized = tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    rows[1], rows[2] = rows[2], rows[1]
+    swapped = tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    rows[1], rows[2] = rows[2], rows[1] | {"output": "三"}
+    changed = tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
+    label = tokenized.map(lambda row, place: {"labels": [7, *row["labels"][1:]]} if place == 1234 else {}, with_indices=True)
+    assert len({digest(each) for each in (tokenized, swapped, changed, label, tokenized.select(range(2999)))}) == 5
+    parts = concatenate_datasets([tokenized.select(range(700)), tokenized.select(range(700, 3000))])
+    for same in (parts, tokenized.select(range(2999, -1, -1)).select(range(2999, -1, -1))):
+        assert digest(same) == digest(tokenized)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", *(GOOD | {"instruction": f"{number}加一等于几？"} for number in range(5000)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nope")
+    for name in (path, "nobody/no-such-set"):
+        with pytest.raises(UserError, match=r"/proc/nope: .*HF_DATASETS_CACHE"):
+            load_rows(name, TRAIN)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def with_files_of(size, call, *arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        try:
+            return call(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    message = r"cache: prepared rows .*File too large; .*HF_DATASETS_CACHE"
+    with pytest.raises(UserError, match=message):
+        with_files_of(10_000, load_rows, path, TRAIN)
+    rows = load_rows(path, TRAIN)
+    with pytest.raises(UserError, match=message):
+        with_files_of(500_000, tokenize, rows, tokenizer, 64)
+    assert len(tokenize(rows, tokenizer, 64)) == 5000
+
+
+def test_a_question_may_name_its_prefix(tmp_path):
+    rows = [{"instruction": "你好", "more": 1}, {"instruction": "好", "input": "吗", "prefix": "b"}]
+    rows += [{"instruction": "好", "input": None, "prefix": empty} for empty in (None, "")]
+    found = list(read_questions(write_jsonl(tmp_path / "a.jsonl", *rows), ["a", "b"]))
+    prompts = [prompt_of("你好"), prompt_of("好", "吗"), prompt_of("好"), prompt_of("好")]
+    assert found == list(zip(rows, prompts, [None, "b", None, None], strict=True))
+    for change, message in (
+        ({"prefix": "c"}, "line 2: names the prefix 'c'; there are a, b"),
+        ({"response": ""}, "line 2: has a column 'response' already"),
+        ({"instruction": None}, "line 2: 'instruction' must be a text"),
+    ):
+        path = write_jsonl(tmp_path / "a.jsonl", rows[0], rows[1] | change)
+        with pytest.raises(UserError, match=message):
+            list(read_questions(path, ["a", "b"]))
+
+
+def test_the_bar_names_the_split(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", GOOD)
+    for splits in (TRAIN, ("validation", "test", "train")):
+        assert load_rows(path, splits).to_list() == [GOOD]
+        bars = {line.split(":")[0] for line in capsys.readouterr().err.split("\r") if line}
+        assert bars == {f"Generating {splits[0]} split"}
+
+
+def test_what_looks_like_a_special_token_in_a_row_is_plain_text(tmp_path, tokenizer):
+    row = {"instruction": "a</s>b", "input": "<pad>", "output": "c</s>d"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    tokenized = tokenize(load_rows(str(tmp_path / "rows.jsonl"), ("train",)), tokenizer, 256)
+    (example,) = take(tokenized, [0])
+    assert [token for token in example.input_ids if token in tokenizer.all_special_ids] == [tokenizer.eos_token_id]
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(example.input_ids[:-1]) == "Human: a</s>b\n<pad>\n\nAssistant: c</s>d"
+    assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == "c</s>d</s>"

@@ -1,0 +1,155 @@
+import datetime
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, questions, refuses, run_infer, start_process, write_rows
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_files_are_answered_in_their_order(tmp_path, prefixes, capsys, kind):
+    rows = questions(50)
+    source, output = write_rows(tmp_path / f"rows.{kind}", rows), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 3, "--max_new_tokens", 24]
+    run_infer(*flags)
+    assert capsys.readouterr().out == ""  # the answers are in the file
+    found = read_lines(output)
+    assert [int(row["id"]) for row in found] == list(range(50))
+    assert [list(row) for row in found] == [[*rows[0], "response"]] * 50
+    answered = [row["response"] == row["output"] for row in found]
+    assert sum(answered[::4]) >= 8 and sum(answered[3::4]) >= 8 and not any(answered[2::4])  # short, short, base
+    assert all(len(row["response"]) > len(row["output"]) for row in found[1::4])  # sentence
+    refuses("is there already; go on with it by --resume", *flags)
+
+
+def test_what_json_does_not_know_becomes_text_or_null(tmp_path, prefixes):
+    rows = [{"instruction": "？", "when": datetime.date(2026, 1, 2), "share": float("nan"), "more": ["\u20ac"]}]
+    rows[0]["deep"] = [{"x": float("inf")}]
+    source, output = write_rows(tmp_path / "rows.parquet", rows), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--max_new_tokens", 4]
+    run_infer(*flags)
+    (found,) = read_lines(output)
+    assert (found["when"], found["share"], found["more"]) == ("2026-01-02", None, ["\u20ac"])
+    assert found["deep"] == [{"x": None}]
+    run_infer(*flags, "--resume")
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"instruction": "a", "note": "\\ud800"}\n', "utf-8")
+    for resume in ([], ["--resume"]):
+        run_infer("--input", odd, "--output", tmp_path / "odd-answers.jsonl", *flags[4:], *resume)
+    assert read_lines(tmp_path / "odd-answers.jsonl")[0]["note"] == "\ud800"
+
+
+def test_a_full_disk_is_named_and_the_rest_can_be_answered_later(tmp_path, prefixes):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(40)), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 4, "--max_new_tokens", 8]
+    limited = f"ulimit -f 1; {sys.executable} infer.py {shlex.join(map(str, flags))}"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "cannot be written" in result.stderr and "--resume" in result.stderr.splitlines()[-1]
+    run_infer(*flags, "--resume")
+    assert [row["id"] for row in read_lines(output)] == list(range(40))
+
+
+def test_several_sequences_become_a_list(tmp_path, prefixes):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(5)), tmp_path / "answers.jsonl"
+    run_infer("--input", source, "--output", output, *prefixes, "--do_sample", "--num_return_sequences", 2)
+    assert all(isinstance(row["response"], list) and len(row["response"]) == 2 for row in read_lines(output))
+
+
+def test_a_question_that_is_asked_again_is_drawn_anew_whatever_the_batches(tmp_path, prefixes):
+    source, outputs = write_rows(tmp_path / "rows.jsonl", questions(1) * 24), []
+    for batch_size in (2, 7, 24):
+        output = tmp_path / f"{batch_size}.jsonl"
+        flags = ["--input", source, "--output", output, *prefixes, "--batch_size", batch_size, "--max_new_tokens", 8]
+        run_infer(*flags, "--do_sample", "--temperature", "3")
+        outputs.append(output.read_bytes())
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len({row["response"] for row in read_lines(output)}) > 18
+
+
+@pytest.mark.parametrize("sampling", [[], ["--do_sample", "--temperature", "2"]], ids=["greedy", "sampling"])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, prefixes, sampling):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(45)), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 2, "--max_new_tokens", 16, *sampling]
+    run_infer(*flags)
+    whole = output.read_bytes()
+    ends = [match.end() for match in re.finditer(b"\n", whole)]
+    for cut in (0, 1, ends[0], ends[2] + 5, ends[15], ends[30] - 1, ends[40] + 1, len(whole)):
+        output.write_bytes(whole[:cut])
+        run_infer(*flags, "--resume")
+        assert output.read_bytes() == whole, cut
+
+
+def test_a_killed_process_goes_on(tmp_path, prefixes):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(600)), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 1, "--max_new_tokens", 16]
+    command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags)]
+    process = start_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 20):
+        select.select([process.stderr], [], [], 1)
+        os.read(process.stderr.fileno(), 65536)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed = output.read_bytes().count(b"\n")
+    assert 20 <= killed < 600
+    run_infer(*flags[:-4], "--max_new_tokens", 16, "--resume")
+    found = read_lines(output)
+    assert [row["id"] for row in found] == list(range(600))
+
+
+def test_resuming_another_input_is_refused(tmp_path, prefixes):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(6)), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--max_new_tokens", 8]
+    run_infer(*flags)
+    kept = output.read_bytes()
+    write_rows(source, [*questions(3), questions(4)[3] | {"instruction": "？"}])
+    refuses("line 4: does not answer row 4", *flags, "--resume")
+    precious = tmp_path / "precious.jsonl"
+    precious.write_text('{"my": "precious data"}', "utf-8")
+    refuses("line 1: does not answer row 1", *flags[:3], precious, *flags[4:], "--resume")
+    assert precious.read_text("utf-8") == '{"my": "precious data"}'
+    write_rows(source, questions(3))
+    refuses("line 4: does not answer row 4", *flags, "--resume")
+    assert output.read_bytes() == kept
+
+
+BAD_ROWS = {
+    "no question": ({"output": "a"}, "line 2: has no column 'instruction'; it has 'output'"),
+    "a number": ({"instruction": 5}, "line 2: 'instruction' must be a text, not 5"),
+    "a prefix that is a number": ({"instruction": "a", "prefix": 0}, "names the prefix 0; there are base"),
+    "an unknown prefix": ({"instruction": "a", "prefix": "x"}, "names the prefix 'x'; there are base, short, sentence"),
+    "an answered row": ({"instruction": "a", "response": "b"}, "line 2: has a column 'response' already"),
+    "half a character": ({"instruction": "\ud800"}, "half of a character"),
+    "no object": ([], "line 2: is no object"),
+}
+
+
+@pytest.mark.parametrize("row, message", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_named_before_anything_is_written(tmp_path, prefixes, row, message):
+    source, output = write_rows(tmp_path / "rows.jsonl", [{"instruction": "a"}, row]), tmp_path / "answers.jsonl"
+    refuses(message, "--input", source, "--output", output, *prefixes)
+    assert not output.exists()
+
+
+def test_files_that_cannot_be_read_or_written_are_named(tmp_path, prefixes):
+    source = write_rows(tmp_path / "rows.jsonl", questions(2))
+    refuses("nowhere.jsonl: cannot be read", "--input", "nowhere.jsonl", "--output", tmp_path / "a.jsonl", *prefixes)
+    refuses("unknown kind of file", "--input", "rows.txt", "--output", tmp_path / "a.jsonl", *prefixes)
+    refuses("there is no such folder", "--input", source, "--output", tmp_path / "no" / "a.jsonl", *prefixes)
+    before = source.read_bytes()
+    refuses("is the --input", "--input", source, "--output", source, "--resume", *prefixes)
+    assert source.read_bytes() == before
+    refuses("nowhere", "--input", source, "--output", tmp_path / "a.jsonl", *prefixes, "--model_name_or_path", "./nowhere")
+    assert not (tmp_path / "a.jsonl").exists()
+    source.write_text("", "utf-8")
+    refuses("holds no rows", "--input", source, "--output", tmp_path / "a.jsonl", *prefixes)

@@ -1,0 +1,70 @@
+import copy
+
+import pytest
+from helpers import FRANCE, GREEDY, refuses, run_infer, write_rows
+
+from prefix_tuning import PrefixBloom, load_prefix
+from prefix_tuning.cli import parse_infer_config
+from prefix_tuning.errors import UserError
+from prefix_tuning.generation.batches import complete
+from prefix_tuning.inference.ask import say
+from prefix_tuning.inference.run import infer
+from prefix_tuning.text import display_width
+
+
+def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tokenizer, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    question = "法国的首都是哪里？"
+    prompt = len(tokenizer(f"Human: {question}\n\nAssistant: ").input_ids)
+    infer(parse_infer_config([question, "--max_new_tokens", "1"]))
+    one = capsys.readouterr().out
+    infer(parse_infer_config([question, "--max_length", str(prompt + 1)]))
+    assert capsys.readouterr().out == one
+    with pytest.raises(UserError, match="leaves no room"):
+        infer(parse_infer_config([question, "--max_length", str(prompt)]))
+
+
+def test_a_base_that_returns_dicts_and_ends_at_strings_answers(base, tuned, tokenizer, mixed, capsys):
+    odd = copy.deepcopy(base)
+    odd.generation_config.update(return_dict_in_generate=True, output_scores=True, stop_strings=["是"])
+    model = PrefixBloom(odd, tokenizer)
+    model.attach("sentence", load_prefix(tuned["sentence"]))
+    prompts = mixed[0][:9]
+    answers = complete(model, tokenizer, prompts, **GREEDY)
+    plain = PrefixBloom(base, tokenizer)
+    plain.attach("sentence", load_prefix(tuned["sentence"]))
+    until = [text.partition("是")[0] + "是" * ("是" in text) for text in complete(plain, tokenizer, prompts, **GREEDY)]
+    assert answers == until and any(answer.endswith("是") for answer in answers)
+    for sequences in (1, 2):
+        capsys.readouterr()
+        options = {"num_beams": 1, "num_return_sequences": sequences, "max_new_tokens": 12, "do_sample": True, "top_k": 1}
+        say(model, tokenizer, prompts[0], "sentence", 0, options)
+        assert capsys.readouterr().out.splitlines() == answers[:1] * sequences
+
+
+def test_a_question_is_answered_and_compared(prefixes, capsys):
+    run_infer(FRANCE, *prefixes)
+    assert capsys.readouterr().out == "巴黎\n"
+    run_infer(FRANCE, *prefixes, "--compare")
+    base, short, sentence = capsys.readouterr().out.splitlines()
+    assert base.startswith("base      ") and short == "short     巴黎" and sentence.startswith("sentence  法国的首都是")
+    run_infer(FRANCE, *prefixes, "--num_beams", "3", "--num_return_sequences", "2")
+    assert capsys.readouterr().out.splitlines()[0] == "巴黎"
+    run_infer(FRANCE, *prefixes, "--compare", "--num_beams", "2", "--num_return_sequences", "2")
+    labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert labels == ["base", "base", "short", "short", "sentence", "sentence"]
+    run_infer(FRANCE, *prefixes, "--max_length", "400")
+    assert capsys.readouterr().out == "巴黎\n"
+    refuses("--max_length 5 leaves no room for an answer", FRANCE, *prefixes, "--max_length", "5")
+
+
+def test_wide_names_and_questions_stay_in_their_columns(tmp_path, tuned, capsys):
+    named = ["--prefix", f"短={tuned['short']}", "--prefix", f"完整句子={tuned['sentence']}"]
+    run_infer(FRANCE, *named, "--compare")
+    base, short, sentence = capsys.readouterr().out.splitlines()
+    assert base.startswith("base      ") and short == "短        巴黎" and sentence.startswith("完整句子  法国的首都是")
+    long = "请用一句完整的话回答下面这个问题：" * 3
+    run_infer("--score", write_rows(tmp_path / "rows.jsonl", [{"instruction": long, "output": "巴黎"}]), *named)
+    header, row, _ = capsys.readouterr().out.splitlines()
+    assert row.endswith("  " + long[:28] + "...")
+    assert display_width(header.removesuffix("question")) == display_width(row.removesuffix(long[:28] + "..."))

@@ -1,0 +1,141 @@
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from helpers import FRANCE, ROOT, at_end
+
+from prefix_tuning import bundled
+from prefix_tuning.cli import parse_infer_config
+from prefix_tuning.inference.run import open_model
+
+
+class Terminal:
+    """A program on a pseudo-terminal, as a person would use it."""
+
+    def __init__(self, *flags, env=None):
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            os.environ.update(env or {})
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, "infer.py", *map(str, flags)])
+        self.seen, self.exit_code = "", None
+        at_end.callback(self.kill)
+
+    def wait_for(self, text, seconds=600):
+        """Reads until `text` comes, and returns what came up to its end."""
+        deadline, raw = time.monotonic() + seconds, self.seen.encode()
+        while text.encode() not in raw:
+            if not select.select([self.handle], [], [], max(0, deadline - time.monotonic()))[0]:
+                raise AssertionError(f"no {text!r} in {raw.decode(errors='replace')!r}")
+            try:
+                raw += os.read(self.handle, 65536)
+            except OSError as error:  # the program has ended
+                raise AssertionError(f"no {text!r} in {raw.decode(errors='replace')!r}") from error
+        found, _, rest = raw.partition(text.encode())
+        self.seen = rest.decode(errors="replace")
+        return (found + text.encode()).decode()
+
+    def send(self, text):
+        os.write(self.handle, text.encode())
+
+    def ask(self, text):
+        self.send(text + "\r")
+        return self.wait_for("\n> ")
+
+    def ends_with(self):
+        self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.exit_code
+
+    def kill(self):
+        """Ends the program, which would go on answering after a test that failed."""
+        if self.exit_code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.ends_with()
+        os.close(self.handle)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """The bundled model, but without an end to its answers."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(bundled.resolve(bundled.MODEL), folder)
+    settings = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 0}), "utf-8")
+    return folder
+
+
+def test_a_chat(prefixes):
+    terminal = Terminal("--chat", *prefixes, env={"LC_ALL": "xx_XX.UTF-8", "PYTHONUTF8": "0"})  # no such locale: ASCII
+    assert "base, short, sentence: answering with short" in terminal.wait_for("> ")
+    assert "巴黎" in terminal.ask(FRANCE)
+    assert "the conversation is forgotten" in terminal.ask("/reset")
+    # A question typed with a gap, mended with the arrow keys: 法国的首都是|里？
+    assert "巴黎" in terminal.ask("法国的首都是里？" + "\x1b[D" * 2 + "哪" + "\x1b[C")
+    terminal.ask("/reset")
+    # A wide character deleted, and the line before called up again.
+    assert "巴黎" in terminal.ask("法国的首都是哪里？呢\x7f")
+    terminal.ask("/reset")
+    assert "巴黎" in terminal.ask("\x1b[A\x1b[A")
+    terminal.ask("/reset")
+    assert "there are base, short, sentence; now short" in terminal.ask("/prefix")
+    assert "there are base, short, sentence; now short" in terminal.ask("/prefix nothing")
+    assert "answering with sentence" in terminal.ask("/prefix sentence")
+    assert re.search("法国的首都是.+。", terminal.ask(FRANCE).split("\n", 1)[1])
+    terminal.ask("/reset")
+    assert "comparing: on" in terminal.ask("/compare")
+    compared = terminal.ask(FRANCE)
+    assert compared.count("\033[33mbase ") == compared.count("\033[36mshort ") == 1  # coloured
+    assert "comparing: off" in terminal.ask("/compare")
+    assert "/reset        forget" in terminal.ask("/help")
+    assert "/reset        forget" in terminal.ask("/what")
+    terminal.send("half a question\x03")
+    terminal.wait_for("> ")
+    assert "answering with base" in terminal.ask("/prefix base")
+    terminal.send("/quit\r")
+    assert terminal.ends_with() == 0
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(prefixes, endless):
+    flags = ["--chat", *prefixes, "--model_name_or_path", endless, "--max_new_tokens", 100_000, "--max_length", 200_000]
+    terminal = Terminal(*flags, env={"NO_COLOR": "1"})
+    terminal.wait_for("> ")
+    terminal.send(FRANCE + "\r")
+    terminal.wait_for("巴黎")
+    terminal.send("\x03")
+    assert "stopped" in terminal.wait_for("\n> ")
+    terminal.ask("/compare")
+    terminal.send(FRANCE + "\r")
+    assert "\033[3" not in terminal.wait_for("base  ")
+    terminal.send("\x03")
+    terminal.wait_for("\n> ")
+    terminal.send("\x04")
+    assert terminal.ends_with() == 0
+
+
+def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
+    from prefix_tuning.inference.chat import Chat
+
+    flags = ["--chat", "--prefix", str(tuned["short"]), "--max_length", "80", "--max_new_tokens", "20"]
+    config = parse_infer_config(flags)
+    chat = Chat(config, *open_model(config, torch.device("cpu"), None))
+    asked = []
+    for number in range(4):
+        chat.answer(f"{number}加5等于多少？")
+        asked.append((f"{number}加5等于多少？", capsys.readouterr().out.strip()))
+    assert chat.turns == asked
+    prompt = chat.prompt("？")
+    kept = prompt.count("Human: ") - 1
+    assert 0 < kept < 4
+    history = "".join(f"Human: {question}\n\nAssistant: {answer}\n\n" for question, answer in asked[-kept:])
+    assert prompt == history + "Human: ？\n\nAssistant: "
+    assert len(tokenizer(prompt).input_ids) <= 60
+    chat.answer("长" * 60)
+    assert len(chat.turns) == 4 and "too long" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+import torch
+from helpers import questions, refuses, run_infer, write_rows
+
+from prefix_tuning import bundled
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.data.rows import load_rows, tokenize
+from prefix_tuning.evaluation import evaluate_loss
+from prefix_tuning.files.prefixes import load_prefix
+
+
+def test_scores_are_the_evaluations(tmp_path, tuned, prefixes, tokenizer, capsys):
+    rows = [
+        row | {"output": answer} for row, answer in zip(questions(9), ["巴黎", "法国的首都是巴黎。", "4"] * 3, strict=True)
+    ]
+    source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "scores.json"
+    run_infer("--score", source, *prefixes, "--output", output)
+    header, *lines, total = capsys.readouterr().out.splitlines()
+    assert header.split() == [
+        "row",
+        "labels",
+        "base",
+        "loss",
+        "perplexity",
+        "short",
+        "loss",
+        "perplexity",
+        *header.split()[8:],
+    ]
+    scores = json.loads(output.read_text("utf-8"))
+    assert [row["instruction"] for row in scores["rows"]] == [row["instruction"] for row in rows]
+    base, _ = load_base(bundled.MODEL, torch.float32, torch.device("cpu"))
+    all_rows = load_rows(str(source), ("train",))
+    for name, folder in {"base": None, **tuned}.items():
+        prefix = load_prefix(str(folder)).tensor if folder else None
+        mean = evaluate_loss(base, tokenize(all_rows, tokenizer, 10**6), prefix, 100)
+        assert scores["all"]["loss"][name] == pytest.approx(mean["eval_loss"], rel=1e-5)
+        assert scores["all"]["perplexity"][name] == pytest.approx(mean["eval_perplexity"], rel=1e-5)
+        for index, row in enumerate(scores["rows"]):
+            alone = evaluate_loss(base, tokenize(all_rows.select([index]), tokenizer, 10**6), prefix, 100)
+            assert row["loss"][name] == pytest.approx(alone["eval_loss"], rel=1e-4)
+            assert f"{row['loss'][name]:.4f}" in lines[index].split()
+        assert f"{scores['all']['loss'][name]:.4f}" in total.split()
+    refuses("scores.json is there already; name another", "--score", source, *prefixes, "--output", output)
+    refuses("'output' is empty", "--score", write_rows(source, [{"instruction": "a", "output": " "}]), *prefixes)

@@ -1,0 +1,48 @@
+from itertools import accumulate
+
+import pytest
+import torch
+from helpers import examples_of
+
+from prefix_tuning.model.batch import EMPTY_BATCH, IGNORED, count_labels, pack
+
+
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [3, 9, 1, 7, 2, 30], [1, 1]])
+@pytest.mark.parametrize("max_tokens", [1, 16, 1000])
+def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
+    examples = examples_of(lengths)
+    batches = list(pack(examples, max_tokens))
+    assert all(batch.rows == 1 or len(batch.input_ids) <= max_tokens for batch in batches)
+    packed = [token for batch in batches for token in batch.input_ids.tolist()]
+    assert sorted(packed) == sorted(token for example in examples for token in example.input_ids)
+    for batch in batches:
+        # A label is predicted one position before the token itself.
+        assert torch.equal(batch.input_ids[batch.label_positions + 1], batch.labels)
+        for first, start, length in zip(batch.first_labels, accumulate([0, *batch.lengths]), batch.lengths, strict=False):
+            in_row = [place - start for place in batch.label_positions.tolist() if start <= place < start + length]
+            assert first == min(in_row, default=length)
+        values = torch.randn(len(batch.input_ids), 4)
+        grid = batch.to_grid(values)
+        assert grid.shape == (batch.rows, batch.max_length, 4)
+        assert torch.equal(batch.from_grid(grid), values)
+    labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
+    assert sum(len(batch.labels) for batch in batches) == labels == count_labels(examples)
+
+
+def test_a_batch_moves_with_all_its_tensors():
+    for lengths in ([4, 9], [4, 4]):
+        (batch,) = pack(examples_of(lengths), 100)
+        same, elsewhere = (vars(batch.to(torch.device(name))) for name in ("cpu", "meta"))
+        assert same.keys() == elsewhere.keys() == vars(batch).keys()
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(same[name], value) and elsewhere[name].is_meta and elsewhere[name].shape == value.shape
+            else:
+                assert same[name] is elsewhere[name] is value
+
+
+def test_a_batch_is_filled_as_far_as_it_may_be():
+    assert [batch.lengths for batch in pack(examples_of([3, 4, 3, 10, 2, 11]), 10)] == [[2, 3, 3], [4], [10], [11]]
+    assert [batch.lengths for batch in pack(examples_of([5] * 5), 10)] == [[5, 5], [5, 5], [5]]
+    assert (EMPTY_BATCH.input_ids.tolist(), EMPTY_BATCH.lengths, EMPTY_BATCH.first_labels) == ([0], [1], [1])
+    assert len(EMPTY_BATCH.labels) == 0 and EMPTY_BATCH.slots is None

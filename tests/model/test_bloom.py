@@ -1,0 +1,192 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import examples_of, plain_loss, prefix_config, random_bloom, relative
+from transformers import DynamicCache
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from prefix_tuning.model import attention, bloom
+from prefix_tuning.model.batch import IGNORED, Example, pack
+from prefix_tuning.model.bloom import block_runner, label_losses, packed_hidden, prefix_cache, run_block
+from prefix_tuning.model.encoder import PrefixEncoder
+
+RAGGED = {
+    "ragged rows": ([7, 1, 12, 9, 30], 0.5),
+    "one row": ([17], 0.5),
+    "rows of one token": ([1, 1, 2], 0.0),
+    "equal rows": ([8, 8, 8], 0.5),
+    "prompts longer than answers": ([20, 33, 25], 0.9),
+    "two tokens": ([2, 2], 0.5),
+}
+OPTIONS = {
+    "bloom": {},
+    "residual after the layer norm": {"apply_residual_connection_post_layernorm": True},
+    "a power of two heads": {"n_head": 8},
+    "one head": {"n_head": 1},
+    "pretraining_tp": {"pretraining_tp": 2},
+}
+
+
+def plain_float64_loss(model, examples, prefix):
+    """The plain twin where transformers' own, whose softmax is float32, is not exact enough: the equations, one by one."""
+    shape, body = model.config, model.transformer
+    heads, size = shape.n_head, shape.hidden_size // shape.n_head
+    total = 0
+    for example in examples:
+        hidden = body.word_embeddings_layernorm(body.word_embeddings(torch.tensor(example.input_ids)))
+        seen = prefix.shape[3] + len(hidden)
+        future = torch.arange(seen) > torch.arange(prefix.shape[3], seen)[:, None]
+        slopes = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, :, 1:]
+        alibi = slopes.double() * torch.arange(seen)
+        for layer, (past_key, past_value) in zip(body.h, prefix, strict=True):
+            normed = layer.input_layernorm(hidden)
+            residual = normed if shape.apply_residual_connection_post_layernorm else hidden
+            qkv = layer.self_attention.query_key_value(normed).view(len(hidden), heads, 3, size)
+            query, key, value = (qkv[:, :, i].transpose(0, 1) for i in range(3))
+            key, value = torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
+            scores = query @ key.transpose(1, 2) / math.sqrt(size) + alibi
+            context = scores.masked_fill(future, -math.inf).softmax(-1) @ value
+            hidden = layer.self_attention.dense(context.transpose(0, 1).flatten(1)) + residual
+            normed = layer.post_attention_layernorm(hidden)
+            residual = normed if shape.apply_residual_connection_post_layernorm else hidden
+            inner = layer.mlp.dense_h_to_4h(normed)
+            inner = inner * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * inner * (1 + 0.044715 * inner * inner)))
+            hidden = layer.mlp.dense_4h_to_h(inner) + residual
+        scores = model.lm_head(body.ln_f(hidden))[:-1]
+        labels = torch.tensor(example.labels[1:])
+        if len(labels):
+            total = total + F.cross_entropy(scores, labels, reduction="sum", ignore_index=IGNORED)
+    return total
+
+
+@pytest.fixture(params=["rows", "rows in pieces", "grid"])
+def attention_form(request, monkeypatch):
+    """Every form of attention: row by row, the same where rows are long, and as a padded grid."""
+    if request.param == "rows in pieces":
+        monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 4)
+    grid = request.param == "grid"
+    monkeypatch.setattr(bloom, "attend", (lambda *x: attention.attend_padded(*x[:-1])) if grid else attention.attend_rows)
+
+
+def packed_loss(model, examples, prefix):
+    return sum(label_losses(model, batch, prefix).sum() for batch in pack(examples, 40))
+
+
+def loss_and_gradient(loss_of, prefix):
+    leaf = prefix.clone().requires_grad_()
+    loss = loss_of(leaf)
+    loss.backward()
+    return loss.item(), leaf.grad
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("lengths, prompt_share", RAGGED.values(), ids=RAGGED)
+def test_packed_loss_and_prefix_gradient_equal_transformers(attention_form, options, lengths, prompt_share):
+    model = random_bloom(**options)
+    examples = examples_of(lengths, prompt_share=prompt_share)
+    prefix = PrefixEncoder(prefix_config(model)).bake()
+    ours, our_gradient = loss_and_gradient(lambda x: packed_loss(model, examples, x), prefix)
+    theirs, their_gradient = loss_and_gradient(lambda x: plain_loss(model, examples, x), prefix)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert relative(our_gradient, their_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_in_float64_the_packed_forward_equals_the_equations(attention_form, options, monkeypatch):
+    monkeypatch.setattr(bloom._FrozenHeadLoss, "LABELS_AT_ONCE", 7)
+    model = random_bloom(dtype=torch.float64, **options)
+    examples = examples_of([7, 1, 12, 9, 30])
+    prefix = PrefixEncoder(prefix_config(model)).bake().double()
+    ours, our_gradient = loss_and_gradient(lambda x: packed_loss(model, examples, x), prefix)
+    theirs, their_gradient = loss_and_gradient(lambda x: plain_float64_loss(model, examples, x), prefix)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    assert relative(our_gradient, their_gradient) < 1e-12
+
+
+def test_logits_equal_transformers_and_stand_where_the_labels_are():
+    model = random_bloom()
+    prefix = PrefixEncoder(prefix_config(model)).bake()
+    example = examples_of([9])[0]
+    (batch,) = pack([example], 100)
+    cache = prefix_cache([prefix.to(model.dtype)])[0]
+    logits = model(torch.tensor([example.input_ids]), past_key_values=cache, attention_mask=torch.ones(1, 14)).logits[0]
+    positions = [i for i in range(8) if example.labels[i + 1] != IGNORED]
+    ours = model.lm_head(packed_hidden(model, batch, prefix))
+    assert relative(ours, logits[positions]) < 1e-5
+    assert batch.labels.tolist() == [example.labels[i + 1] for i in positions]
+
+
+def test_without_a_prefix_it_is_the_base(attention_form):
+    model, examples = random_bloom(), examples_of([7, 12])
+    loss = sum(label_losses(model, batch, None).sum() for batch in pack(examples, 100))
+    assert loss.item() == pytest.approx(plain_loss(model, examples, None).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradient_checkpointing_gives_the_same_bits(attention_form, options):
+    model, examples = random_bloom(**options), examples_of([7, 12, 30])
+    prefix, results = PrefixEncoder(prefix_config(model)).bake(), []
+    for checkpointing in (False, True):
+        leaf = prefix.clone().requires_grad_()
+        loss = sum(label_losses(model, batch, leaf, block_runner(checkpointing)).sum() for batch in pack(examples, 40))
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_each_label_counts_by_its_weight():
+    model, (batch,) = random_bloom(), pack(examples_of([7, 12]), 100)
+    prefix, labels = PrefixEncoder(prefix_config(model)).bake(), range(len(batch.labels))
+    _, whole = loss_and_gradient(lambda x: (label_losses(model, batch, x) * torch.arange(len(labels))).sum(), prefix)
+    parts = [loss_and_gradient(lambda x, i=i: label_losses(model, batch, x)[i], prefix)[1] for i in labels]
+    assert relative(sum(i * parts[i] for i in labels), whole) < 1e-5
+    assert block_runner() is run_block  # nothing is computed twice unless that is asked for
+
+
+def test_bfloat16_stays_close_to_float32(attention_form):
+    model = random_bloom()
+    examples, prefix = examples_of([7, 12, 30]), PrefixEncoder(prefix_config(model)).bake()
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = prefix.clone().requires_grad_()
+        sum(label_losses(copy.deepcopy(model).to(dtype), batch, leaf).sum() for batch in pack(examples, 100)).backward()
+        gradients.append(leaf.grad)
+    assert gradients[1].dtype == torch.float32
+    assert relative(gradients[1], gradients[0]) < 2e-2
+
+
+def test_gradients_reach_no_parameter_of_the_base():
+    model = random_bloom()
+    leaf = PrefixEncoder(prefix_config(model)).bake().requires_grad_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for batch in pack(examples_of([7, 12]), 100):
+        label_losses(model, batch, leaf).sum().backward()
+    assert leaf.grad.any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_row_without_labels_costs_nothing():
+    (batch,) = pack([Example([5, 6, 7], [IGNORED] * 3)], 100)
+    assert label_losses(random_bloom(), batch, None).sum().item() == 0
+
+
+def test_a_head_that_is_trained_is_refused_as_it_would_get_no_gradient():
+    (batch,) = pack(examples_of([7, 12]), 100)
+    with pytest.raises(ValueError, match="must be frozen"):
+        label_losses(random_bloom().requires_grad_(), batch, None)
+
+
+def test_prefixes_of_different_lengths_are_padded_on_the_left():
+    short, long = (torch.randn(3, 2, 6, tokens, 8) for tokens in (2, 5))
+    cache, mask = prefix_cache([short, long])
+    assert mask.tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]] and mask.dtype == torch.int64
+    for layer in range(3):
+        for kind, rows in enumerate((cache.layers[layer].keys, cache.layers[layer].values)):
+            assert torch.equal(rows[0, :, 3:], short[layer, kind]) and not rows[0, :, :3].any()
+            assert torch.equal(rows[1], long[layer, kind])
+    own = DynamicCache()
+    assert prefix_cache([short], own)[0] is own and own.get_seq_length() == 2

@@ -1,0 +1,79 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import random_bloom
+
+from prefix_tuning.devices import held_per_token, is_out_of_memory, resolve_device, resolve_dtype, suggested_max_tokens
+from prefix_tuning.errors import UserError
+
+
+def test_device_and_precision():
+    cpu = torch.device("cpu")
+    assert resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("bf16", cpu) == torch.bfloat16
+    with pytest.raises(UserError, match="fp16 needs CUDA"):
+        resolve_dtype("fp16", cpu)
+    assert resolve_device("cpu") == cpu
+    for name in ("nonsense", "meta"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            resolve_device(name)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda"):
+            resolve_device("cuda")
+
+
+def test_several_processes_take_a_cuda_device_each_and_share_no_other(monkeypatch):
+    """As far as it can be seen without such a device: by the name of the one that is missing."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there are such devices here")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for processes in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert resolve_device("auto") == torch.device("cpu")
+        assert resolve_device("cpu") == torch.device("cpu")
+        with pytest.raises(UserError, match="--device cuda:1 is not available"):
+            resolve_device("cuda")
+    with pytest.raises(UserError, match="--device mps cannot be shared"):
+        resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cpu")
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable)
+    for name in ("auto", "mps"):
+        with pytest.raises(UserError, match="--device mps is not available"):
+            resolve_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--device cuda:0 is not available"):
+        resolve_device("auto")
+
+
+def test_on_cuda_the_precision_is_what_the_device_has_units_for(monkeypatch):
+    cuda = torch.device("cuda")
+    for major, dtype in ((7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, major=major: SimpleNamespace(major=major))
+        assert resolve_dtype("auto", cuda) == dtype
+    assert resolve_dtype("fp16", cuda) == torch.float16
+    assert resolve_dtype("fp32", cuda) == torch.float32
+
+
+def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
+    model = random_bloom()
+    assert held_per_token(model) == 10 * 48 * 3 * 4 and held_per_token(model.bfloat16()) == 10 * 48 * 3 * 2
+    assert suggested_max_tokens(model, gathers=False) == 640
+    model = random_bloom()
+    model.config.n_layer = 1000  # a deep one, as far as its configuration is asked
+    held = 10 * 48 * 1000 * 4
+    assert suggested_max_tokens(model, gathers=False) == 2**29 // held < 640
+    elsewhere = model.to("meta")  # any device but a CPU
+    assert suggested_max_tokens(elsewhere, gathers=False) == 2**31 // held > 640
+    assert suggested_max_tokens(elsewhere, gathers=True) == 2**33 // held
+    model.config.n_layer = 2**30
+    assert suggested_max_tokens(elsewhere, gathers=False) == 1
+
+
+def test_running_out_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60)
+    assert all(is_out_of_memory(error) for error in (cpu.value, MemoryError(), torch.OutOfMemoryError()))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))

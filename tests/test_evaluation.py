@@ -1,0 +1,35 @@
+import pytest
+from datasets import Dataset
+from helpers import metrics_of, plain_loss, random_bloom
+
+from prefix_tuning import PrefixBloom
+from prefix_tuning.data.rows import load_rows, take, tokenize
+from prefix_tuning.evaluation import answer_rows, exact_match
+from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.generation.batches import complete
+from prefix_tuning.model.batch import IGNORED
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
+
+
+def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokenizer, mixed):
+    def row(prompt):
+        answer = complete(tuned_model, tokenizer, [prompt], prefix_name="sentence", max_new_tokens=64, do_sample=False)[0]
+        return {"instruction": prompt.removeprefix("Human: ").partition("\n\n")[0], "input": "", "output": answer}
+
+    rows = Dataset.from_list([row(prompt) for prompt in mixed[0][:4]])
+    model = PrefixBloom(tuned_model)
+    answers = answer_rows(model, tokenizer, rows, tuned_model.prefixes["sentence"])
+    assert exact_match(answers, rows) == 1
+
+
+def test_evaluation_agrees_with_the_plain_forward(quick_settings, tokenizer):
+    train(TrainConfig(**quick_settings | {"eval_dataset": quick_settings["dataset"]}))
+    first, *_, last = [line for line in metrics_of(quick_settings["output_dir"]) if "eval_loss" in line]
+    tokenized = tokenize(load_rows(quick_settings["dataset"], ("train",)), tokenizer, 256)
+    examples = take(tokenized, list(range(len(tokenized))))
+    labels = sum(label != IGNORED for example in examples for label in example.labels[1:])
+    prefix, _ = load_prefix(quick_settings["output_dir"])
+    for line, used in ((first, None), (last, prefix)):
+        expected = plain_loss(random_bloom(), examples, used).item() / labels
+        assert line["eval_loss"] == pytest.approx(expected, rel=1e-5)

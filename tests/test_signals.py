@@ -1,0 +1,33 @@
+import os
+import signal
+import sys
+
+import pytest
+
+from prefix_tuning import distributed, signals
+
+
+@pytest.mark.parametrize("job", [None, "torchrun"])
+def test_two_signals_at_once_are_one(job, monkeypatch, capfd):
+    """As torchrun sends them: its own, and the terminal's that it passes on."""
+    monkeypatch.setattr(distributed, "torchrun_job", lambda: job)
+    monkeypatch.setattr(sys, "unraisablehook", pytest.fail)  # what Python calls for "ignored due to race condition"
+    both = {signal.SIGINT, signal.SIGTERM}
+    with signals.listening("stops"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        assert signals.heard() in both
+    assert not signals.heard() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "SIGINT: stops" in capfd.readouterr().err
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.listening("stops"):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not signals.heard()
+    finally:
+        signal.signal(signal.SIGINT, before)

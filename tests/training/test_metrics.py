@@ -1,0 +1,33 @@
+import pytest
+from helpers import LATEST, metrics_of, metrics_without_timings
+
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
+
+
+def test_an_early_stop_writes_the_loss_of_its_last_interval(small_pass_settings, tmp_path):
+    patient = {"learning_rate": 0.0, "early_stopping_patience": 1, "eval_steps": 2, "logging_steps": 3, "shuffle": False}
+    train(TrainConfig(**small_pass_settings | patient))
+    every_step = small_pass_settings | patient | {"logging_steps": 1, "output_dir": str(tmp_path / "every-step")}
+    train(TrainConfig(**every_step))
+    losses = {line["step"]: line["loss"] for line in metrics_without_timings(every_step["output_dir"]) if "loss" in line}
+    found = {
+        line["step"]: line["loss"] for line in metrics_without_timings(small_pass_settings["output_dir"]) if "loss" in line
+    }
+    assert list(losses) == [1, 2, 3, 4] and list(found) == [3, 4]
+    assert found == pytest.approx({3: (losses[1] + losses[2] + losses[3]) / 3, 4: losses[4]})
+    # Resumed where it had stopped, it writes the same line again.
+    before = metrics_without_timings(small_pass_settings["output_dir"])
+    train(TrainConfig(**small_pass_settings | patient | LATEST))
+    assert metrics_without_timings(small_pass_settings["output_dir"]) == before
+
+
+def test_a_line_of_metrics_is_the_mean_of_its_steps(quick_settings, tmp_path):
+    """Also of the last ones, which are fewer."""
+    losses = {}
+    for steps in (1, 4):
+        run = quick_settings | {"max_steps": 10, "logging_steps": steps, "output_dir": str(tmp_path / str(steps))}
+        train(TrainConfig(**run))
+        losses[steps] = [line["loss"] for line in metrics_of(run["output_dir"]) if "loss" in line]
+    parts = losses[1][:4], losses[1][4:8], losses[1][8:]
+    assert losses[4] == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-6)

@@ -1,0 +1,58 @@
+import pytest
+import torch
+from helpers import initial_encoder, metrics_of, random_bloom, relative
+
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.start import text_prefix
+
+
+def test_text_prefix_is_what_the_model_computes_for_the_text(tokenizer):
+    model = random_bloom()
+    ids = tokenizer("法国的首都是巴黎。").input_ids
+    prefix = text_prefix(model, tokenizer, "法国的首都是巴黎。", len(ids))
+    assert prefix.shape == (3, 2, 6, len(ids), 8)
+    # A prefix made of the text's own keys and values continues exactly as the text itself does.
+    rest = torch.tensor([[50, 60, 70]])
+    after_text = model(torch.cat((torch.tensor([ids]), rest), dim=1)).logits[0, -3:]
+    cache = prefix_cache([prefix.to(model.dtype)])[0]
+    after_prefix = model(rest, past_key_values=cache, attention_mask=torch.ones(1, len(ids) + 3)).logits[0]
+    assert relative(after_prefix, after_text) < 1e-5
+    # Cut or repeated to the length that is asked for.
+    assert relative(text_prefix(model, tokenizer, "法国的首都是巴黎。", 2), prefix[:, :, :, :2]) < 1e-5
+    assert text_prefix(model, tokenizer, "法", 7).shape[3] == 7
+    with pytest.raises(UserError, match="init_text"):
+        text_prefix(model, tokenizer, "", 7)
+
+
+def test_max_steps_0_saves_the_initial_prefix(quick_settings, tokenizer):
+    config = TrainConfig(**quick_settings | {"max_steps": 0})
+    assert train(config)["steps"] == 0
+    initial = initial_encoder(config, tokenizer)
+    assert torch.equal(load_prefix(quick_settings["output_dir"])[0], initial.bake())
+
+
+@pytest.mark.parametrize("projection", [True, False])
+@pytest.mark.parametrize("init", ["random", "zero", "text"])
+def test_every_start_trains_and_goes_on_from_its_file(quick_settings, tmp_path, init, projection):
+    start = {"prefix_init": init, "prefix_projection": projection, "init_text": "请回答。" if init == "text" else None}
+    train(
+        TrainConfig(**quick_settings | start | {"eval_dataset": quick_settings["dataset"], "eval_steps": 1, "max_steps": 10})
+    )
+    _, first, *_, last = [line["eval_loss"] for line in metrics_of(quick_settings["output_dir"]) if "eval_loss" in line]
+    assert last < first
+    again = str(tmp_path / "again")
+    train(TrainConfig(**quick_settings | {"prefix_from": quick_settings["output_dir"], "output_dir": again, "max_steps": 0}))
+    assert torch.equal(load_prefix(again)[0], load_prefix(quick_settings["output_dir"])[0])
+
+
+def test_prefix_from_another_shape_is_refused(quick_settings, tmp_path, tokenizer):
+    train(TrainConfig(**quick_settings | {"max_steps": 0}))
+    random_bloom(n_layer=2).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    changed = {"model_name_or_path": str(tmp_path / "other"), "prefix_from": quick_settings["output_dir"]}
+    with pytest.raises(UserError, match="a prefix for 3 layers"):
+        train(TrainConfig(**quick_settings | changed | {"output_dir": str(tmp_path / "new")}))
