@@ -16,7 +16,8 @@ from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.identity import fingerprint, portable_name
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import is_sharded, parts_of_base
-from prefix_tuning.data.rows import digest, load_rows, tokenize
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import digest, tokenize
 from prefix_tuning.devices import (
     held_per_token,
     is_out_of_memory,
