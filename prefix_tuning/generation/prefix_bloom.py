@@ -21,7 +21,7 @@ from transformers import (
 from prefix_tuning.base_model.identity import check_base, fingerprint
 from prefix_tuning.base_model.sharding import in_step, is_sharded
 from prefix_tuning.files.prefixes import SavedPrefix
-from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
 
 BASE = "base"  # the name that stands for no prefix
 
@@ -30,7 +30,7 @@ class _PrefixBloomConfig(BloomConfig):
     model_type = "prefix-bloom"
 
 
-class PrefixBloom(BloomForCausalLM):
+class PrefixBloom(Bloom):
     """A Bloom that has any number of prefixes, of which every row of a batch can use its own.
 
         model = PrefixBloom(base)                                # any BloomForCausalLM that lies on one device
@@ -65,6 +65,7 @@ class PrefixBloom(BloomForCausalLM):
         self.prefixes: dict[str, torch.Tensor] = {}
         self.active = BASE
         self._fingerprint = fingerprint(base, tokenizer)
+        add_packed_forward(self)
         for block in self.transformer.h:
             block.mlp.gelu_impl = nn.GELU(approximate="tanh")  # Bloom's GELU in one kernel instead of eight
 
