@@ -31,9 +31,7 @@ class Parser(HfArgumentParser):
             place = argv.index("--")
             question, argv = argv[place : place + 2], argv[:place] + argv[place + 2 :]
         # A bare `--compare` before a question must not take the question for its value.
-        switches = {
-            name for action in self._actions if action.nargs == "?" and action.const for name in action.option_strings
-        }
+        switches = {name for action in self._actions if action.nargs == "?" for name in action.option_strings}
         argv = [
             f"{part}=true" if part in switches and after.lower() not in ("true", "false") else part
             for part, after in itertools.zip_longest(argv, argv[1:], fillvalue="")

@@ -1,12 +1,12 @@
 """What the flags of both commands have in common. Imports no torch, so that --help and mistakes in flags are quick.
 
-The settings of a command are dataclasses, of which parser.py makes flags. One line says all about a setting:
+The settings of a command are dataclasses, of which parser.py makes flags. A field says all that holds for its setting:
 
-    seed: int = flag(42, "Decides the initial weights ...", at_least=0, at_most=MAX_SEED, on_resume="same")
+    seed: int = same_flag(42, "Decides the initial weights ...", at_least=0, at_most=MAX_SEED)
 """
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -25,21 +25,18 @@ class Needs(NamedTuple):
     message: str
 
 
-def flag(
-    default: Any,
-    help: str,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    needs: Needs | None = None,
-    on_resume: str | None = None,
-) -> Any:
-    """The dataclass field of one setting, which `check_flags` checks.
+class Rules(NamedTuple):
+    """What holds for a setting, beside its type."""
 
-    at_least, at_most: bounds of a number, included; with a lower bound, NaN and infinity are refused too. needs: what must
-    be on for a value other than the default. on_resume: one of the three rules below, which every setting of train.py has.
-    """
-    rules = {"at_least": at_least, "at_most": at_most, "needs": needs, "on_resume": on_resume}
-    return dataclasses.field(default=default, metadata={"help": help, **rules})
+    at_least: float | None = None  # the bounds of a number, included; without a lower bound, nothing is checked
+    at_most: float = sys.float_info.max  # so by default, infinity and NaN are refused
+    needs: Needs | None = None  # for a value other than the default
+    on_resume: str | None = None  # what a resumed training does with it: same, content or new, as explained below
+
+
+def flag(default: Any, help: str, **rules: Any) -> Any:
+    """The dataclass field of one setting, with its `Rules`."""
+    return dataclasses.field(default=default, metadata={"help": help, "rules": Rules(**rules)})
 
 
 # A resumed training refuses another value, which would change the remaining steps or the meaning of their figures.
@@ -52,7 +49,7 @@ new_flag = partial(flag, on_resume="new")
 
 def names_on_resume(settings: type[Any], rule: str) -> tuple[str, ...]:
     """The names of the settings to which a resumed training applies this rule: same, content or new."""
-    return tuple(field.name for field in dataclasses.fields(settings) if field.metadata["on_resume"] == rule)
+    return tuple(field.name for field in dataclasses.fields(settings) if field.metadata["rules"].on_resume == rule)
 
 
 def check_flags(settings: Any, **words: str) -> None:
@@ -61,11 +58,11 @@ def check_flags(settings: Any, **words: str) -> None:
     words: what replaces the {names} in the messages of `Needs`.
     """
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        least, most, needs = (field.metadata.get(rule) for rule in ("at_least", "at_most", "needs"))
-        if not (value is None or least is None or (least <= value < math.inf and (most is None or value <= most))):
+        value, rules = getattr(settings, field.name), field.metadata.get("rules", Rules())
+        least, most, needs = rules.at_least, rules.at_most, rules.needs
+        if value is not None and least is not None and not least <= value <= most:
             bounds = f"at least {Decimal(str(least)):f}"  # Decimal writes 0.00001 where str writes 1e-05
-            bounds += "" if most is None else f" and at most {most}"
+            bounds += f" and at most {most}" if most < sys.float_info.max else ""
             raise UserError(f"--{field.name} must be {bounds}, not {value}")
         if needs and value != field.default and not any(getattr(settings, name) for name in needs.settings):
             raise UserError(f"--{field.name} {needs.message.format(**words)}")
@@ -77,9 +74,7 @@ class BaseArguments:
 
     _argument_group_name = "base"
 
-    model_name_or_path: str | None = content_flag(
-        None, "The base, where it is not found under the name that the prefix records."
-    )
+    model_name_or_path: str | None = content_flag(None, "The base, if it is not at the name that the prefix records.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = same_flag(
         "auto",
         "Compute type of the base. auto: bf16 on CUDA that has it, fp16 on CUDA that has not, fp32 elsewhere. In training, "

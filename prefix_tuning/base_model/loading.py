@@ -28,8 +28,8 @@ def load_base(
     parts: how many processes share one copy of the weights, of which each loads its part (sharding.py); None: each loads all
     of them. The flags are those of `wrap_layers`. Returns the model in `dtype` on `device`, in eval mode, with requires_grad
     False for every parameter, and the tokenizer, which pads on the left. No code that comes with a model is run:
-    trust_remote_code is off, and transformers reads pickled weights with torch.load's weights_only. Raises UserError if there
-    is no such model, if it is broken or no Bloom, or if its tokenizer does not fit it.
+    trust_remote_code is off, and transformers reads pickled weights with torch.load's weights_only. Raises UserError if
+    there is no such model, if it is broken or no Bloom, or if its tokenizer does not fit it.
     """
     path = bundled.resolve(name)
     try:

@@ -45,7 +45,7 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
     A row whose prompt alone fills max_length has no label left, and is dropped: its mean loss would be 0 / 0.
 
     Text that looks like a special token, "</s>" say, is tokenised as text (split_special_tokens). The one real EOS, at the
-    end of the output, is therefore added as an id.
+    end of the output, is therefore added as an id. plain.py does the same row by row; here in batches, cached on disk.
     """
 
     def encode(columns: dict[str, list[str]]) -> dict[str, list[list[int]]]:

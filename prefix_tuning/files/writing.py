@@ -102,20 +102,21 @@ def locked(folder: Path) -> Iterator[None]:
                     made.insert(0, place)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be made: {error.strerror}; name another folder") from error
-    with _flock(folder):
-        try:
-            yield
-        finally:
-            for place in made:
-                with suppress(OSError):  # not empty
-                    place.rmdir()
-
-
-@contextmanager
-def _flock(folder: Path) -> Iterator[None]:
-    if sys.platform == "win32":
+    handle = _flock(folder)
+    try:
         yield
-        return
+    finally:
+        for place in made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def _flock(folder: Path) -> int | None:
+    """The file descriptor that holds the lock until it is closed; None on Windows."""
+    if sys.platform == "win32":
+        return None
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +126,4 @@ def _flock(folder: Path) -> Iterator[None]:
         raise UserError(f"--output_dir {folder}: another run is writing to it; {hint}") from error
     except OSError as error:  # some network folders
         print(f"{folder}: cannot be locked ({error.strerror}): start no second run into it", file=sys.stderr)
-    try:
-        yield
-    finally:
-        os.close(handle)
+    return handle

@@ -66,27 +66,16 @@ class DecodingArguments:
         1.0, "With --do_sample: draw from the likeliest tokens that hold this much probability.", needs=_SAMPLING
     )
     top_k: int = flag(
-        50,
-        "With --do_sample: draw from this many of the likeliest tokens; 0 for all.",
-        at_least=0,
-        at_most=MAX_SEED,  # what torch takes as an integer
-        needs=_SAMPLING,
+        50, "With --do_sample: draw from this many of the likeliest tokens; 0 for all.", at_least=0, needs=_SAMPLING
     )
     seed: int = flag(42, "With --do_sample: the same seed draws the same answer.", at_least=0, at_most=MAX_SEED)
-    repetition_penalty: float = flag(
-        1.0, "Above 1, tokens that have come before are less likely.", at_least=1e-5, needs=_ANSWERING
-    )
+    repetition_penalty: float = flag(1.0, "Above 1, earlier tokens become less likely.", at_least=1e-5, needs=_ANSWERING)
     num_beams: int = flag(1, "Beam search with this many beams.", at_least=1, needs=_ANSWERING)
     num_return_sequences: int = flag(
-        1,
-        "Answers to each question; needs --do_sample, or as many --num_beams.",
-        at_least=1,
-        needs=_tasks("question", "input"),
+        1, "Answers per question; needs --do_sample, or as many --num_beams.", at_least=1, needs=_tasks("question", "input")
     )
     cache: Literal["dynamic", "static"] = flag(
-        "dynamic",
-        "static: past_key_values of fixed size, with which transformers compiles the model on CUDA.",
-        needs=_ANSWERING,
+        "dynamic", "static: past_key_values of fixed size; on CUDA, transformers then compiles the model.", needs=_ANSWERING
     )
 
 
@@ -123,19 +112,17 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
             raise UserError("--num_return_sequences cannot be above --num_beams, where there are beams")
 
     def named_prefixes(self) -> dict[str, str]:
-        """The folder, or hub name, of every --prefix, by its name: NAME=DIR gives one, else it is the last part of DIR."""
+        """The folder or hub name of every --prefix, by the prefix's name: that of NAME=DIR, else the last part of DIR."""
         folders: dict[str, str] = {}
         for given in self.prefix:
             name, equals, folder = given.partition("=")
             if not equals or "/" in name or os.path.exists(given):
                 name, folder = Path(given).resolve().name, given
             if name == "base" or not name:
-                raise UserError(
-                    f"--prefix {given}: give it another name than {name!r}: --prefix NAME=DIR; base is the model's"
-                )
+                hint = f"give it another name than {name!r}: --prefix NAME=DIR; base is the model's"
+                raise UserError(f"--prefix {given}: {hint}")
             if name in folders:
-                raise UserError(
-                    f"--prefix {given}: there is a prefix {name} already; give it another name: --prefix NAME=DIR"
-                )
+                hint = "give it another name: --prefix NAME=DIR"
+                raise UserError(f"--prefix {given}: there is a prefix {name} already; {hint}")
             folders[name] = folder
         return folders

@@ -36,13 +36,9 @@ class DataArguments:
     eval_dataset: str | None = content_flag(None, "Held-out rows, named in the same ways.")
     eval_fraction: float = same_flag(0.0, "Without --eval_dataset: hold out this share of the training rows.", at_least=0)
     eval_exact_match: bool = same_flag(
-        False,
-        "Also answer the held-out questions greedily and report the share of exactly right answers.",
-        needs=_HELD_OUT_ROWS,
+        False, "Also answer the held-out questions greedily, and report the share of exact matches.", needs=_HELD_OUT_ROWS
     )
-    max_length: int = same_flag(
-        MAX_LENGTH, "Tokens per row, prompt and answer together; what is longer is cut off.", at_least=1
-    )
+    max_length: int = same_flag(MAX_LENGTH, "Tokens per row, prompt and answer together; the rest is cut off.", at_least=1)
 
 
 @dataclass
@@ -76,7 +72,7 @@ class LoopArguments:
     num_train_epochs: float = new_flag(1.0, "How often to go through the training rows; fractions are allowed.", at_least=0)
     max_tokens_per_batch: int | None = new_flag(
         None,
-        "Tokens of one forward pass: less saves memory, the result stays the same; None: chosen by device and model.",
+        "Tokens per forward pass; fewer take less memory, the result is the same. None: by device and model.",
         at_least=1,
     )
     gradient_checkpointing: bool = new_flag(
@@ -85,9 +81,7 @@ class LoopArguments:
     torch_compile: bool = new_flag(
         False, "Compile the layers with torch.compile before training. On a CPU it gains nothing; on a GPU, try it."
     )
-    max_steps: int = new_flag(
-        -1, "Stop after this many optimizer steps instead; 0 only saves the initial prefix.", at_least=-1
-    )
+    max_steps: int = new_flag(-1, "Optimizer steps, instead of epochs; 0 only saves the initial prefix.", at_least=-1)
     learning_rate: float = same_flag(
         5e-5, "AdamW's peak learning rate. Narrow encoders need larger ones: 5e-3 suits the mini Bloom.", at_least=0
     )
@@ -115,9 +109,7 @@ class OutputArguments:
     eval_steps: int | None = new_flag(
         None, "Evaluate every this many steps; None: at the end of each epoch.", at_least=1, needs=_HELD_OUT_ROWS
     )
-    save_steps: int = new_flag(
-        500, "Write a checkpoint every this many steps; 0: only when a signal stops the run.", at_least=0
-    )
+    save_steps: int = new_flag(500, "Checkpoint every this many steps; 0: only when a signal stops the run.", at_least=0)
     save_total_limit: int | None = new_flag(2, "Keep this many of the newest checkpoints; None: all.", at_least=1)
     report_to: Literal["none", "tensorboard"] = new_flag(
         "none", "Also write the metrics for TensorBoard, to the folder tensorboard in --output_dir."
@@ -126,9 +118,7 @@ class OutputArguments:
     resume_from_checkpoint: str | None = new_flag(
         None, "Resume a run that stopped: latest (of those in --output_dir), a checkpoint, or a folder that holds some."
     )
-    save_best: bool = same_flag(
-        False, "Save the prefix with the lowest eval loss instead of the last one.", needs=_HELD_OUT_ROWS
-    )
+    save_best: bool = same_flag(False, "Save the prefix with the lowest eval loss, not the last.", needs=_HELD_OUT_ROWS)
     early_stopping_patience: int | None = new_flag(
         None, "Stop after this many evaluations in a row without a lower eval loss.", at_least=1, needs=_HELD_OUT_ROWS
     )

@@ -52,7 +52,7 @@ def test_the_notebooks_command_has_the_notebooks_settings():
 
 def test_every_setting_says_what_a_resume_does_with_it():
     for field in dataclasses.fields(TrainConfig):
-        assert field.metadata["on_resume"] in ("same", "content", "new"), field.name
+        assert field.metadata["rules"].on_resume in ("same", "content", "new"), field.name
 
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS.items())
