@@ -58,7 +58,7 @@ def check_base(
     differing = [key.replace("_", " ") for key in keys if recorded.get(key) and base[key] and recorded[key] != base[key]]
     message = f"{prefix_name}: was trained on {name}; {base['name_or_path']} has the same shape, but not the same "
     if differing and not force:
-        raise UserError(f"{message}{' and '.join(differing)}; use the right base, or add --force to go on")
+        raise UserError(f"{message}{' and '.join(differing)}; use the right base, or add --force to use it anyway")
     if differing or name != base["name_or_path"]:
         print(f"{message}{' and '.join(differing) or 'name'}", file=sys.stderr)
 

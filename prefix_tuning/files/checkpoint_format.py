@@ -3,7 +3,7 @@
 A safetensors file (writing.py: `write_tensors`) with the tensors of `TrainingState.tensors`, by PART.NAME:
 
     encoder.*, step.*, exp_avg.*, exp_avg_sq.*   the encoder's weights and AdamW's state of each
-    figures.*                                    sums and flags that the loop keeps on the device
+    figures.*                                    loss sum, gradient norm, first bad step and last good prefix
     best.*                                       with --save_best, the weights of the lowest eval loss
 
 and in its metadata
@@ -78,7 +78,7 @@ def newest_checkpoint(where: str, output_dir: Path) -> tuple[Path, dict[str, tor
         try:
             return path, *load_checkpoint(path)
         except UserError as error:
-            print(f"passed over: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
     if where != "latest":
         raise UserError(f"--resume_from_checkpoint {where}: no such checkpoint, nor a folder that holds an intact one")
     print(f"{output_dir} holds no checkpoint to resume from: starting from the beginning")
