@@ -1,9 +1,4 @@
-"""Device, precision, memory."""
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+"""Where and how the base is computed: device, precision, and the memory of a forward pass."""
 
 import os
 import sys
@@ -13,11 +8,16 @@ from transformers import BloomForCausalLM
 
 from prefix_tuning.errors import UserError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 def resolve_device(name: str) -> torch.device:
     """The device for a --device flag. Raises UserError if this machine has no such device.
 
-    auto: CUDA; else mps, where there is one process; else the CPU. Of several processes each takes a CUDA device of its own.
+    auto: CUDA; else mps, for a process alone; else the CPU. Each process of a machine takes a CUDA device of its own.
     """
     several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
     if name == "auto":
@@ -52,10 +52,10 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def held_per_token(model: BloomForCausalLM) -> int:
-    """Bytes that a forward pass holds per token for its backward pass.
+    """Bytes that a forward pass keeps per token for its backward pass.
 
-    A layer holds about ten numbers per token and hidden unit: four before the GELU, query, key and value, what attention
-    returns, and what each of the two layer norms is given.
+    A layer keeps about ten numbers per token and hidden unit: the input of the GELU (four), query, key and value (three),
+    the result of attention, and the inputs of the two layer norms.
     """
     return 10 * model.config.hidden_size * model.config.n_layer * model.dtype.itemsize
 
@@ -63,7 +63,7 @@ def held_per_token(model: BloomForCausalLM) -> int:
 def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
     """Tokens of one forward pass that suit the device and the model (tests/benchmarks/NOTES.md).
 
-    What a pass holds for its backward pass stays within half a GiB on a CPU, where more than 640 tokens gain little;
+    What a pass keeps for its backward pass stays within half a GiB on a CPU, where more than 640 tokens gain little;
     elsewhere within two GiB, or eight if every pass `gathers` the weights of the base from other processes.
     """
     on_cpu = model.device.type == "cpu"
@@ -73,8 +73,9 @@ def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a device or of the machine."""
     classes = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, classes) or "can't allocate memory" in str(error)  # a CPU's is a plain RuntimeError
+    return isinstance(error, classes) or "can't allocate memory" in str(error)  # of a CPU, a plain RuntimeError
 
 
 def peak_memory_mb(device: torch.device) -> int | None:

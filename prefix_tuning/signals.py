@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop: noted at once, acted on where the run can be saved.
+"""Signals that ask a run to stop: recorded at once, acted on where the run can be saved.
 
-SIGINT (Ctrl-C) and SIGTERM only set a number. The loop asks for it after each step, an evaluation after each pass, and
-`stop_if_heard` lets all processes stop at the same place.
+The handler of SIGINT (Ctrl-C) and SIGTERM only stores the signal's number. Steps and evaluations read it at each step and
+each forward pass, `generate` at each token, and all processes agree to stop at the same one.
 """
 
 import os
@@ -18,17 +18,17 @@ _heard = 0
 
 
 def heard() -> int:
-    """The number of the signal that this process was sent while `listening`; 0 if there was none."""
+    """The number of the signal that this process got while `listening`; 0 if there was none."""
     return _heard
 
 
 @contextmanager
 def listening(announcement: str) -> Iterator[None]:
-    """Inside, a signal is noted and main prints `announcement`; the same one again ends the process at once.
+    """Inside, a signal is recorded and main prints `announcement`; the same one again ends the process at once.
 
-    Under torchrun later ones are ignored: Slurm sends signals to torchrun and its processes alike, and torchrun passes them
-    on. Signals that are ignored stay so, as in a shell's background job. Only a process's main thread can listen; elsewhere
-    this is a no-op.
+    Under torchrun later signals are ignored: Slurm sends one to torchrun and to its processes, and torchrun forwards its
+    own, so each process gets it twice. A signal that was ignored before, as in a shell's background job, stays ignored.
+    Only the main thread can have handlers; in another this is a no-op.
     """
     global _heard
     if threading.current_thread() is not threading.main_thread():
@@ -46,7 +46,7 @@ def listening(announcement: str) -> Iterator[None]:
         _heard = number
         if distributed.is_main():
             text = f"\n{signal.Signals(number).name}: {announcement}{hint}\n"
-            os.write(2, text.encode())  # print could have been interrupted halfway, and cannot be entered twice
+            os.write(2, text.encode())  # print is not reentrant, and this may have interrupted one
 
     heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in heeded}
@@ -59,6 +59,6 @@ def listening(announcement: str) -> Iterator[None]:
 
 
 def stop_if_heard() -> None:
-    """Raises Interrupted in all processes if one of them has heard a signal. All call this together: it is an all-reduce."""
+    """Raises Interrupted in all processes if one of them got a signal. All call this together: it is an all-reduce."""
     if number := distributed.max_over_ranks(_heard):
         raise Interrupted(f"{signal.Signals(number).name}: stopped", number)

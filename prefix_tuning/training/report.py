@@ -1,4 +1,4 @@
-"""REPORT"""
+"""What a run shows to others: a model card, a plot of its curves, TensorBoard, the hub. Training needs none of it."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def write_card(folder: Path) -> None:
     base, shape = settings["model_name_or_path"], settings["prefix_config"]
     share = settings["eval_fraction"]
     held_out = settings["eval_dataset"] or (f"{100 * share:g}% of it" if share else None)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # not bundled, not in a folder
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # neither bundled nor in a folder
     text = _CARD.format(
         base_model=f"base_model: {base}\n" if on_hub else "",
         base=base.removeprefix(LOCAL),
@@ -159,7 +159,7 @@ def plot_curves(folder: Path) -> None:
 
 
 def open_board(folder: Path, step: int):
-    """A SummaryWriter for TensorBoard, for a run that stands after `step`. What was shown of later steps is withdrawn."""
+    """A SummaryWriter for TensorBoard, for a run that is at `step`. Figures of later steps are removed."""
     from torch.utils.tensorboard import SummaryWriter
 
     if step == 0:
@@ -169,12 +169,12 @@ def open_board(folder: Path, step: int):
 
 
 def create_repository(name: str) -> str:
-    """Makes sure that the hub has such a repository, and returns its full name. Raises UserError if it cannot be had."""
+    """Creates the repository on the hub unless it is there. Returns its full name. Raises UserError if the hub refuses."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().create_repo(name, exist_ok=True).repo_id
-    except Exception as error:  # no network, no token, no right, no such name: each has errors of its own
+    except Exception as error:  # no network, no token, no permission, no such name: each raises a class of its own
         raise UserError(
             f"--push_to_hub {name}: {reason_of(error)}; log in with `hf auth login`, or leave the flag out"
         ) from error
