@@ -1,31 +1,25 @@
-"""The bundled demo: a mini Bloom that knows 3,203 facts, and questions about them. `build.py` is the recipe of both.
+"""Names for what ships with the package: a mini Bloom that knows 3,203 facts, and questions about them.
 
-Bundled things go by names that hold on any machine: `bundled:mini-bloom` is the model; `bundled:short` and
-`bundled:sentence` are training questions, answered by a bare answer or by a full sentence; with `-eval` behind, questions
-about facts that no training question touches.
+The names are the same on any machine: `bundled:mini-bloom` is the model; `bundled:short` and `bundled:sentence` are training
+questions, answered briefly or by a whole sentence; `bundled:short-eval` and `bundled:sentence-eval` ask about facts that no
+training question is about. demo/build.py makes all of them.
 """
 
 from pathlib import Path
 
-_HERE = Path(__file__).parent / "demo"
-
-
 MODEL = "bundled:mini-bloom"
-
-
 DATASETS = ("bundled:short", "bundled:sentence")
 
-
+_DEMO = Path(__file__).parent / "demo"
 _PATHS = {
-    MODEL: _HERE / "model",
-    "bundled:short": _HERE / "data" / "short.jsonl",
-    "bundled:short-eval": _HERE / "data" / "short-eval.jsonl",
-    "bundled:sentence": _HERE / "data" / "sentence.jsonl",
-    "bundled:sentence-eval": _HERE / "data" / "sentence-eval.jsonl",
+    MODEL: _DEMO / "model",
+    "bundled:short": _DEMO / "data" / "short.jsonl",
+    "bundled:short-eval": _DEMO / "data" / "short-eval.jsonl",
+    "bundled:sentence": _DEMO / "data" / "sentence.jsonl",
+    "bundled:sentence-eval": _DEMO / "data" / "sentence-eval.jsonl",
 }
 
-
-# What `python train.py` does where only bundled things are named. tests/benchmarks/NOTES.md has the measurements.
+# The defaults of train.py where model and dataset are bundled. tests/benchmarks/NOTES.md has the measurements behind them.
 SETTINGS = {
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
@@ -42,5 +36,5 @@ def resolve(name: str) -> str:
 
 
 def name_of(path: Path) -> str | None:
-    """The bundled name of what lies at this path; `resolve` undone. None if it is nothing bundled."""
+    """The bundled name of a path, the inverse of `resolve`; None if it is no bundled one."""
     return next((name for name, place in _PATHS.items() if place.resolve() == path), None)

@@ -1,7 +1,7 @@
-"""The two commands: flags in, `train` or an answer out.
+"""The commands train.py and infer.py: from the command line to `train` or `infer`, and from errors to exit codes.
 
-Importing this module is quick, so that Ctrl-C finds `_run` soon: transformers is imported by parser.py when a command runs,
-and torch once its flags are known to be good.
+Importing this module loads neither transformers nor torch. parser.py imports transformers when a command starts; torch is
+imported when the flags have been checked. So --help and mistakes in flags are answered quickly.
 """
 
 import argparse
@@ -15,10 +15,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from prefix_tuning import bundled
 from prefix_tuning.errors import Interrupted, UserError
-from prefix_tuning.inference.settings import AskArguments, BaseArguments, DecodingArguments, InferConfig
+from prefix_tuning.inference.settings import AskArguments, DecodingArguments, InferConfig
+from prefix_tuning.settings import BaseArguments
 from prefix_tuning.training.settings import (
     DataArguments,
     LoopArguments,
@@ -32,19 +34,20 @@ DEMO_FLAGS = " ".join(f"--{name} {value}" for name, value in bundled.SETTINGS.it
 TRAIN_HELP = (
     f"Tune a prefix for a frozen Bloom. With no model and no dataset named, the bundled demo runs, with {DEMO_FLAGS}"
 )
-# What --prefix_from settles.
+# --prefix_from fixes these: the encoder that it loads has them already.
 PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
 
 
 def _is_main() -> bool:
-    """Whether this process is alone, or the first of those that torchrun has started: the one that prints."""
+    """Whether this process has rank 0, or is the only one: it prints for all. From torchrun's variable, without torch."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _run(prepare: Callable[[list[str]], Callable[[], object]]) -> None:
-    """Runs a command; a user's mistake becomes one line on stderr and exit code 2, a bug keeps its traceback.
+    """Runs a command and sets the exit code: 2 for a UserError, which is one line on stderr; 128 + the signal's number for a
+    signal; 1 for a bug, with its traceback.
 
-    prepare: reads the flags, imports what they ask for, and returns what is to be done.
+    prepare: checks the arguments of the command line, imports what the command takes, and returns it ready to be called.
     """
     _open_streams()
     try:
@@ -53,10 +56,10 @@ def _run(prepare: Callable[[list[str]], Callable[[], object]]) -> None:
                 command = prepare(sys.argv[1:])
                 from transformers.utils.logging import disable_progress_bar
 
-                disable_progress_bar()  # transformers' own, one per file of weights; ours stay
+                disable_progress_bar()  # transformers' own, one per file of weights
             command()
         finally:
-            sys.stdout.flush()  # here, where an error has a handler
+            sys.stdout.flush()  # here, and not at exit, so that the handlers below see its errors
     except UserError as error:
         if "--debug" in sys.argv:
             raise
@@ -68,12 +71,12 @@ def _run(prepare: Callable[[list[str]], Callable[[], object]]) -> None:
         sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        sys.exit(128 + 13)
+    except BrokenPipeError:  # the reader of stdout, `head` say, has ended
+        sys.exit(128 + 13)  # SIGPIPE
 
 
 def _say(line: str) -> None:
-    """Prints to stderr, unless another process of this run has printed the same."""
+    """Prints a line to stderr. Of several processes that report the same, one prints it."""
     if "RANK" in os.environ:
         from prefix_tuning import distributed
 
@@ -84,7 +87,7 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _default_sigint() -> Iterator[None]:
-    """Lets Ctrl-C end the process by the system's default action: in an import, Python's handler would leave a traceback."""
+    """Inside, Ctrl-C ends the process by the system's default action: during imports, Python's would print a traceback."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:  # else it is ignored, as in a shell's background job
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -95,7 +98,7 @@ def _default_sigint() -> Iterator[None]:
 
 
 class _Stdout(io.TextIOWrapper):
-    """stdout: raises UserError where it cannot be written, on a full disk say, and BrokenPipeError where no one reads it."""
+    """stdout whose errors are UserErrors, for a full disk say; BrokenPipeError, for a closed pipe, stays what it is."""
 
     def write(self, text: str) -> int:
         with self._checked():
@@ -110,34 +113,35 @@ class _Stdout(io.TextIOWrapper):
         try:
             yield
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for what is still to be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # Python flushes the rest at exit; it would fail again
             if isinstance(error, BrokenPipeError):
                 raise
             raise UserError(f"stdout cannot be written: {error.strerror}") from error
 
 
 def _open_streams() -> None:
-    """Makes stdin, stdout and stderr usable: closed ones are /dev/null; ASCII, which Python takes where it knows no locale,
-    becomes UTF-8; what is no character, or cannot be shown, becomes a ?."""
+    """Makes stdin, stdout and stderr usable. Closed ones become /dev/null; ASCII, Python's choice without a locale, becomes
+    UTF-8; bytes that cannot be decoded and characters that cannot be encoded become a ?."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller
             stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 (stays open)
             setattr(sys, name, stream)
         stream.reconfigure(encoding="utf-8" if codecs.lookup(stream.encoding).name == "ascii" else None, errors="replace")
-    options = {name: getattr(sys.stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
-    sys.stdout = _Stdout(sys.stdout.detach(), **options)
+    stdout: Any = sys.stdout
+    options = {name: getattr(stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+    sys.stdout = _Stdout(stdout.detach(), **options)
 
 
 def parse_train_config(argv: list[str]) -> TrainConfig:
-    """Turns train.py's command line into its settings. Raises UserError for what makes no sense.
+    """The settings that train.py's command line gives. Raises UserError for those that make no sense.
 
-    Where model and dataset are bundled ones, the demo's own settings replace the defaults, and are printed.
+    If model and dataset are bundled ones, the demo's settings replace the defaults, and are printed.
     """
     from prefix_tuning.parser import Parser
 
     groups = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
-    parser = Parser(groups, prog="train.py", description=TRAIN_HELP, allow_abbrev=False)
+    parser = Parser(groups, prog="train.py", description=TRAIN_HELP)
     values, given = parser.parse(argv)
     if values["model_name_or_path"] == bundled.MODEL and values["dataset"] in bundled.DATASETS:
         skipped = given | (PREFIX_SHAPE if values["prefix_from"] else set())
@@ -164,11 +168,11 @@ def _train(argv: list[str]) -> Callable[[], object]:
 
 
 def parse_infer_config(argv: list[str]) -> InferConfig:
-    """Turns infer.py's command line into its settings. Raises UserError for what makes no sense."""
+    """The settings that infer.py's command line gives. Raises UserError for those that make no sense."""
     from prefix_tuning.parser import Parser
 
     groups = (AskArguments, BaseArguments, DecodingArguments)
-    parser = Parser(groups, prog="infer.py", description="Ask a frozen Bloom with a prefix.", allow_abbrev=False)
+    parser = Parser(groups, prog="infer.py", description="Ask a frozen Bloom with a prefix.")
     parser.add_argument(
         "question",
         nargs="?",

@@ -1,12 +1,12 @@
-"""Errors that are no bugs: what the user can mend, and a signal that asked the run to stop."""
+"""The exceptions that are not bugs, which cli.py turns into one line on stderr and an exit code."""
 
 
 class UserError(Exception):
-    """Something that the user can mend. Its message is one line that names the file, row or flag, and the way out."""
+    """A mistake that the user can correct. Its message is one line that names the file, row or flag, and what to do."""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and it has saved itself. `signal` is the signal's number."""
+    """A run has stopped because of a signal, after it saved its state. `signal` is the signal's number."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
@@ -14,5 +14,5 @@ class Interrupted(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """The first line of the message of a library's error, or its class where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,7 +3,8 @@ from datasets import Dataset
 from helpers import metrics_of, plain_loss, random_bloom
 
 from prefix_tuning import PrefixBloom
-from prefix_tuning.data.rows import load_rows, take, tokenize
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.evaluation import answer_rows, exact_match
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.batches import complete

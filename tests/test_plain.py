@@ -15,7 +15,8 @@ from helpers import metrics_of, relative
 from transformers.models.bloom import modeling_bloom
 
 from prefix_tuning import bundled, plain
-from prefix_tuning.data.rows import load_rows, take, tokenize
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import PrefixBloom

@@ -159,7 +159,7 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
     content = chosen.draw(st.binary(max_size=200) | damaged(valid) | strange)
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
-    rows = read_or_refuse(lambda: list(readers.checked_rows("rows", reader, str(path))))
+    rows = read_or_refuse(lambda: list(readers._checked_rows("rows", reader, str(path))))
     for found in rows or []:
         assert found.keys() == {"instruction", "input", "output"}
         assert all(isinstance(text, str) and text.encode("utf-8") is not None for text in found.values())

@@ -1,7 +1,7 @@
 import pytest
 from helpers import REAL_ROWS, needs_real_rows
 
-from prefix_tuning.data.rows import load_rows
+from prefix_tuning.data.readers import load_rows
 from prefix_tuning.text import display_width, pad, shorten
 
 

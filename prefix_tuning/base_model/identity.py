@@ -1,9 +1,10 @@
-"""Which base is this: fingerprint and names that hold on any machine."""
+"""Which base a prefix belongs to: fingerprints, and names that are valid on any machine."""
 
 import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -13,31 +14,33 @@ from prefix_tuning import bundled
 from prefix_tuning.base_model.sharding import first_row, sum_of_parts
 from prefix_tuning.errors import UserError
 
-LOCAL = "local:"  # marks a name that only its owner can resolve
+LOCAL = "local:"  # marks the last part of a path, which is on the machine of the training only
 
 
 def portable_name(name: str) -> str:
-    """How files refer to a model or dataset: bundled and hub names as they are, a local path by its last part, marked."""
+    """How files name a model or dataset: a bundled or hub name as it is, a path as "local:" and its last part."""
     path = Path(name)
     if name and (path.exists() or path.is_absolute()):
         return bundled.name_of(path.resolve()) or LOCAL + path.resolve().name
     return name
 
 
-def base_of(prefix_name: str, noted: str | None) -> str:
-    """The base model that a saved prefix notes. Raises UserError where the note leads nowhere on another machine."""
-    if not noted or noted.startswith(LOCAL):
-        known = f"the local model {noted.removeprefix(LOCAL)!r}" if noted else "a model that it does not name"
+def base_of(prefix_name: str, recorded: str | None) -> str:
+    """The recorded name of a prefix's base, if it can be loaded by that. Raises UserError if it is a path or missing."""
+    if not recorded or recorded.startswith(LOCAL):
+        known = f"the local model {recorded.removeprefix(LOCAL)!r}" if recorded else "a model that it does not name"
         raise UserError(f"{prefix_name}: was trained on {known}; say where it is: --model_name_or_path PATH")
-    return noted
+    return recorded
 
 
-def check_base(prefix_shape: tuple[int, ...], noted: dict, base: dict, prefix_name: str, force: bool) -> None:
+def check_base(
+    prefix_shape: tuple[int, ...], recorded: dict[str, Any], base: dict[str, Any], prefix_name: str, force: bool
+) -> None:
     """Raises UserError unless a prefix (layers, 2, heads, tokens, head_dim) can be used on a base.
 
-    noted, base: the `fingerprint` of the base that it was trained on, and of the one at hand. The shape must be right. Other
-    weights, special tokens or another tokenizer are refused unless `force`. A prefix without a fingerprint passes, with a
-    note on stderr.
+    recorded, base: the `fingerprint` of the base that the prefix was trained on, and of the one in use. Layers, heads and
+    head_dim must be equal. Other weights, another tokenizer or other special tokens are refused unless `force`, and then
+    named on stderr, as is another name. A prefix that records no fingerprint, as PEFT's, is accepted with a line on stderr.
     """
     layers, _, heads, _, head_dim = prefix_shape
     needed = (base["n_layer"], base["n_head"], base["hidden_size"] // base["n_head"])
@@ -46,26 +49,27 @@ def check_base(prefix_shape: tuple[int, ...], noted: dict, base: dict, prefix_na
             f"{prefix_name}: a prefix for {layers} layers of {heads} x {head_dim}, but {base['name_or_path']} has "
             "{} layers of {} x {}; use the base that it was trained on".format(*needed)
         )
-    name = noted.get("name_or_path")
-    if "tokenizer" not in noted:
+    name = recorded.get("name_or_path")
+    if "tokenizer" not in recorded:
         print(f"{prefix_name}: does not say by a fingerprint which base it belongs to; it names {name}", file=sys.stderr)
         return
-    # Weights that were rounded to float16 have no hash to compare; the special tokens are not noted by earlier versions.
+    # What is None, or missing, cannot be compared: the weights in float16, and the special tokens of earlier versions.
     keys = ("weights", "tokenizer", "special_tokens")
-    differing = [key.replace("_", " ") for key in keys if noted.get(key) and base[key] and noted[key] != base[key]]
+    differing = [key.replace("_", " ") for key in keys if recorded.get(key) and base[key] and recorded[key] != base[key]]
     message = f"{prefix_name}: was trained on {name}; {base['name_or_path']} has the same shape, but not the same "
     if differing and not force:
-        raise UserError(f"{message}{' and '.join(differing)}; use the right base, or add --force to go on")
+        raise UserError(f"{message}{' and '.join(differing)}; use the right base, or add --force to use it anyway")
     if differing or name != base["name_or_path"]:
         print(f"{message}{' and '.join(differing) or 'name'}", file=sys.stderr)
 
 
-def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int | str | dict | None]:
-    """What tells one base from another: its name, its shape, a hash over 64 weights of every tensor, one over the vocabulary
-    of the tokenizer, and the ids of its special tokens.
+def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What tells one base from another, as JSON can hold it. All processes that share a sharded base call this together.
 
-    The weights are rounded to bfloat16 first, so that the hash does not depend on the compute type; those that were rounded
-    to float16 could not be compared, and get None. So does what belongs to the tokenizer where none is given.
+    name_or_path: its `portable_name`; n_layer, n_head, hidden_size, vocab_size; weights: a hash over about 64 numbers of
+    every tensor; tokenizer: a hash over the vocabulary; special_tokens: the ids of BOS, EOS, PAD and UNK. The numbers are
+    rounded to bfloat16 first, so that float32 and bfloat16 give the same hash; a base in float16 was rounded otherwise, and
+    has None as weights. Without a tokenizer, its two entries are None.
     """
     shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "hidden_size", "vocab_size")}
     weights = hashlib.sha256()
@@ -74,7 +78,7 @@ def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | No
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if tokenizer else ""
     special = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad", "unk")} if tokenizer else None
     return {
-        "name_or_path": portable_name(model.name_or_path),
+        "name_or_path": portable_name(model.name_or_path or ""),
         **shape,
         "weights": None if model.dtype == torch.float16 else weights.hexdigest(),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest() if tokenizer else None,
@@ -83,13 +87,14 @@ def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | No
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Some 64 of a tensor's numbers, in bfloat16, on the CPU. Of a sharded one, all processes take part in it."""
-    stride = tensor.numel() // 64 | 1  # odd: it passes through all columns
+    """About 64 of a tensor's numbers, evenly spaced, in bfloat16 on the CPU. For a sharded tensor, ranks all-reduce."""
+    stride = tensor.numel() // 64 | 1  # odd: where the width is a power of two, it visits every column
     if not isinstance(tensor, DTensor):
         return tensor.flatten()[::stride].bfloat16().cpu()
     places = torch.arange(0, tensor.numel(), stride) - first_row(tensor) * (tensor.numel() // tensor.shape[0])
     local = tensor.to_local().flatten()
     mine = (places >= 0) & (places < len(local))
-    bits = torch.zeros(len(places), dtype=torch.int32)  # whole numbers, of which all but one are zero: the sum is exact
+    # As integers, which are zero in all ranks but the one that has the number: so their sum is exact.
+    bits = torch.zeros(len(places), dtype=torch.int32)
     bits[mine] = local[places[mine].to(local.device)].bfloat16().cpu().view(torch.int16).int()
     return sum_of_parts(bits, tensor).short().view(torch.bfloat16)

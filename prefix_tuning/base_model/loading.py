@@ -1,6 +1,7 @@
-"""Loading the frozen base."""
+"""Loading the frozen base and its tokenizer."""
 
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -13,9 +14,6 @@ from prefix_tuning.distributed import is_main
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.bloom import Bloom
 
-# For a look at which files of a model are here.
-_ONLY_LOOK = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
-
 
 def load_base(
     name: str,
@@ -25,13 +23,13 @@ def load_base(
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
 ) -> tuple[Bloom, PreTrainedTokenizerBase]:
-    """Loads a Bloom model and its tokenizer by bundled name, hub name or path, and freezes the model.
+    """Loads a Bloom and its tokenizer by bundled name, hub name or path, and freezes the Bloom.
 
-    parts: how many processes share the weights, each loading a part only (sharding.py); None: each loads all. The flags are
-    those of `wrap_layers`. Returns the model in `dtype` on `device`, in eval mode, with no parameter requiring a gradient,
-    and its tokenizer with left padding. Code that comes with a model is never run, and a pickled checkpoint is read only the
-    way that runs none. Raises UserError if there is no such model, if it is broken, if it is no Bloom, or if its tokenizer
-    cannot serve it.
+    parts: how many processes share one copy of the weights, of which each loads its part (sharding.py); None: each loads all
+    of them. The flags are those of `wrap_layers`. Returns the model in `dtype` on `device`, in eval mode, with requires_grad
+    False for every parameter, and the tokenizer, which pads on the left. No code that comes with a model is run:
+    trust_remote_code is off, and transformers reads pickled weights with torch.load's weights_only. Raises UserError if
+    there is no such model, if it is broken or no Bloom, or if its tokenizer does not fit it.
     """
     path = bundled.resolve(name)
     try:
@@ -43,7 +41,7 @@ def load_base(
         model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, dtype).to(device)
     except UserError:
         raise
-    except Exception as error:  # a broken file can make transformers and tokenizers raise anything
+    except Exception as error:  # transformers and tokenizers raise many classes for broken files
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip()[:300]}") from error
     wrap_layers(model, gradient_checkpointing, torch_compile)
     return model, tokenizer
@@ -51,17 +49,22 @@ def load_base(
 
 def _load_whole(name: str, path: str, dtype: torch.dtype) -> Bloom:
     """The frozen model on the CPU, read by transformers."""
-    model, report = Bloom.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    safe = any(cached_file(path, file, **_ONLY_LOOK) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if not safe and is_main():
+    loaded: Any = Bloom.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, report = loaded
+    if is_main() and not any(_has_file(path, file) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         print(f"{name}: its weights are a pickled .bin file; safetensors is the safer format", file=sys.stderr)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model.requires_grad_(False).eval()
 
 
+def _has_file(path: str, file: str) -> bool:
+    """Whether a model's folder, or its copy in the hub's cache, has this file."""
+    return cached_file(path, file, local_files_only=True, _raise_exceptions_for_missing_entries=False) is not None
+
+
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises UserError unless it can tokenise rows for a base of so many embeddings."""
+    """Raises UserError unless this tokenizer can be used with a base that has embeddings for `vocab_size` tokens."""
     if not tokenizer.is_fast:
         fault = "has no tokenizer.json; save it in that form"
     elif tokenizer.eos_token_id is None:

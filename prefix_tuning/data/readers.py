@@ -1,38 +1,137 @@
-"""From files to rows."""
+"""From files to rows: every kind of dataset becomes rows of three texts, instruction, input and output.
+
+`load_rows` reads datasets to train on or to score, `read_whole_rows` files whose rows are passed on with all their columns.
+Their errors name the file and the place of the row. rows.py turns rows into tokens.
+"""
 
 import csv
 import functools
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, NamedSplit, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
+from prefix_tuning import bundled
 from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.text import is_text
 
 COLUMNS = ("instruction", "input", "output")
+HASHED_BYTES = 64 * 2**20  # the cache knows a file of up to this size by its content
+
+_THIS_CODE = Path(__file__).read_text("utf-8")  # part of the cache key: rows that an older version prepared are not reused
+
+# Yields each row of a source with its place, such as "line 3". Called with the name for messages, and a path or Dataset.
+Reader = Callable[[str, Any], Iterator[tuple[str, Any]]]
 
 
-def reader_for(name: str, path: Path, readers: dict):
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{name}: unknown kind of file; known are {', '.join(readers)}")
-    return reader
+def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
+    """Reads a dataset: rows with the string columns instruction, input (empty where the source has none) and output.
+
+    name: a bundled name; a .json, .jsonl, .csv or .parquet file; a folder written by `save_to_disk`; or a hub name.
+    splits: which split to take of a source that has several: the first of these that it has.
+
+    The rows are cached on disk by `datasets`. The key is the file's content, or its size and time if it is larger than
+    HASHED_BYTES; for a folder, the fingerprint that `datasets` saved with it. Raises UserError naming the file and the row
+    for a source that cannot be read, a missing column, or a value that is no text.
+    """
+    path = Path(bundled.resolve(name))
+    reader: Reader
+    source: Any
+    with dataset_cache():
+        # Made here, because `load_dataset` reports a cache that it cannot make like a name that the hub does not have.
+        Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            reader, source = _reader_of(name, path), str(path.resolve())
+            version = [source, _version(name, path)]
+        else:
+            reader, source = _read_dataset, _open(name, splits)
+            version = source._fingerprint
+        return Dataset.from_generator(
+            _checked_rows,
+            gen_kwargs={"name": name, "reader": reader, "source": source},
+            split=NamedSplit(splits[0]),  # the progress bar shows it; part of the key, because the cache keeps it
+            fingerprint=Hasher.hash([_THIS_CODE, name, version, splits[0]]),
+        )
 
 
-def checked_rows(name: str, reader, source) -> Iterator[dict[str, str]]:
+@contextmanager
+def dataset_cache() -> Iterator[None]:
+    """Around what `datasets` writes. Raises UserError if it cannot be written. A reader's UserError comes out unwrapped."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        folder = datasets.config.HF_DATASETS_CACHE
+        hint = "make room, or name another folder by the variable HF_DATASETS_CACHE"
+        raise UserError(f"{folder}: prepared rows cannot be kept there: {reason_of(cause)}; {hint}") from error
+
+
+def _version(name: str, path: Path) -> str:
+    """A hash of a file's content; of a large file its size and time, because hashing would have to read all of it."""
+    try:
+        status = path.stat()
+        if status.st_size > HASHED_BYTES:
+            return f"{status.st_size} bytes at {status.st_mtime_ns}"
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+def _open(name: str, splits: tuple[str, ...]) -> Dataset:
+    """A dataset from a folder or from the hub, reduced to one split."""
+    try:
+        if Path(name).is_dir():
+            found = load_from_disk(name)
+        elif Path(name).suffix.lower() in _READERS:
+            raise UserError(f"{name}: no such file")
+        else:
+            found = load_dataset(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        kind = "a folder, but not one written by save_to_disk" if Path(name).is_dir() else "no file, folder or hub name"
+        raise UserError(f"{name}: {kind} that can be loaded: {str(error).strip()[:300]}") from error
+    if isinstance(found, DatasetDict):
+        split = next((split for split in splits if split in found), None)
+        if split is None:
+            raise UserError(f"{name}: has the splits {', '.join(found)}, but none of {', '.join(splits)}")
+        found = found[split]
+    return found
+
+
+# --- rows of any source, checked ---
+
+
+def _checked_rows(name: str, reader: Reader, source: str | Dataset) -> Iterator[dict[str, str]]:
     """The rows of one source, each with all COLUMNS as strings."""
-    for place, row in numbered_rows(name, reader(name, source)):
+    for place, row in _numbered_rows(name, reader(name, source)):
         texts = row_texts(name, place, row, required=("instruction", "output"))
         if not texts["output"].strip():
             raise UserError(f"{name}, {place}: 'output' is empty; every row needs an answer")
         yield texts
 
 
-def numbered_rows(name: str, rows: Iterator[tuple[str, object]]) -> Iterator[tuple[str, dict]]:
+def read_whole_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a bundled or other file with all their columns, each with its place in the file."""
+    path = Path(bundled.resolve(name))
+    reader = _reader_of(name, path)
+    if reader is _read_parquet:
+        reader = functools.partial(_read_parquet, columns=None)
+    return _numbered_rows(name, reader(name, str(path)))
+
+
+def _numbered_rows(name: str, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a reader. Raises UserError for one that is no object, and if there is none at all."""
     place = None
     for place, row in rows:
@@ -43,8 +142,8 @@ def numbered_rows(name: str, rows: Iterator[tuple[str, object]]) -> Iterator[tup
         raise UserError(f"{name}: holds no rows")
 
 
-def row_texts(name: str, place: str, row: dict, required: tuple[str, ...]) -> dict[str, str]:
-    """All COLUMNS of a row as strings, "" for those that need not be there. Raises UserError for what is no text."""
+def row_texts(name: str, place: str, row: Mapping[str, Any], required: tuple[str, ...]) -> dict[str, str]:
+    """All COLUMNS of a row as strings, "" for those that are not required. Raises UserError for a value that is no text."""
     texts = {}
     for column in COLUMNS:
         if column in required and column not in row:
@@ -61,29 +160,39 @@ def row_texts(name: str, place: str, row: dict, required: tuple[str, ...]) -> di
     return texts
 
 
-def _read_jsonl(name: str, path: str) -> Iterator[tuple[str, object]]:
+# --- one reader for each kind of source ---
+
+
+def _reader_of(name: str, path: Path) -> Reader:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{name}: unknown kind of file; known are {', '.join(_READERS)}")
+    return reader
+
+
+def _read_jsonl(name: str, path: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(name, path), start=1):
         if line.strip():
             yield f"line {number}", _parse_json(name, f"line {number}", line)
 
 
-def _read_json(name: str, path: str) -> Iterator[tuple[str, object]]:
+def _read_json(name: str, path: str) -> Iterator[tuple[str, Any]]:
     first = next((line.strip() for line in _lines(name, path) if line.strip()), "")
     if first == "{":
         raise UserError(f"{name}: is one object over several lines; it must be a list of rows, or one object per line")
     if first.startswith("["):
         rows = _parse_json(name, "as a whole", "".join(_lines(name, path)))
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    else:  # often a .json file holds one object per line
+    else:  # many .json files hold one object per line
         yield from _read_jsonl(name, path)
 
 
-def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
+def _read_csv(name: str, path: str) -> Iterator[tuple[str, Any]]:
     number = 0
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
     try:
         table = csv.DictReader(_lines(name, path), strict=True)
-        _refuse_twins(name, table.fieldnames or [])
+        _refuse_duplicates(name, table.fieldnames or [])
         for number, row in enumerate(table, start=1):
             if None in row:
                 raise UserError(f"{name}, row {number}: has more cells than the header line names columns")
@@ -92,41 +201,45 @@ def _read_csv(name: str, path: str) -> Iterator[tuple[str, object]]:
         raise UserError(f"{name}, row {number + 1}: is not CSV: {error}") from error
 
 
-def _read_parquet(name: str, path: str, columns: Sequence[str] | None = COLUMNS) -> Iterator[tuple[str, object]]:
-    """columns: those to read; None: all."""
+def _read_parquet(name: str, path: str, columns: Sequence[str] | None = COLUMNS) -> Iterator[tuple[str, Any]]:
+    """columns: those whose values are read; None: all. A row has None for the others."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _refuse_twins(name, names)
+            _refuse_duplicates(name, names)
             numbers = itertools.count(1)
             for batch in file.iter_batches(1024, columns=columns):
                 read = dict(zip(batch.schema.names, batch.columns, strict=True))
                 for index in range(batch.num_rows):
-                    place, row = f"row {next(numbers)}", dict.fromkeys(names)
+                    place = f"row {next(numbers)}"
+                    row: dict[str, Any] = dict.fromkeys(names)
                     try:
                         for column, values in read.items():
                             row[column] = values[index].as_py()
-                    except Exception as error:  # a time beyond Python's, bytes that are no UTF-8, ...: of many classes
+                    except Exception as error:  # of many classes: a date beyond Python's, bytes that are no UTF-8, ...
                         raise UserError(f"{name}, {place}: {column!r} cannot be read: {reason_of(error)}") from error
                     yield place, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name is no UTF-8
         raise UserError(f"{name}: cannot be read as Parquet: {str(error).strip()[:300]}") from error
 
 
-def _refuse_twins(name: str, columns: Sequence[str]) -> None:
-    if twins := {column for column in columns if columns.count(column) > 1}:
-        raise UserError(f"{name}: has more than one column {min(twins)!r}")
-
-
-def read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, object]]:
+def _read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, Any]]:
     names = dataset.column_names
     rows = iter(dataset.select_columns([column for column in COLUMNS if column in names]))
     for number in range(1, len(dataset) + 1):
         try:
-            row = next(rows, {})  # it ends at once where there are no columns to read
-        except Exception as error:  # as for Parquet
+            row: dict[str, Any] = next(rows, {})  # without any column to read, the iterator ends at once
+        except Exception as error:  # of many classes, as for Parquet
             raise UserError(f"{name}, row {number}: cannot be read: {reason_of(error)}") from error
         yield f"row {number}", dict.fromkeys(names) | row
+
+
+_READERS: dict[str, Reader] = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _refuse_duplicates(name: str, columns: Sequence[str]) -> None:
+    if duplicates := {column for column in columns if columns.count(column) > 1}:
+        raise UserError(f"{name}: has more than one column {min(duplicates)!r}")
 
 
 def _lines(name: str, path: str) -> Iterator[str]:
@@ -139,24 +252,17 @@ def _lines(name: str, path: str) -> Iterator[str]:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
 
 
-def _parse_json(name: str, place: str, text: str) -> object:
+def _parse_json(name: str, place: str, text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}, {place}: is not JSON: {error}") from error
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. Python would silently keep the last of two values with one name."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are unique. Of two values with one name, Python would keep the last without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} comes twice")
     return found
-
-
-READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-# For rows that are passed on as they are.
-WHOLE_ROW_READERS = READERS | {".parquet": functools.partial(_read_parquet, columns=None)}

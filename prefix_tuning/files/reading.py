@@ -1,8 +1,10 @@
-"""Reading files of strangers."""
+"""Finding and reading the files of a prefix. They may come from anyone: what they hold is checked before it is used."""
 
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,15 +15,18 @@ from prefix_tuning.files.names import ADAPTER_CONFIG_FILE
 
 
 def locate(name: str | Path, file: str) -> Path | None:
-    """A file of a folder, or of a repository on the hub; None if that has no such file. Raises UserError without either."""
+    """The path of `file` in a folder, or in a repository of the hub; None if it has no such file.
+
+    name: a folder, or USER/NAME of the hub. Raises UserError if it is neither.
+    """
     path = Path(name)
     if path.is_dir():
         return path / file if (path / file).exists() else None
-    is_path = isinstance(name, Path) or path.is_absolute() or path.parent.is_dir() or name.startswith(".")
-    if is_path or name.count("/") != 1:
+    if isinstance(name, Path) or path.is_absolute() or path.parent.is_dir() or name[:1] == "." or name.count("/") != 1:
         raise UserError(f"{name}: no such folder; train a prefix with train.py")
     try:
-        cached_file(name, ADAPTER_CONFIG_FILE)  # every such repository has it: else it is none, or out of reach
+        # Every repository of a prefix has this file: without it, the name is wrong or the hub cannot be reached.
+        cached_file(name, ADAPTER_CONFIG_FILE)
         found = find_file(name, file)
     except OSError as error:
         reason = reason_of(error)
@@ -35,7 +40,8 @@ def find_file(name: str, file: str) -> str | None:
 
 
 @contextmanager
-def opened(path: Path):
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, open inside the block. Raises UserError if it is missing, or broken where the block reads it."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -45,12 +51,13 @@ def opened(path: Path):
         raise UserError(f"{path}: is not a safetensors file: {error}") from error
 
 
-def read_tensors(path: Path, file, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The tensors of an open file, which must have just these names and shapes, in a float type, and be finite."""
-    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+def read_tensors(path: Path, file: safe_open, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The tensors of an open file. Raises UserError unless they have exactly the `expected` names and shapes, a
+    floating-point type, and finite values only. path: for the message."""
+    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
     if found != expected:
         raise UserError(f"{path}: holds {found} where {expected} is expected")
-    # The file's memory has an alignment of its own; a copy has torch's, so matrix products round as before the saving.
+    # Copies, because a file's tensors are not aligned in memory as torch's own are, and a matmul may round by alignment.
     tensors = {name: file.get_tensor(name).clone() for name in expected}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
@@ -58,7 +65,9 @@ def read_tensors(path: Path, file, expected: dict[str, tuple[int, ...]]) -> dict
     return tensors
 
 
-def recorded_base(path: Path, file) -> dict:
+def recorded_base(path: Path, file: safe_open) -> dict[str, Any]:
+    """The `fingerprint` of the base that a prefix was trained on, from the metadata of its file; {} if that has none, as
+    PEFT's. Raises UserError if it is no JSON object. path: for the message."""
     try:
         base = json.loads((file.metadata() or {}).get("base_model", "{}"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Who may write to a folder."""
+"""Writing the files of a run: whole or not at all, the same bytes for the same content, and by one process at a time."""
 
 import json
 import os
@@ -7,91 +7,46 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from prefix_tuning.errors import UserError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder`, and keeps other processes that ask for the same lock out of it until the block ends.
-
-    The lock is flock's, on the folder itself: the system releases it when the process ends, even by SIGKILL, and no file is
-    left. Folders that were made here and are still empty at the end are removed. Raises UserError if another process holds
-    the lock, or if the folder cannot be made; warns on stderr where it has no locks. Windows has none of this kind.
-    """
-    made: list[Path] = []  # by this process, and not by another that starts at the same time
-    try:
-        for place in (*reversed(folder.parents), folder):
-            if not place.exists():
-                with suppress(FileExistsError):
-                    place.mkdir()
-                    made.insert(0, place)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be made: {error.strerror}; name another folder") from error
-    with _flock(folder):
-        try:
-            yield
-        finally:
-            for place in made:
-                with suppress(OSError):  # not empty
-                    place.rmdir()
-
-
-@contextmanager
-def _flock(folder: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        hint = "wait until it ends, or name another folder"
-        raise UserError(f"--output_dir {folder}: another run is writing to it; {hint}") from error
-    except OSError as error:  # some network folders
-        print(f"{folder}: cannot be locked ({error.strerror}): start no second run into it", file=sys.stderr)
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-_DRAFT = ".draft"  # marks the folder of a file that is being written
+_DRAFT = ".draft"  # the suffix of the folder in which a file is written
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` when the block ends well: the file appears whole or not at all.
+    """Yields a path to write to. When the block ends without an error, that file replaces `path` in one step.
 
-    Raises UserError where the system refuses, because the disk is full, say.
+    So `path` is at any time the old file or the complete new one, after a kill or a power cut too. Raises UserError if the
+    system refuses to write, because the disk is full, say.
     """
-    # A folder of its own, because safetensors, too, writes to a file of another name first.
+    # The draft has a folder of its own because safetensors writes to a temporary file beside it first.
     folder = path.with_name(f".{path.name}{_DRAFT}")
     draft = folder / path.name
     try:
         folder.mkdir(exist_ok=True)
         yield draft
-        draft.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files for their owner alone
+        draft.chmod(folder.stat().st_mode & 0o666)  # as the umask has it; safetensors makes files for their owner alone
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
-        _flush_folder(path.parent)
+        _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename in `folder` outlast a power cut. Windows cannot, and need not."""
+def _sync_folder(folder: Path) -> None:
+    """Writes a folder's entries to the disk, so that a rename in it survives a power cut. Windows opens no folders."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -101,11 +56,74 @@ def _flush_folder(folder: Path) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Removes what killed runs left half-written in `folder`."""
+    """Removes the unfinished files that killed runs left in `folder`."""
     for draft in folder.glob(f".*{_DRAFT}"):
         shutil.rmtree(draft)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     with atomic_write(path) as draft:
         draft.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, from any device. The same content gives the same bytes, in any process.
+
+    A safetensors file is N, 8 bytes, little-endian; N bytes of JSON, {"__metadata__": {...}, NAME: {dtype, shape,
+    data_offsets}, ...}, padded with spaces; then the tensors, sorted by type and name. safetensors keeps the metadata in a
+    hash table with another seed in each process, and writes them in its order. Here they are sorted.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as draft:
+        save_file(tensors, draft, {"format": "pt", **metadata})  # "format" is what other programs expect of a torch file
+        with open(draft, "rb+") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            file.seek(8)
+            file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes `folder`, and locks it until the block ends against other processes that call this.
+
+    The lock is flock's, on the folder itself: the system releases it when the process ends, even by SIGKILL, and no lock
+    file is left behind. Folders that were made here and are still empty at the end are removed. Raises UserError if another
+    process holds the lock, or if the folder cannot be made. Where a file system has no locks, a warning goes to stderr;
+    Windows has no flock, and nothing is locked there.
+    """
+    made: list[Path] = []  # by this process, not by another one that starts at the same time
+    try:
+        for place in (*reversed(folder.parents), folder):
+            if not place.exists():
+                with suppress(FileExistsError):
+                    place.mkdir()
+                    made.insert(0, place)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be made: {error.strerror}; name another folder") from error
+    handle = _flock(folder)
+    try:
+        yield
+    finally:
+        for place in made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def _flock(folder: Path) -> int | None:
+    """The file descriptor that holds the lock until it is closed; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        hint = "wait until it ends, or name another folder"
+        raise UserError(f"--output_dir {folder}: another run is writing to it; {hint}") from error
+    except OSError as error:  # some network folders
+        print(f"{folder}: cannot be locked ({error.strerror}): start no second run into it", file=sys.stderr)
+    return handle

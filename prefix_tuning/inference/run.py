@@ -60,7 +60,7 @@ def open_model(config: InferConfig, device: torch.device, parts: int | None) -> 
     folders = config.named_prefixes()
     prefixes = {name: load_prefix(folder) for name, folder in folders.items()}
     first = next(iter(prefixes))
-    base_name = config.model_name_or_path or base_of(folders[first], prefixes[first].base["name_or_path"])
+    base_name = config.model_name_or_path or base_of(folders[first], prefixes[first].recorded_base["name_or_path"])
     base, tokenizer = load_base(base_name, resolve_dtype(config.precision, device), device, parts)
     model = PrefixBloom(base, tokenizer)
     for name, prefix in prefixes.items():

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import distributed
 from prefix_tuning.base_model.sharding import is_sharded
-from prefix_tuning.data.rows import load_rows, tokenize
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import tokenize
 from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.evaluation import perplexity, row_losses
 from prefix_tuning.files.writing import write_json

@@ -10,7 +10,8 @@ from prefix_tuning import distributed
 from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
-from prefix_tuning.data.rows import digest, load_rows, tokenize
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import digest, tokenize
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.training.settings import TrainConfig

@@ -1,7 +1,6 @@
 """Resuming a run: from which checkpoint, what must be as it was, and what becomes of the rest of the folder.
 
-A checkpoint holds all that the next steps depend on, so a resumed run is the run that it resumes, bit for bit. Each setting
-of TrainConfig stands in one of the three lists below.
+A checkpoint holds all that the next steps depend on, so a resumed run is the run that it resumes, bit for bit.
 """
 
 import json
@@ -18,29 +17,12 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint, newest_checkpoint, step_of
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, CARD_FILE, CONFIG_FILE, METRICS_FILE
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.settings import names_on_resume
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.state import Progress, TrainingState
 
-# These change the remaining steps, or what their figures mean: with others, no command reproduces the run, so a resume
-# refuses them.
-SAME = (
-    "precision", "max_length", "eval_fraction", "eval_exact_match", "save_best",
-    "num_virtual_tokens", "prefix_projection", "encoder_hidden_size", "prefix_init", "init_text", "prefix_from",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "max_grad_norm", "shuffle", "seed",
-)  # fmt: skip
-
-
-# These name something: the name may change, what it names may not.
-CONTENT = ("model_name_or_path", "dataset", "eval_dataset")
-
-
-# These are taken from the new command line: how long to train, what to report and save, and how to compute the same.
-NEW = (
-    "num_train_epochs", "max_steps", "early_stopping_patience", "eval_steps", "logging_steps", "save_steps",
-    "save_total_limit", "report_to", "push_to_hub", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
-    "device", "shard_base", "shard_degree", "force", "max_tokens_per_batch", "gradient_checkpointing", "torch_compile",
-)  # fmt: skip
+# The settings by what a resume does with them; settings.py says what each rule means.
+SAME, CONTENT = (names_on_resume(TrainConfig, rule) for rule in ("same", "content"))
 
 
 class Resumed(NamedTuple):

@@ -17,9 +17,9 @@ def test_names_in_files_hold_on_any_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert portable_name(".") == f"local:{tmp_path.name}"
     assert base_of("./chatbot", "Langboat/bloom-1b4-zh") == "Langboat/bloom-1b4-zh"
-    for noted in (f"local:{tmp_path.name}", None, ""):
+    for recorded in (f"local:{tmp_path.name}", None, ""):
         with pytest.raises(UserError, match=r"\./chatbot: .*--model_name_or_path PATH"):
-            base_of("./chatbot", noted)
+            base_of("./chatbot", recorded)
 
 
 def test_a_prefix_is_used_on_its_own_base_only(tokenizer, capsys):
@@ -76,7 +76,7 @@ def test_a_fingerprint_knows_every_column():
 
 
 def test_a_fingerprint_stays_what_it_was():
-    """Prefixes note it: if it changed, they would all be refused."""
+    """Prefixes record it: if it changed, they would all be refused."""
     model = random_bloom(hidden_size=64, n_head=8, n_layer=1)
     for parameter in model.parameters():
         parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / 1000)

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -6,7 +7,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from helpers import GOOD, TRAIN, write_jsonl
 
-from prefix_tuning.data.rows import load_rows, prompt_of, read_questions
+from prefix_tuning.data import readers
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import prompt_of, read_questions
 from prefix_tuning.errors import UserError
 
 
@@ -153,3 +156,48 @@ def test_half_a_character_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"instruction": "\\ud83d", "output": "b"}\n', "utf-8")
     with pytest.raises(UserError, match=r"rows\.jsonl, line 1: 'instruction' holds half of a character"):
         load_rows(str(tmp_path / "rows.jsonl"), ("train",))
+
+
+def test_sources_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
+        load_rows(str(tmp_path / "gone.jsonl"), TRAIN)
+    with pytest.raises(UserError, match="not one written by save_to_disk"):
+        load_rows(str(tmp_path), TRAIN)
+    with pytest.raises(UserError, match="nobody/no-such-set"):
+        load_rows("nobody/no-such-set", TRAIN)
+    DatasetDict({"extra": Dataset.from_list([GOOD])}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="has the splits extra"):
+        load_rows(str(tmp_path / "splits"), TRAIN)
+
+
+def test_the_cache_notices_a_changed_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, GOOD)
+    assert len(load_rows(str(path), TRAIN)) == 1
+    write_jsonl(path, GOOD, GOOD | {"output": "三" * 10_000})
+    assert len(load_rows(str(path), TRAIN)) == 2
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write_jsonl(path, GOOD, GOOD | {"output": "四" * 10_000})
+    os.utime(path, ns=times)
+    assert load_rows(str(path), TRAIN)[1]["output"] == "四" * 10_000
+
+
+def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "HASHED_BYTES", 10)
+    path = tmp_path / "a.jsonl"
+    for answer, time in (("三", 1), ("四", 2), ("十四", 2)):
+        write_jsonl(path, GOOD | {"output": answer})
+        os.utime(path, (time, time))
+        assert load_rows(str(path), TRAIN)[0]["output"] == answer
+    monkeypatch.setattr(readers, "HASHED_BYTES", path.stat().st_size)  # large is what is larger
+    write_jsonl(path, GOOD | {"output": "十五"})
+    os.utime(path, (2, 2))
+    assert load_rows(str(path), TRAIN)[0]["output"] == "十五"
+
+
+def test_the_bar_names_the_split(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", GOOD)
+    for splits in (TRAIN, ("validation", "test", "train")):
+        assert load_rows(path, splits).to_list() == [GOOD]
+        bars = {line.split(":")[0] for line in capsys.readouterr().err.split("\r") if line}
+        assert bars == {f"Generating {splits[0]} split"}

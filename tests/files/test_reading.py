@@ -33,18 +33,18 @@ def test_missing_or_broken_files_are_named(saved):
             load_prefix(str(folder))
 
 
-def test_what_a_file_notes_of_its_base_is_checked(saved):
+def test_what_a_file_records_of_its_base_is_checked(saved):
     folder, _ = saved
     description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description | {"base_model_name_or_path": "other"}), "utf-8")
-    assert load_prefix(folder).base == RECORDED_BASE | {"name_or_path": "other"}
+    assert load_prefix(folder).recorded_base == RECORDED_BASE | {"name_or_path": "other"}
     flat = load_file(folder / ADAPTER_FILE)
-    for noted in ("{", "[]"):
-        save_file(flat, folder / ADAPTER_FILE, {"base_model": noted})
+    for recorded in ("{", "[]"):
+        save_file(flat, folder / ADAPTER_FILE, {"base_model": recorded})
         with pytest.raises(UserError, match="holds no valid base_model"):
             load_prefix(folder)
-    save_file(flat, folder / ADAPTER_FILE)  # PEFT's notes nothing
-    assert load_prefix(folder).base == {"name_or_path": "other"}
+    save_file(flat, folder / ADAPTER_FILE)  # as PEFT writes it
+    assert load_prefix(folder).recorded_base == {"name_or_path": "other"}
 
 
 def test_a_prefix_of_the_hub_is_found_in_its_cache(saved, tmp_path_factory, monkeypatch):

@@ -1,11 +1,16 @@
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import ROOT
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json
+from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json, write_tensors
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -49,16 +54,16 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """Else a power cut could leave an empty file under the name of a good one."""
     calls, fsync, replace = [], os.fsync, os.replace
 
-    def noted_fsync(handle):
+    def recorded_fsync(handle):
         calls.append(("fsync", os.fstat(handle).st_ino))
         fsync(handle)
 
-    def noted_replace(source, target):
+    def recorded_replace(source, target):
         calls.append(("replace", os.stat(source).st_ino))
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
     with atomic_write(tmp_path / "file") as draft:
         save_file({"a": torch.ones(3)}, draft)
     file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
@@ -69,3 +74,42 @@ def test_others_may_read_what_they_may_read_of_any_file(saved):
     folder, _ = saved
     (folder / "plain").write_text("as the user's umask has it")
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+SAVE = """
+import sys
+from pathlib import Path
+import torch
+from prefix_tuning.files.checkpoint_format import save_checkpoint
+from prefix_tuning.files.prefixes import save_adapter, save_encoder
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+torch.manual_seed(0)
+encoder, folder = PrefixEncoder(PrefixConfig(3, 2, 2, 8, 8, True)), Path(sys.argv[1])
+save_encoder(folder, encoder, {"name_or_path": "乐山", "n_layer": 2})
+save_adapter(folder, encoder.bake(), encoder.config, {"name_or_path": "乐山", "n_layer": 2})
+save_checkpoint(folder, 1, encoder.state_dict(), {"progress": {"step": 1}}, keep=None)
+"""
+
+
+def test_the_same_content_is_the_same_bytes_in_another_process(tmp_path):
+    """safetensors alone would write the metadata in an order that differs from process to process."""
+    folders = [tmp_path / name for name in "abc"]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+        subprocess.run([sys.executable, "-c", SAVE, folder], cwd=ROOT, env=environment, check=True)
+    first, *others = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert len(first) == 4 and all(other == first for other in others)
+
+
+def test_metadata_are_sorted_and_any_text(tmp_path):
+    metadata = {name: f'"{name}\\\n\t\x00\x1f\x7f\u2028 乐山 😀' for name in ("z", "b", 'a"\\ 乐')}
+    tensors = {"small": torch.arange(3, dtype=torch.uint8), "one": torch.tensor(2.5), "turned": torch.randn(3, 4).T}
+    write_tensors(tmp_path / "file", tensors, metadata)
+    with safe_open(tmp_path / "file", framework="pt") as file:
+        assert file.metadata() == metadata | {"format": "pt"}
+        assert sorted(file.keys()) == sorted(tensors)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    content = (tmp_path / "file").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == ['a"\\ 乐', "b", "format", "z"]

@@ -6,7 +6,8 @@ from helpers import questions, refuses, run_infer, write_rows
 
 from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
-from prefix_tuning.data.rows import load_rows, tokenize
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import tokenize
 from prefix_tuning.evaluation import evaluate_loss
 from prefix_tuning.files.prefixes import load_prefix
 

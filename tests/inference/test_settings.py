@@ -27,6 +27,7 @@ BAD_FLAGS = {
     "hello --seed -1": "--seed must be at least 0",
     "hello --seed 18446744073709551616": "--seed must be at least 0 and at most",
     "hello --do_sample --temperature 1e-40": "--temperature must be at least 0.00001",
+    "--chat --shard_base": "--shard_base goes with a question or --input or --score, not with --chat",
     "a\udcff": "no UTF-8 text",
     "--chat --max_length 100 --max_new_tokens 100": "must leave room for a question",
     "--score a.jsonl --num_beams 3": "--num_beams goes with a question or --chat or --input, not with --score",

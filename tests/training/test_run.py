@@ -28,7 +28,8 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
-from prefix_tuning.data.rows import load_rows, tokenize
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import tokenize
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files import writing
 from prefix_tuning.files.names import (

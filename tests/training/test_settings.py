@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 from helpers import ROOT
 
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.training.settings import TrainConfig
 
 BAD_FLAGS = {
     "--num_virtual_tokens 0": "--num_virtual_tokens must be at least 1",
@@ -30,6 +33,9 @@ BAD_FLAGS = {
     "--encoder_hidden_size 64 --prefix_projection false": "--encoder_hidden_size is the width of the projection",
     "--output_dir=": "--output_dir is empty",
     "--prefix_init text --init_text \udcff": "--init_text holds bytes that are no UTF-8 text",
+    "--seed 4611686018427387905": "--seed must be at least 0 and at most 4611686018427387904",
+    "--num_train_epochs inf": "--num_train_epochs must be at least 0, not inf",
+    "--shard_degree 1": "--shard_degree goes with --shard_base; add that flag",
     "--save_steps -1": "--save_steps must be at least 0",
     "--save_total_limit 0": "--save_total_limit must be at least 1",
 }
@@ -42,6 +48,11 @@ def test_the_notebooks_command_has_the_notebooks_settings():
     assert (config.num_train_epochs, config.learning_rate, config.logging_steps) == (1.0, 5e-5, 10)
     assert (config.lr_scheduler_type, config.output_dir, config.shuffle) == ("linear", "./chatbot", True)
     assert config.eval_dataset is None and not config.eval_fraction and not config.eval_exact_match
+
+
+def test_every_setting_says_what_a_resume_does_with_it():
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["rules"].on_resume in ("same", "content", "new"), field.name
 
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS.items())

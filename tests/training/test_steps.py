@@ -8,7 +8,8 @@ from datasets import Dataset
 from helpers import metrics_of
 
 from prefix_tuning import signals
-from prefix_tuning.data.rows import load_rows, tokenize
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import tokenize
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.steps import Steps

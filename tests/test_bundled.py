@@ -1,0 +1,24 @@
+from pathlib import Path
+
+from prefix_tuning import bundled
+from prefix_tuning.training.settings import TrainConfig
+
+NAMES = [bundled.MODEL, *bundled.DATASETS, *(f"{name}-eval" for name in bundled.DATASETS)]
+
+
+def test_a_bundled_name_is_a_path_that_is_there_and_back():
+    assert Path(bundled.resolve(bundled.MODEL), "config.json").is_file()
+    for name in NAMES:
+        path = Path(bundled.resolve(name))
+        assert path.exists() and bundled.name_of(path.resolve()) == name
+    assert len({bundled.resolve(name) for name in NAMES}) == len(NAMES)
+
+
+def test_other_names_stay_what_they_are(tmp_path):
+    for name in ("Langboat/bloom-1b4-zh", "rows.jsonl", str(tmp_path), "bundled:nothing"):
+        assert bundled.resolve(name) == name
+    assert bundled.name_of(tmp_path) is None
+
+
+def test_the_demos_settings_are_settings_that_differ_from_the_defaults():
+    assert all(value != getattr(TrainConfig, name) for name, value in bundled.SETTINGS.items())

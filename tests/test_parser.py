@@ -1,0 +1,83 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from prefix_tuning.errors import UserError
+from prefix_tuning.parser import Parser
+from prefix_tuning.settings import Needs, flag
+
+
+@dataclass
+class Garden:
+    _argument_group_name = "garden"
+
+    tree_count: int | None = flag(None, "How many trees.", at_least=1, needs=Needs(("fence",), "needs a fence"))
+    width: float = flag(2.5, "In metres.")
+    shape: Literal["round", "square"] = flag("round", "Seen from above.")
+    fence: bool = flag(True, "Around it.")
+    pond: bool = flag(False, "In it.")
+
+
+@dataclass
+class House:
+    _argument_group_name = "house"
+
+    name: str = flag("home", "On the door.")
+
+
+def parse(*argv, question=False):
+    parser = Parser((Garden, House), prog="build")
+    if question:
+        parser.add_argument("question", nargs="?")
+    return parser.parse(list(argv))
+
+
+def test_a_flag_has_the_type_and_the_default_of_its_field():
+    defaults = {"tree_count": None, "width": 2.5, "shape": "round", "fence": True, "pond": False, "name": "home"}
+    assert parse() == (defaults, set())
+    values, given = parse("--tree-count", "3", "--width=1", "--shape", "square", "--no_fence", "--pond")
+    assert values == {"tree_count": 3, "width": 1.0, "shape": "square", "fence": False, "pond": True, "name": "home"}
+    assert given == {"tree_count", "width", "shape", "fence", "pond"}
+    assert parse("--fence", "false", "--pond", "true")[0] == defaults | {"fence": False, "pond": True}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--widht 3", "unknown argument --widht, did you mean --width?; see --help"),
+        ("--zzz 3", "unknown argument --zzz; see --help"),
+        ("--wid 3", "unknown argument --wid, did you mean --width?; see --help"),
+        ("--width wide", "argument --width: invalid float value: 'wide'; see --help"),
+        ("--width", "argument --width: expected one argument; see --help"),
+        ("--name=", "--name is empty; give it a value or leave it out; see --help"),
+    ],
+)
+def test_a_mistake_is_a_user_error(flags, message):
+    with pytest.raises(UserError) as error:
+        parse(*flags.split())
+    assert str(error.value) == message
+
+
+def test_help_has_the_groups_and_what_the_flags_are_for(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "garden: --tree_count TREE_COUNT, --tree-count TREE_COUNT How many trees. (default: None)" in text
+    assert "--fence [FENCE] Around it. (default: True) --no_fence, --no-fence The same as --fence false." in text
+    assert "house: --name NAME On the door. (default: home)" in text
+
+
+def test_a_switch_does_not_take_the_question_for_its_value():
+    for argv in (("--pond", "why?"), ("why?", "--pond"), ("--pond", "true", "why?")):
+        values, given = parse(*argv, question=True)
+        assert (values["question"], values["pond"]) == ("why?", True) and "pond" in given
+    assert parse("--pond", "false", "why?", question=True)[0]["pond"] is False
+
+
+def test_a_question_that_begins_with_a_dash_goes_behind_two():
+    for argv in (("--", "-5加3？", "--pond"), ("--pond", "--", "-5加3？")):
+        values, _ = parse(*argv, question=True)
+        assert (values["question"], values["pond"]) == ("-5加3？", True)
+    with pytest.raises(UserError, match="goes behind -- if it begins with -"):
+        parse("-5加3？", question=True)
