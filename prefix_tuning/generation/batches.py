@@ -1,16 +1,15 @@
 """Many prompts at once."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from prefix_tuning import signals
+from prefix_tuning.generation.options import is_continuable, resolve_options
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.generation.sampling import row_draws
 
 FEW_ROWS = 4  # a batch of no more is not made smaller: starting again would cost more than it saves
 
@@ -30,7 +29,7 @@ def complete_batches(
     prompts: list[str],
     prefix_name: str | list[str] | None = None,
     batch_size: int = 64,
-    seed: int | None = None,
+    seed: int = 0,
     numbers: Sequence[int] | None = None,
     first: int = 0,
     **options,
@@ -52,7 +51,7 @@ def complete_batches(
         if max(places) < first:
             continue
         inputs = tokenizer.pad({"input_ids": [ids[place] for place in places]}, padding_side="left", return_tensors="pt")
-        seeds = None if seed is None else [(seed, numbers[place]) for place in places]
+        seeds = [(seed, numbers[place]) for place in places]
         replies = _replies(
             model, inputs.to(model.device), [names[place] for place in places], seeds, tokenizer=tokenizer, **options
         )
@@ -63,40 +62,22 @@ def complete_batches(
         yield places, [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
-# With these settings, a call of `generate` that continues an earlier one goes on as that one would have: they look at the
-# scores of one token, or at the whole text. All others start anew with each call, need another cache, or are unknown here.
-_CONTINUABLE = {
-    "do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
-    "renormalize_logits", "remove_invalid_values", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
-    "sequence_bias", "suppress_tokens", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
-    "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "tokenizer",
-    "transformers_version",
-}  # fmt: skip
-
-
-def _is_continuable(settings: GenerationConfig, options: dict) -> bool:
-    """Whether several calls of `generate`, each of which continues the one before, answer as one."""
-    given = {name for name, value in (vars(settings) | options).items() if value is not None and name[0] != "_"}
-    given -= {name for name in ("num_beams", "num_return_sequences") if getattr(settings, name) == 1}
-    return settings.max_new_tokens is not None and given <= _CONTINUABLE
-
-
 def _replies(
-    model: PrefixBloom, inputs, names: list[str], seeds: list[tuple[int, int]] | None, generation_config=None, **options
+    model: PrefixBloom, inputs, names: list[str], seeds: list[tuple[int, int]], generation_config=None, **options
 ) -> list[torch.Tensor]:
     """The new tokens of every row of a tokenised batch: of every sequence, where there are several to a row.
 
     Where each row is a sequence of its own, rows that have ended leave the batch as soon as they are half of it; the others
     continue from what is in their past_key_values. The text is the same; the work is less where some answers are long.
-    seeds: what each row's draws depend on; None: on torch's own generator.
+    seeds: what each row's draws depend on.
     """
     ids, mask = inputs.input_ids, inputs.attention_mask
     tokens = ids.shape[1]
-    settings, options = model._settings(generation_config, options)
+    settings, options = resolve_options(model.generation_config, generation_config, options)
     settings.return_dict_in_generate = False
-    if len(names) <= FEW_ROWS or not _is_continuable(settings, options):
+    if len(names) <= FEW_ROWS or not is_continuable(settings, options):
         options["stopping_criteria"] = StoppingCriteriaList([*options.get("stopping_criteria", ()), _Heard()])
-        with _draws(settings, seeds):
+        with row_draws(settings, seeds):
             output = model.generate(ids, settings, attention_mask=mask, prefix_name=names, **options)
         return list(output[:, tokens:])
     left = settings.max_new_tokens
@@ -106,7 +87,7 @@ def _replies(
     while len(rows) and not signals.heard():
         settings.max_new_tokens = left
         options["stopping_criteria"] = StoppingCriteriaList([_Heard(), *([ended] if len(rows) > FEW_ROWS else [])])
-        with _draws(settings, seeds and [seeds[row] for row in rows.tolist()], ids.shape[1] - tokens):
+        with row_draws(settings, [seeds[row] for row in rows.tolist()], ids.shape[1] - tokens):
             ids = model.generate(ids, settings, attention_mask=mask, past_key_values=cache, **options)
         left -= ids.shape[1] - mask.shape[1]
         done = ended.among(ids[:, tokens:]).cpu() | (left == 0)
@@ -118,36 +99,6 @@ def _replies(
         cache.batch_select_indices(others)
         cache.prefix_mask = cache.prefix_mask[others]
     return replies
-
-
-def _draws(settings: GenerationConfig, seeds: list[tuple[int, int]] | None, step: int = 0) -> AbstractContextManager:
-    return _RowDraws(seeds, step) if settings.do_sample and seeds else nullcontext()
-
-
-class _RowDraws(TorchFunctionMode):
-    """Inside, torch.multinomial, by which `generate` samples, has a generator for each row of the batch and each step.
-
-    So what is drawn for a row does not depend on the rows beside it. seeds: one for each row, whose beams or sequences lie
-    one after the other; step: how many were drawn before.
-    """
-
-    def __init__(self, seeds: list[tuple[int, int]], step: int):
-        super().__init__()
-        self.seeds, self.step = seeds, step
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not torch.multinomial:
-            return function(*args, **kwargs)
-        probabilities, *others = args
-        drawn = []
-        for row, seed in zip(probabilities.chunk(len(self.seeds)), self.seeds, strict=True):
-            # A hash, as a CPU's generator takes only the lower half of a seed, and neighbours are not to be alike.
-            digest = hashlib.blake2b(repr((*seed, self.step)).encode(), digest_size=8).digest()
-            generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest, "big"))
-            drawn.append(function(row, *others, **kwargs, generator=generator))
-        self.step += 1
-        return torch.cat(drawn)
 
 
 class _Heard(StoppingCriteria):
