@@ -1,8 +1,14 @@
-"""Many processes as one: the little that the program needs of torch.distributed. A process alone passes through it.
+"""Several processes as one: the little that the program needs of torch.distributed. Alone, a process passes through.
 
-`torchrun` starts the processes and sets RANK, LOCAL_RANK and WORLD_SIZE. Each holds the encoder and the frozen base, or a
-part of that (sharding.py); they meet once per optimizer step, to sum the gradient of the prefix. Process 0, `main`, is the
-one that prints and writes.
+`torchrun` starts the processes and sets RANK, LOCAL_RANK and WORLD_SIZE. Each has the encoder and the frozen base, or a part
+of that (base_model/sharding.py), and trains on its share of every step's rows. Process 0, `main`, is the one that prints and
+writes. What they exchange, and when:
+
+    each optimizer step   numbers: labels, tokens, passes, signals      training/steps.py
+                          the gradient of the prefix, and the loss      training/loop.py
+    each evaluation       per pass, who has rows left and who was sent a signal; sums of losses; answers     evaluation.py
+    each saved file       a checksum of the weights, which must be equal in all
+    a sharded base        weights, in every pass                        base_model/sharding.py
 """
 
 import datetime
@@ -19,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 GRACE = 5  # seconds that torchrun gets to end a process that has lost another
-TIMEOUT = datetime.timedelta(hours=3)  # of a meeting: one process may prepare many rows while the others wait
+TIMEOUT = datetime.timedelta(hours=3)  # of one exchange: one process may prepare many rows while the others wait
 
 
 def rank() -> int:
@@ -35,7 +41,7 @@ def is_main() -> bool:
 
 
 def torchrun_job() -> str | None:
-    """What tells this torchrun from any other, the same after each of its restarts: the folder of its logs. None without."""
+    """A name for this torchrun that stays after its restarts: the folder of its logs. None without torchrun."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../JOB/attempt_N/LOCAL_RANK/error.json
     return Path(file).parents[2].name if file else None
 
@@ -44,9 +50,11 @@ _store: dist.Store | None = None  # shared by the processes of this run, once th
 
 
 def first_to_say(message: str) -> bool:
-    """Whether this process is the first with this message since torchrun (re)started them: often all have the same error."""
+    """Whether no other process has had this message since torchrun (re)started them: often all have the same error."""
     global _store
-    if _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own: it is there already
+    if (
+        _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):  # torchrun's own store, which it keeps open
         _store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     try:
         return _store is None or _store.add(f"{os.environ['TORCHELASTIC_RESTART_COUNT']}: {message}", 1) == 1
@@ -56,9 +64,9 @@ def first_to_say(message: str) -> bool:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Joins the other processes that torchrun started, if it did; all but main fall silent on stdout.
+    """Inside, this process is connected to the others that torchrun started, if it did; only main prints to stdout.
 
-    gloo carries what lies on the CPU, nccl what lies on CUDA.
+    gloo exchanges tensors on the CPU, nccl those on CUDA.
     """
     global _store
     if not dist.is_torchelastic_launched() or dist.is_initialized():
@@ -68,7 +76,7 @@ def processes(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     _store, number, total = next(dist.rendezvous("env://", timeout=TIMEOUT))
     one_machine, kept = os.environ["GROUP_WORLD_SIZE"] == "1", os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
-    if one_machine:  # after a restart, a store that torchrun keeps still holds the addresses of the dead
+    if one_machine:  # after a restart, the store still holds the addresses of dead processes
         _store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", _store)
     elif kept and number == 0 and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":  # machines do not count restarts alike
         print("a restart may hang; against that, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun", file=sys.stderr)
@@ -80,7 +88,7 @@ def processes(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        time.sleep(GRACE)  # the other one says why; if it was on this machine, torchrun ends this process meanwhile
+        time.sleep(GRACE)  # the lost one prints why it ended; on the same machine, torchrun ends this process meanwhile
         print(f"process {number}: has lost another process of this run, which says why it ended", file=sys.stderr)
         sys.exit(1)
     finally:
@@ -90,7 +98,7 @@ def processes(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def local_main_first() -> Iterator[None]:
-    """Lets one process per machine do something, and the others do it after that: they find it cached."""
+    """Lets one process per machine do something first; the others then find the result cached."""
     waits = os.environ.get("LOCAL_RANK", "0") != "0"
     if waits:
         barrier()
@@ -100,7 +108,7 @@ def local_main_first() -> Iterator[None]:
 
 
 def barrier() -> None:
-    sum_over_ranks([0])
+    max_over_ranks(0)
 
 
 def share(values: Sequence) -> Sequence:
@@ -108,44 +116,58 @@ def share(values: Sequence) -> Sequence:
     return values[rank() :: world_size()]
 
 
-def all_sum(tensor: torch.Tensor, operation=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
-    """Sums a tensor over all processes, or a group of them, in place: the same bits in each."""
+def all_sum(*tensors: torch.Tensor) -> None:
+    """Sums tensors of one dtype over all processes, in place, in one all-reduce: the same bits in each."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, operation, group)
-    return tensor
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def sum_over_ranks(numbers: list[float]) -> list[float]:
-    """Each number summed over all processes, in float64, by way of the CPU: nothing waits for a GPU."""
-    return all_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    """Each number summed over all processes, in float64, on the CPU: nothing waits for a GPU."""
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    all_sum(tensor)
+    return tensor.tolist()
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of what the processes have."""
-    return int(all_sum(torch.tensor(number), dist.ReduceOp.MAX))
+    """The largest number that a process has."""
+    tensor = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
-def broadcast_object(value):
-    """What main has: anything that JSON knows."""
-    return gather(value if is_main() else None)[0]
+def gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers of each process, in the order of the ranks, by one all-reduce on the CPU. All have equally many."""
+    table = torch.zeros(world_size(), len(numbers), dtype=torch.int64)
+    table[rank()] = torch.tensor(numbers)
+    all_sum(table)
+    return table.tolist()
 
 
 def gather(value) -> list:
-    """What each process has, in the order of the ranks: anything that JSON knows."""
+    """The value of each process, in the order of the ranks: anything that JSON knows. torch's own would unpickle."""
     if not dist.is_initialized():
         return [value]
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).long()
-    lengths = torch.zeros(world_size(), dtype=torch.int64)
-    lengths[rank()] = len(content)
-    lengths = all_sum(lengths).tolist()
+    lengths = [length for (length,) in gather_numbers([len(content)])]
     parts = [torch.zeros(length, dtype=torch.int64) for length in lengths]
     parts[rank()] = content
-    texts = all_sum(torch.cat(parts)).to(torch.uint8).split(lengths)
-    return [json.loads(bytes(text.tolist())) for text in texts]
+    joined = torch.cat(parts)
+    all_sum(joined)
+    return [json.loads(bytes(text.tolist())) for text in joined.to(torch.uint8).split(lengths)]
+
+
+def broadcast_object(value):
+    """The value that main has, in all processes: anything that JSON knows."""
+    return gather(value if is_main() else None)[0]
 
 
 def check_equal(tensors: list[torch.Tensor], what: str) -> None:
-    """Raises RuntimeError unless all processes have the same bits, as a sum over them tells."""
+    """Raises RuntimeError unless all processes have the same bits, by comparing their sums as integers."""
     sums = [int(tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in tensors]
     if len({tuple(other) for other in gather(sums)}) > 1:
         raise RuntimeError(f"the processes no longer have the same {what}")

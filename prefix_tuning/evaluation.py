@@ -6,57 +6,77 @@ from collections.abc import Iterator
 
 import torch
 from datasets import Dataset
-from transformers import BloomForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from prefix_tuning import signals
-from prefix_tuning.base_model.sharding import in_step
+from prefix_tuning import distributed, signals
 from prefix_tuning.data.rows import prompt_of, take
-from prefix_tuning.distributed import gather, share, sum_over_ranks
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
-from prefix_tuning.model.batch import EMPTY_BATCH, count_labels, pack
-from prefix_tuning.model.bloom import label_losses
+from prefix_tuning.model.batch import EMPTY_BATCH, Batch, count_labels, pack
+from prefix_tuning.model.bloom import Bloom
+
+SORTED_ROWS = 1024  # rows that are sorted by length together
 
 
 @torch.no_grad()
 def row_losses(
-    model: BloomForCausalLM, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
+    model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> Iterator[tuple[float, int]]:
-    """Of every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number."""
-    with in_step(model, lambda: label_losses(model, EMPTY_BATCH.to(model.device), prefix)):
-        for start in range(0, len(tokenized), 1024):  # sorted by length within each thousand
-            examples = take(tokenized, list(range(start, min(start + 1024, len(tokenized)))))
-            order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
-            found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-            places = iter(order)
-            for batch in pack([examples[place] for place in order], max_tokens):
-                if signals.heard():  # who called asks all processes, by stop_if_heard
-                    return
-                losses = label_losses(model, batch.to(model.device), prefix).double().cpu()
-                rows = list(itertools.islice(places, batch.rows))
-                counts = [count_labels([examples[place]]) for place in rows]
-                for place, part in zip(rows, losses.split(counts), strict=True):
-                    found[place] = part.sum().item(), len(part)
-            yield from found
+    """Of every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number.
+
+    All ranks call this together, each for its own rows. It ends early, in all of them, once one was sent a signal.
+    """
+    found: dict[int, tuple[float, int]] = {}
+    following = 0  # the row to yield next
+    for places, batch in _equal_passes(_passes(tokenized, max_tokens)):
+        losses = model.label_losses(batch.to(model.device), prefix).double().cpu()
+        counts = [count for _, count in places]
+        for (place, count), part in zip(places, losses.split(counts), strict=True):
+            found[place] = part.sum().item(), count
+        while following in found:
+            yield found.pop(following)
+            following += 1
 
 
-def evaluate_loss(
-    model: BloomForCausalLM, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
-) -> dict[str, float]:
+def _passes(tokenized: Dataset, max_tokens: int) -> Iterator[tuple[list[tuple[int, int]], Batch]]:
+    """The rows, packed; with each batch, the place and the number of labels of each of its rows."""
+    for start in range(0, len(tokenized), SORTED_ROWS):
+        examples = take(tokenized, list(range(start, min(start + SORTED_ROWS, len(tokenized)))))
+        order = iter(sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids)))  # as `pack` does
+        for batch in pack(examples, max_tokens):
+            rows = list(itertools.islice(order, batch.rows))
+            yield [(start + row, count_labels([examples[row]])) for row in rows], batch
+
+
+def _equal_passes(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple[list, Batch]]:
+    """The passes, and empty ones until no rank has any left, as a sharded base is gathered by all ranks in each pass.
+
+    An all-reduce before each pass asks for that, and for signals: if a rank was sent one, this ends in all of them.
+    """
+    while True:
+        following = next(passes, None)
+        busy, signal = zip(*distributed.gather_numbers([following is not None, signals.heard()]), strict=True)
+        if any(signal) or not any(busy):
+            return
+        yield following or ([], EMPTY_BATCH)
+
+
+def evaluate_loss(model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> dict[str, float]:
     """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset; processes share the rows.
 
-    Raises Interrupted in all of them, after the pass at hand, if one has heard a signal.
+    Raises Interrupted in all of them, after the current pass, if one was sent a signal.
     """
+    own = tokenized.select(distributed.share(range(len(tokenized))))
     losses, labels = 0.0, 0
-    for loss, count in row_losses(model, tokenized.select(share(range(len(tokenized)))), prefix, max_tokens):
+    for loss, count in row_losses(model, own, prefix, max_tokens):
         losses, labels = losses + loss, labels + count
     signals.stop_if_heard()
-    losses, labels = sum_over_ranks([losses, labels])
+    losses, labels = distributed.sum_over_ranks([losses, labels])
     return {"eval_loss": losses / labels, "eval_perplexity": perplexity(losses / labels)}
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), but for what is too large for a float."""
+    """exp(loss), or the largest of those that a float can hold."""
     return math.exp(min(loss, 700))  # e ** 710 overflows
 
 
@@ -65,8 +85,8 @@ def answer_rows(
 ) -> list[str]:
     """Greedy answers to the questions of `rows` (columns instruction and input), long enough to match their output.
 
-    Processes share the questions, and all get all answers. Raises Interrupted in all of them, after the batch at hand, if
-    one has heard a signal.
+    Processes share the questions, and all get all answers. Raises Interrupted in all of them, after the current batch, if
+    one was sent a signal.
     """
     prompts = [prompt_of(row["instruction"], row["input"]) for row in rows]
     longest = max(len(ids) for ids in tokenizer(list(rows["output"]), split_special_tokens=True).input_ids)
@@ -75,14 +95,16 @@ def answer_rows(
         name = "prefix"
         model.attach(name, prefix)
     with model.in_step():
-        mine = complete(model, tokenizer, share(prompts), prefix_name=name, max_new_tokens=longest + 1, do_sample=False)
+        own = complete(
+            model, tokenizer, distributed.share(prompts), prefix_name=name, max_new_tokens=longest + 1, do_sample=False
+        )
     signals.stop_if_heard()
     answers = [""] * len(prompts)
-    for process, part in enumerate(parts := gather(mine)):
+    for process, part in enumerate(parts := distributed.gather(own)):
         answers[process :: len(parts)] = part
     return answers
 
 
 def exact_match(answers: list[str], rows: Dataset) -> float:
-    """Share of answers that equal the row's output but for surrounding white space."""
+    """Share of answers that equal the row's output, surrounding white space aside."""
     return sum(answer.strip() == output.strip() for answer, output in zip(answers, rows["output"], strict=True)) / len(rows)

@@ -20,25 +20,25 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig
 
-from prefix_tuning import bundled, evaluation
+from prefix_tuning import bundled, plain
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import ADAPTER_FILE, ENCODER_FILE, METRICS_FILE
 from prefix_tuning.inference.run import infer
-from prefix_tuning.model.batch import IGNORED, Example
-from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.model.batch import IGNORED, Example, count_labels, pack
+from prefix_tuning.model.bloom import Bloom, prefix_cache
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
-from prefix_tuning.training import evaluator
-from prefix_tuning.training import run as training
+from prefix_tuning.training import evaluator, inputs
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.start import make_encoder
+from prefix_tuning.training.state import TrainingState, make_optimizer, make_schedule
+from prefix_tuning.training.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_ROWS = ROOT.parent / "shared" / "data" / "alpaca_zh"
@@ -53,11 +53,11 @@ def start_process(command, **options) -> subprocess.Popen:
     return process
 
 
-def random_bloom(seed=0, dtype=torch.float32, **options) -> BloomForCausalLM:
+def random_bloom(seed=0, dtype=torch.float32, **options) -> Bloom:
     """A small Bloom whose biases and layer norms are random too, so that no term hides behind a zero or a one."""
     torch.manual_seed(seed)
     shape = {"vocab_size": 4096, "hidden_size": 48, "n_layer": 3, "n_head": 6, "pad_token_id": 3} | options
-    model = BloomForCausalLM(BloomConfig(**shape)).eval().requires_grad_(False)
+    model = Bloom(BloomConfig(**shape)).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     return model.to(dtype)
@@ -80,18 +80,32 @@ def examples_of(lengths, vocab_size=4096, seed=0, prompt_share=0.5) -> list[Exam
 
 
 def plain_loss(model, examples, prefix):
-    """The plain twin: transformers' own forward, row by row, the prefix as past_key_values. Summed cross-entropy."""
-    total = 0
-    for example in examples:
-        ids = torch.tensor([example.input_ids])
-        cache, length = None, ids.shape[1]
-        if prefix is not None:
-            cache, length = prefix_cache([prefix.to(model.dtype)])[0], ids.shape[1] + prefix.shape[3]
-        logits = model(ids, past_key_values=cache, attention_mask=torch.ones(1, length, dtype=torch.long)).logits[0, :-1]
-        labels = torch.tensor(example.labels[1:])
-        if len(labels):
-            total = total + F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
-    return total
+    """plain.py's loss, by transformers' own forward with the prefix as past_key_values: nats, summed over all rows."""
+    if prefix is None:
+        shape = model.config
+        prefix = torch.empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
+    rows = [(torch.tensor([example.input_ids]), torch.tensor([example.labels])) for example in examples]
+    return sum(plain.loss_of(model, prefix, *row) for row in rows)
+
+
+def loss_and_gradient(loss_of, prefix):
+    """loss_of(prefix), and its gradient in the prefix."""
+    leaf = prefix.clone().requires_grad_()
+    loss = loss_of(leaf)
+    loss.backward()
+    return loss.item(), leaf.grad
+
+
+def training_state(encoder, learning_rate=0.1, loss_scaling=False, max_grad_norm=1.0) -> TrainingState:
+    """A new state, with weight decay, warm-up and a rate that falls over 10 steps."""
+    schedule = make_schedule("linear", learning_rate, warmup_steps=2, total_steps=10)
+    return TrainingState(encoder, make_optimizer(encoder, learning_rate, 0.5), schedule, max_grad_norm, loss_scaling)
+
+
+def step_of(examples, max_tokens=1000, number=1) -> Step:
+    """These examples as one optimizer step of a process alone."""
+    tokens = sum(len(example.input_ids) for example in examples)
+    return Step(number, list(pack(examples, max_tokens)), count_labels(examples), tokens, 0, len(examples))
 
 
 def relative(ours, theirs):
@@ -227,7 +241,7 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (evaluation, "label_losses")) -> None:
+def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (Bloom, "label_losses")) -> None:
     """Runs a training that gets SIGINT during its last of so many evaluations, at its second pass, or at another call
     of a function that is `watched`. There must be no call after that."""
     calls, evaluate_loss, real = [], evaluator.evaluate_loss, getattr(*watched)
@@ -251,7 +265,7 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
 
 def train_with_little_memory(runs: list[dict], answer) -> None:
     """What a child process does: runs trainings with 600 MB of address space left, and reports how each ended."""
-    load = training.load_base
+    load = inputs.load_base
 
     def load_then_limit(*arguments):
         loaded = load(*arguments)
@@ -259,7 +273,7 @@ def train_with_little_memory(runs: list[dict], answer) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20, resource.RLIM_INFINITY))
         return loaded
 
-    training.load_base = load_then_limit
+    inputs.load_base = load_then_limit
     for options in runs:
         try:
             train(TrainConfig(**options))

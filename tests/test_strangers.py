@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import torch
-from helpers import prefix_config, random_bloom
+from helpers import prefix_config, random_bloom, training_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -27,7 +27,6 @@ from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training.resume import check_same_run, find_resumed, metrics_so_far, restore
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.state import TrainingState
 
 CPU = torch.device("cpu")
 fuzz = settings(
@@ -173,8 +172,7 @@ def test_any_state_of_a_checkpoint(tmp_path, chosen):
     encoder = PrefixEncoder(prefix_config(random_bloom(), projection=False))
     path = str(tmp_path / "checkpoint-1.safetensors")
     (tmp_path / "out").mkdir(exist_ok=True)
-    config = TrainConfig(output_dir=str(tmp_path / "out"), resume_from_checkpoint=path)
-    state = TrainingState(config, encoder, 10, torch.float32)
+    state = training_state(encoder)
     for parameter in encoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()
@@ -193,10 +191,10 @@ def test_any_state_of_a_checkpoint(tmp_path, chosen):
     save_checkpoint(tmp_path, 1, tensors, numbers, None)
 
     def resume():
-        resumed = find_resumed(config)
+        resumed = find_resumed(tmp_path / "out", path, overwrite=False)
         check_same_run(resumed, {"seed": 42})
         assert isinstance(metrics_so_far(resumed), bytes)
-        restore(TrainingState(config, resumed.encoder(), 10, torch.float32), resumed)
+        restore(training_state(resumed.encoder()), resumed)
 
     read_or_refuse(resume)
 

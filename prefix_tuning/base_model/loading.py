@@ -3,27 +3,35 @@
 import sys
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from prefix_tuning import bundled
+from prefix_tuning.base_model.layers import wrap_layers
 from prefix_tuning.base_model.sharding import load_sharded
 from prefix_tuning.distributed import is_main
 from prefix_tuning.errors import UserError
+from prefix_tuning.model.bloom import Bloom
 
 # For a look at which files of a model are here.
 _ONLY_LOOK = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
 
 
 def load_base(
-    name: str, dtype: torch.dtype, device: torch.device, parts: int | None = None
-) -> tuple[BloomForCausalLM, PreTrainedTokenizerBase]:
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    parts: int | None = None,
+    gradient_checkpointing: bool = False,
+    torch_compile: bool = False,
+) -> tuple[Bloom, PreTrainedTokenizerBase]:
     """Loads a Bloom model and its tokenizer by bundled name, hub name or path, and freezes the model.
 
-    parts: how many processes share the weights, each loading a part only (sharding.py); None: each loads all. Returns the
-    model in `dtype` on `device`, in eval mode, with no parameter requiring a gradient, and its tokenizer with left padding.
-    Code that comes with a model is never run, and a pickled checkpoint is read only the way that runs none. Raises UserError
-    if there is no such model, if it is broken, if it is no Bloom, or if its tokenizer cannot serve it.
+    parts: how many processes share the weights, each loading a part only (sharding.py); None: each loads all. The flags are
+    those of `wrap_layers`. Returns the model in `dtype` on `device`, in eval mode, with no parameter requiring a gradient,
+    and its tokenizer with left padding. Code that comes with a model is never run, and a pickled checkpoint is read only the
+    way that runs none. Raises UserError if there is no such model, if it is broken, if it is no Bloom, or if its tokenizer
+    cannot serve it.
     """
     path = bundled.resolve(name)
     try:
@@ -32,19 +40,24 @@ def load_base(
             raise UserError(f"--model_name_or_path {name} is a {config.model_type} model; this program tunes Bloom")
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
         _check_tokenizer(name, tokenizer, config.vocab_size)
-        if parts:
-            return load_sharded(path, config, dtype, device, parts), tokenizer
-        model, report = BloomForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, dtype).to(device)
     except UserError:
         raise
     except Exception as error:  # a broken file can make transformers and tokenizers raise anything
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip()[:300]}") from error
+    wrap_layers(model, gradient_checkpointing, torch_compile)
+    return model, tokenizer
+
+
+def _load_whole(name: str, path: str, dtype: torch.dtype) -> Bloom:
+    """The frozen model on the CPU, read by transformers."""
+    model, report = Bloom.from_pretrained(path, dtype=dtype, output_loading_info=True)
     safe = any(cached_file(path, file, **_ONLY_LOOK) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if not safe and is_main():
         print(f"{name}: its weights are a pickled .bin file; safetensors is the safer format", file=sys.stderr)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
-    return model.requires_grad_(False).eval().to(device), tokenizer
+    return model.requires_grad_(False).eval()
 
 
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

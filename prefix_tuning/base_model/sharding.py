@@ -1,10 +1,11 @@
-"""A base larger than one device: PyTorch's fully_shard ("FSDP2"; Zhao et al. 2023) splits its weights over the processes.
+"""A base larger than one device: PyTorch's fully_shard ("FSDP2"; Zhao et al. 2023) splits its weights over processes.
 
-Each process keeps its rows of every weight. A layer's are gathered when a pass reaches it, and freed behind it, forward and
-backward; the embeddings, which are the head's weights too, where a pass starts and where the forward pass ends. Only prefix,
-encoder and optimizer are whole in each process.
+Each process keeps its rows of every weight. A layer's weights are gathered when a pass reaches it and freed behind it, in
+the forward and in the backward pass; the embeddings, which are the head's weights too, where a pass begins and where its
+forward half ends. Only prefix, encoder and optimizer are whole in each process.
 
-As the gathering takes all processes, all must go through the base equally often: one that is out of rows keeps `in_step`.
+Gathering is collective: all ranks must run equally many passes. Training and evaluation know their passes in advance and
+fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so answers are made inside `in_step`.
 """
 
 import ctypes
@@ -12,12 +13,10 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -28,6 +27,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.reading import find_file
+from prefix_tuning.model.bloom import Bloom
 
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
@@ -51,7 +51,7 @@ def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
     return shard_degree or processes
 
 
-def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: torch.device, parts: int) -> BloomForCausalLM:
+def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: torch.device, parts: int) -> Bloom:
     """Loads this process's part of a Bloom from safetensors files; no process ever holds more of it.
 
     parts: how many processes, neighbours by rank, share one copy of the base; it divides their number. All processes call
@@ -60,7 +60,7 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
     """
     files = weight_files(path)
     with torch.device("meta"):
-        model = BloomForCausalLM(config).to(dtype).requires_grad_(False).eval()
+        model = Bloom(config).to(dtype).requires_grad_(False).eval()
     if find_file(path, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(path)
     shard(model, device, parts)
@@ -78,33 +78,31 @@ def weight_files(path: str) -> list[str]:
     raise UserError(f"--shard_base reads safetensors files, and {path} has none; {hint}")
 
 
-def shard(model: BloomForCausalLM, device: torch.device, parts: int) -> None:
-    """Splits a model that lies on the meta device, and gives each process memory for its part, not yet filled."""
+def shard(model: Bloom, device: torch.device, parts: int) -> None:
+    """Splits a model on the meta device, and allocates this process's part, not yet filled."""
     if device.type == "cpu":
         return_freed_memory()
     copies = distributed.world_size() // parts
     shape, names = ((copies, parts), ("copy", "part")) if copies > 1 else ((parts,), ("part",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     body = model.transformer
-    # Embeddings and head are a group for transformers' forward only, which takes them as they come; training takes `whole`.
     for group in (*body.h, [body.word_embeddings, model.lm_head], model):
         fully_shard(group, mesh=mesh)
-    # fully_shard gathers around the method `forward`, and around what is registered here: training has a forward of its own.
-    for module in (*body.h, model):
-        module.gathered_call = MethodType(_call, module)
-        register_fsdp_forward_method(module, "gathered_call")
+    # fully_shard gathers around the method `forward`, which is transformers'. Of the packed forward, layers.py registers
+    # that of the layers; embeddings and head, whose modules are not called there, are gathered by `gathered`.
+    register_fsdp_forward_method(model, "label_losses")
+    model.gathered = gathered
     model.to_empty(device=device)
-    model.pace = Lockstep()
-    model.register_forward_pre_hook(model.pace.begin_pass, prepend=True)  # for transformers' forward
-
-
-def _call(module: nn.Module, function: Callable, *args):
-    return function(module, *args)
+    model.lockstep = Lockstep()
+    model.register_forward_pre_hook(model.lockstep.begin_pass, prepend=True)
 
 
 def return_freed_memory() -> None:
-    """Has glibc hand freed weights back at once. It would keep them, in pieces between which small tensors come to lie, and
-    take new memory for the next layer's: in the end, for the whole base."""
+    """Makes glibc return the memory of freed weights to the system at once.
+
+    Else the heap fragments: small tensors pin freed weights, and memory grows to the size of the whole base. Above the size
+    set here malloc uses mmap, whose memory is returned at once.
+    """
     with suppress(OSError, AttributeError, TypeError):  # other systems have another malloc
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
@@ -134,34 +132,34 @@ def fill(model: BloomForCausalLM, files: list[str]) -> None:
 
 
 def first_row(tensor: DTensor) -> int:
-    """Where this process's rows begin in the whole tensor. fully_shard splits as torch.chunk does."""
+    """Index of this process's first row in the whole tensor. fully_shard splits as torch.chunk does."""
     rows, mesh = tensor.shape[0], tensor.device_mesh
     return min(rows, mesh.get_local_rank("part") * math.ceil(rows / mesh["part"].size()))
 
 
 def sum_of_parts(tensor: torch.Tensor, sharded: DTensor) -> torch.Tensor:
     """Sums a tensor over the processes that share one copy of the base, in place."""
-    return distributed.all_sum(tensor, group=sharded.device_mesh.get_group("part"))
-
-
-def call(function: Callable, module: nn.Module, *args):
-    """function(module, *args), for which the module's weights are gathered if it is sharded, and for its backward pass."""
-    # Not asked by its class: a PrefixBloom has this from the base whose modules it shares.
-    return module.gathered_call(function, *args) if hasattr(module, "gathered_call") else function(module, *args)
+    dist.all_reduce(tensor, group=sharded.device_mesh.get_group("part"))
+    return tensor
 
 
 def gathered(weight: torch.Tensor) -> torch.Tensor:
-    """A weight that no backward pass needs: if it is sharded, gathered. As a sum, which needs no memory but the result's."""
-    if not isinstance(weight, DTensor):
-        return weight
+    """A sharded weight as a whole, for a use that no backward pass goes through. All ranks of its copy call this together.
+
+    It is summed from parts that are zero elsewhere: a sum needs no memory besides the result's.
+    """
     local, first = weight.to_local(), first_row(weight)
-    gathered = local.new_zeros(weight.shape)
-    gathered[first : first + len(local)] = local
-    return sum_of_parts(gathered, weight)
+    whole = local.new_zeros(weight.shape)
+    whole[first : first + len(local)] = local
+    return sum_of_parts(whole, weight)
 
 
 class Lockstep:
-    """Before each pass the processes vote: 1, I have one to make; 0, I have none left. While anyone has, all make one."""
+    """Keeps ranks at equally many passes of transformers' forward.
+
+    Each pass gathers weights, which is collective: before each, ranks all-reduce whether anyone has work; those without
+    run an empty pass.
+    """
 
     def __init__(self):
         self.idle = False
@@ -170,25 +168,21 @@ class Lockstep:
         if not self.idle:
             distributed.max_over_ranks(1)
 
-    def go_idle(self, idle_pass: Callable[[], object]) -> None:
+    def follow(self, idle_pass: Callable[[], object]) -> None:
+        """Runs empty passes until no rank has work any more."""
         self.idle = True
         while distributed.max_over_ranks(0):
             idle_pass()
         self.idle = False
 
 
-def begin_pass(model: BloomForCausalLM) -> None:
-    """Every pass through a base that may be sharded begins with this."""
-    if is_sharded(model):
-        model.pace.begin_pass()
-
-
 @contextmanager
 def in_step(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
-    """Inside, a process may go through a sharded base as often as it has work; at the end, it joins the others' passes.
+    """Inside, each rank may run as many passes of transformers' forward as it has work for; at the end, it joins the
+    others'.
 
-    idle_pass: gathers what their passes gather, and has no other effect.
+    idle_pass: gathers the same weights, and has no other effect. A no-op unless the model is sharded.
     """
     yield
     if is_sharded(model):
-        model.pace.go_idle(idle_pass)
+        model.lockstep.follow(idle_pass)

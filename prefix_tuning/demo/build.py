@@ -23,7 +23,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast,
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.batch import Example, pack
-from prefix_tuning.model.bloom import packed_hidden
+from prefix_tuning.model.bloom import Bloom
 
 HERE = Path(__file__).parent
 # How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.
@@ -105,12 +105,12 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
     )
 
 
-def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> BloomForCausalLM:
+def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Bloom:
     """Trains a mini Bloom on documents of one to three sentences, by the same packed forward that prefix tuning uses."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     device = torch.device(args.device)
-    model = BloomForCausalLM(
+    model = Bloom(
         BloomConfig(
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
@@ -138,7 +138,7 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
             labels = sum(len(example.input_ids) - 1 for example in examples)
             for batch in pack(examples, max_tokens=8192):
                 batch = batch.to(device)
-                logits = F.linear(packed_hidden(model, batch, prefix=None), model.lm_head.weight)
+                logits = F.linear(model.packed_hidden(batch, prefix=None), model.lm_head.weight)
                 part = F.cross_entropy(logits, batch.labels, reduction="sum") / labels
                 part.backward()
                 loss += part.detach()
@@ -219,6 +219,7 @@ def main() -> None:
     shares = recall(model, tokenizer, relations)
     for name, share in sorted(shares.items(), key=lambda item: item[1]):
         print(f"  {name:20s} recalls {share:6.1%}")
+    model.__class__ = BloomForCausalLM  # config.json names the class, and others know this one
     model.save_pretrained(args.output_dir / "model")
     tokenizer.save_pretrained(args.output_dir / "model")
 

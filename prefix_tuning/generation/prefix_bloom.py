@@ -28,7 +28,7 @@ from prefix_tuning.base_model.identity import check_base, fingerprint
 from prefix_tuning.base_model.sharding import in_step, is_sharded
 from prefix_tuning.files.prefixes import SavedPrefix
 from prefix_tuning.generation.options import check_options, guess_mask, new_tokens, resolve_options
-from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
 
 BASE = "base"  # the name for no prefix
 Names = str | list[str] | None  # of prefixes: one for all rows, or one for each; None: that of the prefix in use
@@ -38,7 +38,7 @@ class _PrefixBloomConfig(BloomConfig):
     model_type = "prefix-bloom"
 
 
-class PrefixBloom(BloomForCausalLM):
+class PrefixBloom(Bloom):
     """A Bloom with any number of prefixes.
 
         model = PrefixBloom(base)                                # a BloomForCausalLM, all of it on one device
@@ -73,6 +73,7 @@ class PrefixBloom(BloomForCausalLM):
         self.prefixes: dict[str, torch.Tensor] = {}
         self.active = BASE
         self._fingerprint = fingerprint(base, tokenizer)
+        add_packed_forward(self)
         for block in self.transformer.h:
             block.mlp.gelu_impl = nn.GELU(approximate="tanh")  # Bloom's GELU in one kernel instead of eight
 

@@ -1,9 +1,37 @@
-"""Attention of packed rows, each over [prefix; row], with ALiBi and the causal mask as one additive bias.
+"""Attention of every row over [prefix; row], with ALiBi and the causal mask as one additive bias.
 
-Two forms of one thing, equal but for rounding. `attend_padded` lays the rows out as a padded grid and leaves it to torch:
-few kernels, as suits a GPU and short rows. `attend_rows` goes through them one by one, as suits a CPU and long rows: no
-padding, less work for keys in a query's future, and nothing kept for the backward pass but what went in and what came out.
+Legend: R rows, T tokens of all rows (packed, batch.py), S tokens of the longest row, H heads, P prefix tokens, D head_dim.
+
+This is where prefix and text meet. For token i of a row, in each head:
+
+    scores  = q_i . [K_prefix ; K_row]^T / sqrt(D) + bias_i           (P + S)
+    context = softmax(scores) @ [V_prefix ; V_row]                    (D)
+
+Queries come from the text alone: a prefix token computes nothing, it is only looked at. All P prefix tokens are visible to
+every token of the row; of the row's own tokens, those up to i are. Both share one softmax, so what the prefix gets, the
+text loses: if the prefix draws the share a of the attention, the text's part is what it would be without a prefix, times
+(1 - a).
+
+ALiBi (Press et al. 2022) is all that Bloom knows of positions: a key d positions back is penalised by slope_h * d, with one
+slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a power of two. The prefix occupies the positions 0 .. P-1
+and the row those from P on, so prefix token j is P + i - j positions behind token i:
+
+    bias_i = -slope_h * [P + i, ..., i + 1 | i, i - 1, ..., 0, -inf, ...]        prefix | row up to i, the future hidden
+
+- Steep heads (h = 1: slope 0.7 for 16 heads) cannot see a prefix from a distance: 64 tokens on, they penalise it by 45
+  nats. The flattest heads (slope 0.004) see it from everywhere. Learned keys can make up for some of that.
+- A prefix that is 5 tokens longer changes nothing between the tokens of a row, whose distances stay. What is new stands 5
+  tokens further in front.
+- A model with rotary positions has no such bias: queries and keys of the row are rotated by their position P + i, prefix
+  keys are learned as they are used, and the bias is the causal mask alone. With grouped heads, H of keys and values is
+  smaller.
+
+`attend` has two forms, equal but for rounding. `attend_padded` lays the rows out as a padded grid and calls torch once: few
+kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, no work
+for most of the hidden future, and only inputs and outputs are kept for the backward pass.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,40 +40,34 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from prefix_tuning.model.batch import Batch
 
-# What scaled_dot_product_attention runs on a CPU. Called by name, because the backward pass below works on parts of it.
+# What scaled_dot_product_attention runs on a CPU. Called by name, because the backward pass below needs it for parts.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-
-QUERIES_AT_ONCE = 128  # fewer skip more of the future, more waste less time between kernels
-
-
-SHORT_ROW = 48  # tokens; below, a CPU takes longer to start a row's kernels than to run them (tests/benchmarks/NOTES.md)
+QUERY_CHUNK = 128  # queries: smaller chunks skip more masked keys, larger ones launch fewer kernels
+SHORT_ROW = 48  # tokens; for shorter rows, launching a row's kernels takes a CPU longer than running them (NOTES.md)
 
 
 def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
-    """ALiBi and the causal mask as one additive bias (1, heads, max_length, prefix_length + max_length), typed as `like`.
+    """The bias of the formula above: (1, H, S, P + S), in dtype and on the device of `like`.
 
-    Query i stands at position prefix_length + i and sees keys up to its own position; a key `d` positions back is
-    penalised by slope * d. Bloom itself adds slope * key position; softmax cannot tell the difference, and distances stay
-    small where bfloat16 is exact. Rows need no mask of their own: padding stands right of the tokens, so causality hides it.
+    Bloom itself adds slope * key position: for one query that differs by a constant, which softmax cancels. Distances stay
+    small where bfloat16 is exact. One bias serves rows of any length: what pads a row is behind it, hidden as its future.
     """
     keys = torch.arange(prefix_length + max_length, device=like.device)
-    distance = keys - keys[prefix_length:, None]
-    # Two positions are enough to read the slopes off transformers' own table.
+    distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative behind it
+    # transformers' table is slope * position; at position 1 it holds the slopes.
     slopes = build_alibi_tensor(torch.ones(1, 2, device=like.device), num_heads, torch.float32)[:, :, 1:]
     slopes = slopes.to(torch.promote_types(like.dtype, torch.float32))
     bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(like.dtype)
-    return bias.unsqueeze(0)  # of three axes only, CPU attention takes its slow path
+    return bias.unsqueeze(0)  # SDPA on CPU uses a slow kernel for a 3-D mask; the batch axis avoids it
 
 
-@torch.compiler.disable  # every batch has other lengths: compiled, it would be compiled anew each time
+@torch.compiler.disable  # row lengths differ from batch to batch: it would be compiled anew for each
 def attend(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, only_labels: bool) -> torch.Tensor:
-    """Attention of every row over [prefix; row]: (total_tokens, heads, head_dim).
+    """Attention of every row over [prefix; row]: (T, H, D).
 
-    qkv: (total_tokens, heads, 3, head_dim), as Bloom's query_key_value emits it. prefix: (2, heads, tokens, head_dim).
+    qkv: (T, H, 3, D), as Bloom's query_key_value returns it; prefix: (2, H, P, D), key and value; bias: `attention_bias`.
     only_labels: the result is used at label positions only; elsewhere it may hold anything.
     """
     if qkv.device.type == "cpu" and len(qkv) >= SHORT_ROW * batch.rows:
@@ -55,9 +77,9 @@ def attend(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Te
 
 def attend_padded(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor) -> torch.Tensor:
     """`attend` on all rows at once, as a grid that is padded to the longest row."""
-    query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (rows, heads, max_length, head_dim)
+    query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (R, H, S, D)
     prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1).expand(-1, batch.rows, -1, -1, -1)
-    key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
+    key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)  # (R, H, P + S, D)
     context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     return batch.from_grid(context.transpose(1, 2))
 
@@ -65,14 +87,17 @@ def attend_padded(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: t
 def attend_rows(
     qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, only_labels: bool
 ) -> torch.Tensor:
-    """`attend` row by row, and long rows in pieces. CPU only."""
+    """`attend` row by row, long rows in chunks of queries. CPU only."""
     first_queries = batch.first_labels if only_labels else [0] * batch.rows
-    return _AttendRows.apply(qkv, prefix, bias, batch.lengths, first_queries)
+    return AttendRows.apply(qkv, prefix, bias, batch.lengths, first_queries)
 
 
-class _AttendRows(torch.autograd.Function):
-    """Flash attention (Dao et al. 2022) piece by piece. Its backward pass needs no more than the inputs, the result and the
-    logarithms of the softmax's sums, and it can be taken for some of the keys only."""
+class AttendRows(torch.autograd.Function):
+    """Flash attention (Dao et al. 2022), chunk by chunk.
+
+    Its backward pass recomputes the softmax from queries, keys and the log of the softmax's sum, so no (S, P + S) matrix is
+    kept. Gradients: qkv, unless it needs none, and prefix.
+    """
 
     @staticmethod
     def forward(ctx, qkv, prefix, bias, lengths, first_queries):
@@ -92,10 +117,10 @@ class _AttendRows(torch.autograd.Function):
         qkv, prefix, bias, context, *log_sums = ctx.saved_tensors
         grad_qkv, grad_prefix = torch.zeros_like(qkv), torch.zeros_like(prefix)
         prefix_length = prefix.shape[2]
-        # Nothing below the first layer is trained: there only the prefix's own keys and values want a gradient.
+        # The first layer's qkv depends on nothing that is trained: there only the prefix needs gradients.
         into_rows = ctx.needs_input_grad[0]
-        pieces = _query_chunks(qkv, prefix, bias, *ctx.rows)
-        for (queries, keys, query, key, value, visible), log_sum in zip(pieces, log_sums, strict=True):
+        chunks = _query_chunks(qkv, prefix, bias, *ctx.rows)
+        for (queries, keys, query, key, value, visible), log_sum in zip(chunks, log_sums, strict=True):
             if not into_rows:
                 key, value, visible = key[:, :, :prefix_length], value[:, :, :prefix_length], visible[..., :prefix_length]
             grad, result = (x[queries].transpose(0, 1).unsqueeze(0) for x in (grad_context, context))
@@ -110,26 +135,28 @@ class _AttendRows(torch.autograd.Function):
         return grad_qkv if into_rows else None, grad_prefix, None, None, None
 
 
-def _query_chunks(qkv: torch.Tensor, prefix: torch.Tensor, bias: torch.Tensor, lengths: list[int], first_queries: list[int]):
-    """Cuts packed rows into pieces of neighbouring queries and yields for each:
+def _query_chunks(
+    qkv: torch.Tensor, prefix: torch.Tensor, bias: torch.Tensor, lengths: list[int], first_queries: list[int]
+) -> Iterator[tuple]:
+    """Cuts packed rows into chunks of neighbouring queries and yields for each:
 
-    where its queries stand among the packed tokens, and where the row's tokens up to the last of them, as slices;
-    query, key and value (1, heads, queries or keys, head_dim); their part of the bias.
+    slices of the packed axis: of its queries, and of the row's tokens up to the last of them;
+    query, key and value, each (1, H, queries or visible keys, D), the prefix's keys and values in front; their bias.
     """
     prefix_length, start = prefix.shape[2], 0
     prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1)
     for length, first in zip(lengths, first_queries, strict=True):
         query, key, value = qkv[start : start + length].unsqueeze(0).permute(3, 0, 2, 1, 4)
         key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
-        for begin in range(first, length, QUERIES_AT_ONCE):
-            end = min(begin + QUERIES_AT_ONCE, length)
-            seen = prefix_length + end
+        for begin in range(first, length, QUERY_CHUNK):
+            end = min(begin + QUERY_CHUNK, length)
+            visible = prefix_length + end  # keys: the whole prefix, and the row up to the last query
             yield (
                 slice(start + begin, start + end),
                 slice(start, start + end),
                 query[:, :, begin:end],
-                key[:, :, :seen],
-                value[:, :, :seen],
-                bias[:, :, begin:end, :seen],
+                key[:, :, :visible],
+                value[:, :, :visible],
+                bias[:, :, begin:end, :visible],
             )
         start += length

@@ -1,4 +1,13 @@
-"""From token ids to packed batches."""
+"""Rows as token ids, and batches of them without padding.
+
+Legend: R rows of a batch, T tokens of all its rows together, S tokens of its longest row, N labels.
+
+A batch is *packed*: its rows lie end to end in one axis of T tokens. Linear layers and layer norms treat every token alike,
+so they need no more; only attention has to know where a row begins (attention.py). transformers pads to R x S instead.
+
+Why -100? Only the answer is to be learned, not the prompt, so prompt positions carry a label that is left out of the loss.
+-100 is the one that torch's cross_entropy ignores by default, and that transformers uses.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -6,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
+IGNORED = -100  # the label of a position that does not count
 
 
 @dataclass
 class Example:
-    """One row as token ids. labels[i] is input_ids[i] where it is part of the answer, IGNORED where of the prompt."""
+    """One row as token ids. labels[i] is input_ids[i] where it is part of the answer, IGNORED where it is of the prompt."""
 
     input_ids: list[int]
     labels: list[int]
@@ -21,12 +30,12 @@ class Example:
 class Batch:
     """Rows end to end, without padding. All tensors are int64.
 
-    input_ids:        (total_tokens,)
-    label_positions:  (labels,) the packed position whose output predicts the label, one before the labelled token
-    labels:           (labels,) the token ids to predict
-    lengths:          tokens of each row
+    input_ids:        (T,)
+    label_positions:  (N,) packed positions whose output predicts a label: each is one before the labelled token
+    labels:           (N,) the token ids to predict there
+    lengths:          tokens of each row, R numbers
     first_labels:     of each row, the first place in it whose output predicts a label; its length if there is none
-    slots:            (total_tokens,) place of each token in the flattened (rows, max_length) grid; None if it has no padding
+    slots:            (T,) the place of each token in the flattened (R, S) grid; None if no row is shorter than S
     """
 
     input_ids: torch.Tensor
@@ -45,7 +54,7 @@ class Batch:
         return max(self.lengths)
 
     def to(self, device: torch.device) -> "Batch":
-        """This batch on `device`. From pinned memory, so that a CUDA copy waits for nothing that is still computing."""
+        """This batch on `device`. A CUDA copy from pinned memory does not wait for kernels that are still running."""
 
         def move(value):
             if not isinstance(value, torch.Tensor):
@@ -55,14 +64,14 @@ class Batch:
         return Batch(**{name: move(value) for name, value in vars(self).items()})
 
     def to_grid(self, packed: torch.Tensor) -> torch.Tensor:
-        """(total_tokens, ...) -> (rows, max_length, ...), zeros where a row is shorter."""
+        """(T, ...) -> (R, S, ...), zeros behind the end of shorter rows."""
         if self.slots is not None:
             grid = packed.new_zeros(self.rows * self.max_length, *packed.shape[1:])
             packed = grid.index_copy(0, self.slots, packed)
         return packed.unflatten(0, (self.rows, self.max_length))
 
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
-        """(rows, max_length, ...) -> (total_tokens, ...): `to_grid` undone."""
+        """(R, S, ...) -> (T, ...), the inverse of `to_grid`."""
         flat = grid.flatten(0, 1)
         return flat if self.slots is None else flat.index_select(0, self.slots)
 
@@ -70,7 +79,7 @@ class Batch:
 def pack(examples: list[Example], max_tokens: int) -> Iterator[Batch]:
     """Packs the examples into batches of up to `max_tokens` tokens, rows of similar length together.
 
-    A row that is longer than `max_tokens` makes a batch of its own.
+    A row longer than `max_tokens` is a batch of its own.
     """
     rows: list[Example] = []
     tokens = 0
@@ -86,7 +95,7 @@ def pack(examples: list[Example], max_tokens: int) -> Iterator[Batch]:
 
 def _batch(rows: list[Example]) -> Batch:
     lengths = [len(row.input_ids) for row in rows]
-    # Position i predicts token i + 1: shift the labels to where their prediction is made.
+    # The output at position i predicts token i + 1, so labels are shifted by one, within their row.
     shifted = [[*row.labels[1:], IGNORED] for row in rows]
     flat = torch.tensor(list(itertools.chain(*shifted)))
     label_positions = (flat != IGNORED).nonzero().flatten()
@@ -101,10 +110,10 @@ def _batch(rows: list[Example]) -> Batch:
     )
 
 
-# A batch that asks for nothing: one token, no label.
+# One token and no label: a pass whose loss is empty and whose gradient is exactly zero, for ranks that have no rows left.
 EMPTY_BATCH = _batch([Example([0], [IGNORED])])
 
 
 def count_labels(examples: list[Example]) -> int:
-    """How many labels are predicted: a row's first token has nothing before it that could."""
+    """How many labels are predicted. A row's first token never is: nothing stands before it."""
     return sum(label != IGNORED for example in examples for label in example.labels[1:])

@@ -1,109 +1,107 @@
-"""BLOOM"""
+"""Frozen Bloom with a second forward pass, for training a prefix.
 
-import functools
+Legend: R rows, T tokens of all rows (packed, batch.py), N labels, L layers, H heads, P prefix tokens, D head_dim,
+E = H * D hidden size, V vocabulary.
+
+plain.py hands the prefix to transformers' own forward as `past_key_values`. That computes every position of a padded batch,
+attention included, and logits for all of them. Training a prefix needs less, so `Bloom.label_losses` runs the same weights
+
+- over packed tokens: linear layers and layer norms see (T, E) without padding; only attention knows where rows begin;
+- in the last layer, behind its keys and values, at label positions only, and the head's logits at these N only: no other
+  position's output is part of the loss, and behind the last attention no position looks at another;
+- without logits that are kept: a (N, V) matrix is often the largest of all (FrozenHeadLoss).
+
+Nothing of the base is trained, which takes three things: no parameter of it requires a gradient (base_model/loading.py), the
+optimizer gets the encoder's parameters only (training/state.py), and the gradient that leaves this file is that of `prefix`.
+Gradients still pass *through* the frozen layers, since layer l + 1 reads what the prefix changed in layer l.
+
+Another family of models, with rotary positions and grouped heads say, needs its own `forward_packed` and bias
+(attention.py), and prefixes with the number of its key-value heads as H. Encoder, loop and files stay.
+"""
+
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 from transformers import BloomForCausalLM, Cache, DynamicCache
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
-from prefix_tuning.base_model.sharding import begin_pass, call, gathered
 from prefix_tuning.model.attention import attend, attention_bias
 from prefix_tuning.model.batch import Batch
 
 
-def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tuple[Cache, torch.Tensor]:
-    """Prefixes, one for each row of a batch, as transformers' past_key_values, and the attention mask that goes with them.
+class PackedBlock(BloomBlock):
+    """A decoder layer of Bloom that can also run over packed tokens."""
 
-    prefixes: each (layers, 2, heads, tokens, head_dim); shorter ones are padded on the left. The mask is (rows, longest),
-    int64, 0 where there is padding; the text's own mask belongs behind it. cache: an empty one to fill; None: a new
-    DynamicCache. A forward pass extends it in place: make a new one for each call.
-    """
-    longest = max(prefix.shape[3] for prefix in prefixes)
-    mask = torch.tensor([[0] * (longest - prefix.shape[3]) + [1] * prefix.shape[3] for prefix in prefixes])
-    rows = torch.stack([F.pad(prefix, (0, 0, longest - prefix.shape[3], 0)) for prefix in prefixes], dim=2)
-    cache = DynamicCache() if cache is None else cache
-    for layer, (key, value) in enumerate(rows):
-        cache.update(key, value, layer)
-    return cache, mask.to(rows.device)
+    def forward_packed(
+        self, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, only_labels: bool
+    ) -> torch.Tensor:
+        """(T, E) -> (T, E), or (N, E) if only the label positions are wanted. prefix: this layer's, (2, H, P, D)."""
+        attention, mlp = self.self_attention, self.mlp
+        normed = self.input_layernorm(hidden)
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden
+        qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim)
+        context = attend(qkv, prefix, batch, bias, only_labels).flatten(1)
+        if only_labels:
+            context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
+        hidden = attention.dense(context) + residual
 
-
-def run_block(
-    block: BloomBlock, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, only_labels: bool
-) -> torch.Tensor:
-    """One decoder layer over packed tokens: (total_tokens, hidden) -> (total_tokens, hidden), or (labels, hidden) if only
-    the labelled positions are wanted. prefix: (2, heads, tokens, head_dim)."""
-    attention, mlp = block.self_attention, block.mlp
-    normed = block.input_layernorm(hidden)
-    residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim)
-    context = attend(qkv, prefix, batch, bias, only_labels).flatten(1)
-    if only_labels:
-        context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
-    hidden = attention.dense(context) + residual
-
-    normed = block.post_attention_layernorm(hidden)
-    residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    inner = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")  # Bloom's GELU, in one kernel
-    return mlp.dense_4h_to_h(inner) + residual
+        normed = self.post_attention_layernorm(hidden)
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden
+        inner = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")  # Bloom's GELU, in one kernel instead of eight
+        return mlp.dense_4h_to_h(inner) + residual
 
 
-def block_runner(gradient_checkpointing: bool = False, torch_compile: bool = False) -> Callable[..., torch.Tensor]:
-    """`run_block`, or what behaves like it.
+class Bloom(BloomForCausalLM):
+    """BloomForCausalLM, and its packed forward. transformers' own forward and `generate` stay as they are."""
 
-    gradient_checkpointing keeps only a layer's input for the backward pass and computes the layer again there: the same
-    bits, less memory, a third more work. torch_compile fuses what lies between the matrix products, once for all layers and
-    all lengths; it starts to compile at its first call.
-    """
-    run = torch.compile(run_block, dynamic=True) if torch_compile else run_block
-    if gradient_checkpointing:
-        return functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-    return run
+    # How a weight is read that is used outside of a layer; a base that is split over processes gathers it (sharding.py).
+    gathered: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda weight: weight)
 
+    def __init__(self, config):
+        super().__init__(config)
+        add_packed_forward(self)
 
-def packed_hidden(
-    model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, run: Callable[..., torch.Tensor] = run_block
-) -> torch.Tensor:
-    """What the lm_head reads at the labelled positions of a packed batch: (labels, hidden), in the model's dtype.
+    def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+        """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
+        hidden = self.packed_hidden(batch, prefix)
+        return FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), batch.labels)
 
-    prefix: (layers, 2, heads, tokens, head_dim), or None for the base without one. run: a `block_runner`. Same numbers as
-    transformers' forward with the prefix as past_key_values and the rows padded to one length.
-    """
-    body, shape = model.transformer, model.config
-    hidden = body.word_embeddings_layernorm(F.embedding(batch.input_ids, gathered(body.word_embeddings.weight)))
-    if prefix is None:
-        prefix = hidden.new_empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
-    bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
-    for index, block in enumerate(body.h):
-        # After the last attention no token looks at another: only positions with a label go on.
-        hidden = call(run, block, hidden, batch, bias, prefix[index], index == len(body.h) - 1)
-    return body.ln_f(hidden)
+    def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+        """What the head reads at the label positions: (N, E), in the model's dtype.
 
-
-def label_losses(
-    model: BloomForCausalLM, batch: Batch, prefix: torch.Tensor | None, run: Callable[..., torch.Tensor] = run_block
-) -> torch.Tensor:
-    """Cross-entropy in nats of every label of the batch: (labels,), at least float32. Arguments: `packed_hidden`."""
-    begin_pass(model)
-    return call(_label_losses, model, batch, prefix, run)
+        prefix: (L, 2, H, P, D), or None for the base alone. The same numbers as transformers' forward with the prefix as
+        past_key_values and the rows padded to one length.
+        """
+        body, shape = self.transformer, self.config
+        hidden = body.word_embeddings_layernorm(F.embedding(batch.input_ids, self.gathered(body.word_embeddings.weight)))
+        if prefix is None:
+            prefix = hidden.new_empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
+        bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
+        for layer, block in enumerate(body.h):
+            hidden = block.forward_packed(hidden, batch, bias, prefix[layer], only_labels=layer == len(body.h) - 1)
+        return body.ln_f(hidden)
 
 
-def _label_losses(model, batch, prefix, run):
-    hidden = packed_hidden(model, batch, prefix, run)
-    return _FrozenHeadLoss.apply(hidden, gathered(model.lm_head.weight), batch.labels)
+def add_packed_forward(model: BloomForCausalLM) -> None:
+    """Gives the layers of a Bloom their second forward. They are changed in place, weights and first forward stay."""
+    for block in model.transformer.h:
+        if not isinstance(block, PackedBlock):  # sharding derives a class of its own from it, which must stay
+            block.__class__ = PackedBlock
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy of hidden (labels, hidden) @ weight (vocab_size, hidden).T against labels (labels,), label by label.
+class FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy of hidden (N, E) @ weight (V, E).T against labels (N,), for each label.
 
-    The weight is frozen, so the only gradient is that of `hidden`, and it can be had slice by slice as soon as a slice's
-    logits are known: a whole (labels, vocab_size) tensor never exists. (The idea is Liger Kernel's.)
+        loss_n = logsumexp(logits_n) - logits_n[label_n]        d loss_n / d logits_n = softmax(logits_n) - onehot(label_n)
+
+    The weight is frozen, so the only gradient is that of `hidden`. It is computed in the forward pass, slice by slice,
+    while a slice's logits are at hand, and scaled in the backward pass: (N, V) logits never exist at once. The idea is
+    Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989). Raises ValueError if the weight requires a gradient.
     """
 
-    LABELS_AT_ONCE = 256  # enough to keep the matrix products busy
+    LABELS_AT_ONCE = 256  # enough to keep the matmuls busy
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
@@ -111,8 +109,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             raise ValueError("the lm_head must be frozen: this loss has no gradient for it")
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for start in range(0, len(labels), _FrozenHeadLoss.LABELS_AT_ONCE):
-            part = slice(start, start + _FrozenHeadLoss.LABELS_AT_ONCE)
+        for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
+            part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
             log_probabilities = F.linear(hidden[part], weight).to(losses.dtype).log_softmax(-1)
             label = labels[part].unsqueeze(1)
             losses[part] = -log_probabilities.gather(1, label).squeeze(1)
@@ -127,3 +125,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx, grad_losses):
         (grad,) = ctx.saved_tensors
         return grad * grad_losses.unsqueeze(1).to(grad.dtype), None, None
+
+
+def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tuple[Cache, torch.Tensor]:
+    """Prefixes, one for each row of a batch, as transformers' past_key_values, with the attention mask that belongs to them.
+
+    prefixes: each (L, 2, H, P, D); shorter ones are padded on the left. cache: an empty one to fill; None: a new
+    DynamicCache. A forward pass extends a cache in place, so each call needs a new one. The mask is (R, longest P), int64, 0
+    where a prefix is padded; the text's own mask belongs behind it.
+    """
+    longest = max(prefix.shape[3] for prefix in prefixes)
+    mask = torch.tensor([[0] * (longest - prefix.shape[3]) + [1] * prefix.shape[3] for prefix in prefixes])
+    rows = torch.stack([F.pad(prefix, (0, 0, longest - prefix.shape[3], 0)) for prefix in prefixes], dim=2)
+    cache = DynamicCache() if cache is None else cache
+    for layer, (key, value) in enumerate(rows):
+        cache.update(key, value, layer)
+    return cache, mask.to(rows.device)

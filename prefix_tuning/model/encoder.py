@@ -1,5 +1,8 @@
 """The mechanism: what a prefix is, and the small network that learns it.
 
+Legend: L layers, H attention heads, D head_dim, E = H * D hidden size of the model (token_dim), P prefix tokens
+(num_virtual_tokens), W width of the encoder's hidden layer (encoder_hidden_size).
+
 Attention in layer l of a decoder mixes values v_j by how well the query q_i matches the keys k_j of the tokens up to i.
 A *prefix* is a handful of extra (key, value) pairs per layer and head which belong to no token and which every token may
 attend to, as if `num_virtual_tokens` further tokens stood in front of the text:
@@ -8,7 +11,7 @@ attend to, as if `num_virtual_tokens` further tokens stood in front of the text:
 
 The language model stays frozen. Only these pairs are learned, so a prefix is a tensor
 
-    (layers, 2, heads, tokens, head_dim)        2 = key, value
+    (L, 2, H, P, D)        2 = key, value
 
 For bloom-1b4-zh (24 layers, hidden size 2048 = 16 heads x 128) and 10 virtual tokens that is 983,040 numbers, 3.9 MB.
 They are no embeddings of words: each layer has pairs of its own, which no input text could produce. That is why a prefix
@@ -17,16 +20,23 @@ steers a model further than a prompt of the same length.
 Why is there an MLP? The pairs could be parameters by themselves (`prefix_projection=False`), but Li & Liang found that
 training them directly is unstable and sensitive to the learning rate (section 4.3 of the paper). So they are
 *reparametrised*: one small embedding per virtual token goes through Linear -> Tanh -> Linear, whose last layer is wide
-enough to emit the keys and values of all layers at once. All pairs then share weights and move together, which smooths the
-optimisation. The price is size: the last Linear alone has hidden x (layers * 2 * hidden) weights, 201 M of the 205.6 M
-trainable parameters at bloom-1b4-zh's shape.
+enough to emit the keys and values of all layers at once:
 
-Why can the MLP be thrown away? Its input is no data, only the fixed virtual tokens 0, 1, 2, .... After training its output
-is therefore one constant tensor. `bake` computes it once; inference, and the file that PEFT reads, need nothing else.
+    (P, E) --Linear--> (P, W) --Tanh, Linear--> (P, L * 2 * E) = (L, 2, H, P, D)
+
+All pairs then share weights and change together, which smooths the optimisation. What is shared matters: key and value of a
+virtual token come from one hidden vector, and with that structure the pairs can be estimated from far fewer examples than as
+independent parameters (Le et al. 2025, who also get the gain from much simpler shared maps). The price is size: the last
+Linear alone has W x (L * 2 * E) weights, 201 M of the 205.6 M trainable parameters at bloom-1b4-zh's shape.
+
+Why can the MLP be thrown away? Its input is no data, only the fixed virtual tokens 0, 1, 2, .... After training its
+output is therefore one constant tensor. `bake` computes it once; inference, and the file that PEFT reads, need nothing
+else. For the same reason it runs once per optimizer step and not once per row (training/loop.py).
 
 Sources: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", https://arxiv.org/abs/2101.00190;
-Liu et al. 2022, "P-Tuning v2", https://arxiv.org/abs/2110.07602. Parameter names and the order of the flat axis are those
-of the PEFT library's PrefixEncoder, so that weights travel both ways.
+Liu et al. 2022, "P-Tuning v2", https://arxiv.org/abs/2110.07602; Le et al. 2025, "Revisiting Prefix-tuning: Statistical
+Benefits of Reparameterization among Prompts", ICLR, https://arxiv.org/abs/2410.02200. Parameter names and the order of the
+flat axis are those of the PEFT library's PrefixEncoder, so that weights can be exchanged both ways.
 """
 
 import dataclasses
@@ -66,19 +76,19 @@ class PrefixConfig:
 class PrefixEncoder(nn.Module):
     """Emits the prefix: keys and values for every layer of the frozen model.
 
-    Parameters, all float32 (P = num_virtual_tokens, H = token_dim, E = encoder_hidden_size, L = num_layers):
+    Parameters, all float32:
 
-        with prefix_projection                without
-        embedding.weight      (P, H)          embedding.weight (P, L * 2 * H)
-        transform.0.weight    (E, H)
-        transform.0.bias      (E,)
-        transform.2.weight    (L * 2 * H, E)
-        transform.2.bias      (L * 2 * H,)
+        with prefix_projection            without
+        embedding.weight    (P, E)        embedding.weight    (P, L * 2 * E)
+        transform.0.weight  (W, E)
+        transform.0.bias    (W,)
+        transform.2.weight  (L * 2 * E, W)
+        transform.2.bias    (L * 2 * E,)
 
-    The flat axis L * 2 * H runs: layer 0 key, layer 0 value, layer 1 key, ...; each H splits into heads x head_dim.
+    The flat axis L * 2 * E runs: layer 0 key, layer 0 value, layer 1 key, ...; each E is split into H heads of D numbers.
 
-    `text_prefix` (P, L * 2 * H), if given to `initialize`, is a constant that is added to the output of the projection. It
-    is saved with the weights but never trained.
+    `text_prefix` (P, L * 2 * E), if given to `initialize`, is a constant that is added to the output of the projection.
+    It is saved with the weights but never trained.
     """
 
     def __init__(self, config: PrefixConfig):
@@ -99,7 +109,9 @@ class PrefixEncoder(nn.Module):
 
     @classmethod
     def from_weights(cls, config: PrefixConfig, weights: dict[str, torch.Tensor]) -> "PrefixEncoder":
-        """The encoder with this `state_dict`, whose tensors it takes over. Raises RuntimeError if it is another's."""
+        """The encoder with this `state_dict`, whose tensors it uses without a copy. Raises RuntimeError if they do not
+        fit.
+        """
         with torch.device("meta"):  # nothing is allocated
             encoder = cls(config)
         encoder.text_prefix = weights.get("text_prefix")
@@ -107,8 +119,8 @@ class PrefixEncoder(nn.Module):
         return encoder.requires_grad_()
 
     def forward(self) -> torch.Tensor:
-        """Returns the prefix (layers, 2, heads, tokens, head_dim), float32, differentiable in the parameters."""
-        flat = self.embedding.weight  # every virtual token is used, in order: no index look-up needed
+        """Returns the prefix (L, 2, H, P, D), float32, differentiable in the parameters."""
+        flat = self.embedding.weight  # all virtual tokens in order: no index is needed
         if self.config.prefix_projection:
             flat = self.transform(flat)
         if self.text_prefix is not None:
@@ -117,18 +129,18 @@ class PrefixEncoder(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> torch.Tensor:
-        """Returns the prefix as one constant tensor (layers, 2, heads, tokens, head_dim): all that inference needs."""
+        """Returns the prefix as one constant tensor (L, 2, H, P, D): all that inference needs."""
         return self()
 
     @torch.no_grad()
     def initialize(self, prefix_init: str, text_prefix: torch.Tensor | None = None) -> None:
-        """Sets the starting point, which decides more about the result than any other choice.
+        """Sets the starting point.
 
         random: nothing to do; torch's own initialisation of the layers above, as in PEFT.
-        zero:   all keys and values are 0. A zero key gets a middling score and a zero value adds nothing, so the model
-                starts close to its untuned self.
-        text:   `text_prefix` (layers, 2, heads, tokens, head_dim), the keys and values that the frozen model computes for
-                a text: the model starts as if it had read that text.
+        zero:   all keys and values are 0. A zero key scores 0 and a zero value adds nothing, so the model starts close to
+                its untuned self.
+        text:   `text_prefix` (L, 2, H, P, D), the keys and values that the frozen model computes for a text: the model
+                starts as if it had read that text.
 
         With the projection, zero and text start its last layer at zero; the text's pairs are added to its output.
         """
@@ -146,10 +158,10 @@ class PrefixEncoder(nn.Module):
 
 
 def unflatten(flat: torch.Tensor, num_layers: int, num_heads: int) -> torch.Tensor:
-    """(tokens, layers * 2 * hidden) -> (layers, 2, heads, tokens, head_dim), a view."""
+    """(P, L * 2 * E) -> (L, 2, H, P, D), a view."""
     return flat.view(flat.shape[0], num_layers, 2, num_heads, -1).permute(1, 2, 3, 0, 4)
 
 
 def flatten(prefix: torch.Tensor) -> torch.Tensor:
-    """(layers, 2, heads, tokens, head_dim) -> (tokens, layers * 2 * hidden), the layout of PEFT's `prompt_embeddings`."""
+    """(L, 2, H, P, D) -> (P, L * 2 * E), the layout of PEFT's `prompt_embeddings`."""
     return prefix.permute(3, 0, 1, 2, 4).flatten(1)

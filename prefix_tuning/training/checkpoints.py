@@ -1,4 +1,4 @@
-"""CK"""
+"""When a run is saved, so that it can be resumed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,32 +7,39 @@ from pathlib import Path
 from prefix_tuning import distributed
 from prefix_tuning.errors import Interrupted
 from prefix_tuning.files.checkpoint_format import save_checkpoint
-from prefix_tuning.training.metrics import MetricsFile
-from prefix_tuning.training.resume import Resumed
-from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.metrics import Metrics
 from prefix_tuning.training.state import TrainingState
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run. run: its `identity`; resumed: where it comes from, if it is resumed."""
+    """Writes the checkpoints of a run to its folder: after every `save_steps` steps (0: only where a signal or an error ends
+    an evaluation), of which the `save_total_limit` newest stay (None: all).
 
-    def __init__(self, config: TrainConfig, run: dict, resumed: Resumed | None):
-        self.folder, self.run, self.save_total_limit = Path(config.output_dir), run, config.save_total_limit
-        self.newest = resumed.path if resumed else None  # the one to resume from, should the run stop
+    run: what a run that resumes from them must have in common (resume.identity). newest: the checkpoint from which this run
+    was resumed, if it was.
+    """
 
-    def save(self, state: TrainingState, metrics: "MetricsFile") -> None:
-        """Writes a checkpoint. All processes call this together; main writes."""
+    def __init__(
+        self, folder: Path, run: dict, newest: Path | None, save_steps: int = 0, save_total_limit: int | None = None
+    ):
+        self.folder, self.run, self.newest = folder, run, newest
+        self.save_steps, self.save_total_limit = save_steps, save_total_limit
+
+    def due(self, state: TrainingState) -> bool:
+        return self.save_steps > 0 and state.progress.step % self.save_steps == 0
+
+    def save(self, state: TrainingState, metrics: Metrics) -> None:
+        """Writes a checkpoint. All ranks call this together; main writes."""
         distributed.check_equal(list(state.encoder.parameters()), "weights")
         self._write(state, metrics)
 
-    def _write(self, state: TrainingState, metrics: "MetricsFile") -> None:
+    def _write(self, state: TrainingState, metrics: Metrics) -> None:
         if distributed.is_main():
             numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
-            step, keep = state.progress.step, self.save_total_limit
-            self.newest = save_checkpoint(self.folder, step, state.tensors(), numbers, keep)
+            self.newest = save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.save_total_limit)
 
     @contextmanager
-    def saved_if_left(self, state: TrainingState, metrics: "MetricsFile") -> Iterator[None]:
+    def saved_if_left(self, state: TrainingState, metrics: Metrics) -> Iterator[None]:
         """Around what changes no weights: writes a checkpoint if a signal or an error ends it early."""
         try:
             yield
@@ -44,7 +51,7 @@ class Checkpoints:
             raise
 
     def how_to_resume(self) -> str:
-        """Part of a message: the newest checkpoint and how to resume from it, if there is one."""
+        """Part of a message: the newest checkpoint and how to resume from it, or nothing if there is none."""
         if self.newest is None:
             return ""
         where = "latest" if self.newest.parent.samefile(self.folder) else self.newest

@@ -1,25 +1,44 @@
-"""METRICS"""
+"""metrics.jsonl: the figures of a run, step by step."""
 
 import json
 import math
 import os
-from typing import TextIO
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import METRICS_FILE
+from prefix_tuning.training.report import open_board
 from prefix_tuning.training.state import TrainingState
+from prefix_tuning.training.steps import Steps
 
 
-class MetricsFile:
-    """metrics.jsonl: a JSON object per line, readable while the run goes on. Raises UserError where it cannot be written.
+class Metrics:
+    """Writes a JSON object per line, readable while the run is training. Only main's figures reach a file.
 
-    board: a SummaryWriter that is shown the same figures, or None.
+    tensorboard: the figures are written for it as well. bar: a progress bar that shows the last line. Raises UserError where
+    the file cannot be written.
     """
 
-    def __init__(self, file: TextIO, board=None):
-        self.file, self.board = file, board
+    def __init__(self, folder: Path, logging_steps: int, steps: Steps, tensorboard: bool = False):
+        self.logging_steps, self.steps = logging_steps, steps
+        self.bar: tqdm | None = None
+        path = folder / METRICS_FILE if distributed.is_main() else os.devnull
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self.board = open_board(folder, steps.done) if tensorboard and distributed.is_main() else None
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def due(self, state: TrainingState) -> bool:
+        step = state.progress.step
+        return step % self.logging_steps == 0 or step == self.steps.total
 
     def write(self, record: dict) -> None:
         # JSON has no infinity and no NaN.
@@ -35,25 +54,28 @@ class MetricsFile:
                     self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
-    def write_interval(self, state: TrainingState, steps_per_epoch: int) -> dict:
+    def write_interval(self, state: TrainingState) -> None:
         """Writes the line of the steps since the last one, and starts a new interval. Waits for the device."""
-        progress = state.progress
-        steps, seconds = progress.step - progress.logged_step, progress.seconds - progress.logged_seconds
+        progress, seconds = state.progress, state.clock.seconds()
+        steps = progress.step - progress.logged_step
         loss, grad_norm = torch.stack((state.losses / steps, state.grad_norm)).tolist()
-        epoch = progress.epoch + math.ceil(progress.row / progress.rows_per_step) / steps_per_epoch
-        line = {
-            "step": progress.step,
-            "epoch": round(epoch, 4),
-            "loss": loss,
-            "learning_rate": progress.learning_rate,
-            "grad_norm": grad_norm,
-            "tokens_per_second": round((progress.tokens - progress.logged_tokens) / seconds, 1),
-        }
-        self.write(line)
+        speed = (progress.tokens - progress.logged_tokens) / (seconds - progress.logged_seconds)
+        epoch = progress.epoch + math.ceil(progress.row / progress.rows_per_step) / self.steps.per_epoch
+        self.write(
+            {
+                "step": progress.step,
+                "epoch": round(epoch, 4),
+                "loss": loss,
+                "learning_rate": progress.learning_rate,
+                "grad_norm": grad_norm,
+                "tokens_per_second": round(speed, 1),
+            }
+        )
+        if self.bar is not None:
+            rate = f"{progress.learning_rate:.2e}"
+            self.bar.set_postfix(loss=f"{loss:.4f}", lr=rate, tok_s=f"{speed:,.0f}", refresh=False)
         state.losses.zero_()
-        progress.logged_step, progress.logged_seconds = progress.step, progress.seconds
-        progress.logged_tokens = progress.tokens
-        return line
+        progress.logged_step, progress.logged_seconds, progress.logged_tokens = progress.step, seconds, progress.tokens
 
     def flushed_bytes(self) -> int:
         """The length of the file, all of which is on the disk now."""

@@ -73,13 +73,14 @@ def begun_by(job: str | None, output_dir: Path) -> bool:
     return job is not None and noted == job
 
 
-def find_resumed(config: TrainConfig) -> Resumed | None:
+def find_resumed(output_dir: Path, where: str | None, overwrite: bool) -> Resumed | None:
     """The checkpoint to resume from, as main finds it. None if there is none, or none is wanted.
 
-    After a failure torchrun starts its processes anew: then it is the newest checkpoint of this run, wherever the run had
-    begun. Raises UserError if the output folder holds what the run would replace, and is not told to.
+    where: --resume_from_checkpoint. After a failure torchrun restarts its processes: then it is the newest checkpoint of
+    this run, wherever the run was started from. Raises UserError if the output folder holds what the run would replace,
+    unless it may `overwrite` that.
     """
-    output_dir, where, found = Path(config.output_dir), config.resume_from_checkpoint, None
+    found = None
     if distributed.is_main():
         restarted = begun_by(distributed.torchrun_job(), output_dir)
         if restarted and find_checkpoints(output_dir):
@@ -88,7 +89,7 @@ def find_resumed(config: TrainConfig) -> Resumed | None:
         own = found and found[0].parent.samefile(output_dir)
         if own and found[0].name not in [path.name for path in find_checkpoints(output_dir)]:
             raise UserError(f"{found[0]}: rename it to checkpoint-STEP.safetensors to resume from it in its own folder")
-        if not (restarted or config.overwrite_output_dir or own):
+        if not (restarted or overwrite or own):
             refuse_to_replace(output_dir, where)
     path = distributed.broadcast_object(found and str(found[0]))
     if path is None:

@@ -1,18 +1,76 @@
-"""Where the encoder starts."""
+"""Where a run starts: the encoder, what trains it, and the steps to do, anew or from a checkpoint."""
+
+import math
 
 import torch
-from transformers import BloomForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from prefix_tuning import distributed
 from prefix_tuning.base_model.identity import check_base
+from prefix_tuning.base_model.sharding import is_sharded
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_encoder
+from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.training.inputs import Inputs
+from prefix_tuning.training.resume import Resumed, restore
 from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.state import Progress, TrainingState, make_optimizer, make_schedule
+from prefix_tuning.training.steps import Steps
 
 
-def prefix_config_of(config: TrainConfig, model: BloomForCausalLM) -> PrefixConfig:
+def begin(config: TrainConfig, inputs: Inputs, resumed: Resumed | None, max_tokens: int) -> tuple[TrainingState, Steps]:
+    """The state that a run starts or resumes with, on the base's device, and the steps from there on.
+
+    max_tokens: of one forward pass.
+    """
+    torch.manual_seed(config.seed)
+    encoder = resumed.encoder() if resumed else make_encoder(config, inputs.base, inputs.tokenizer, inputs.fingerprint)
+    encoder.to(inputs.base.device)
+    progress = resumed.progress() if resumed else Progress()
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * distributed.world_size()
+    steps = Steps(
+        inputs.train_set,
+        rows_per_step,
+        count_steps(config, len(inputs.train_set), rows_per_step, progress),
+        max_tokens,
+        seed=config.seed if config.shuffle else None,
+        equal_passes=is_sharded(inputs.base),
+        done=progress.step,
+        epoch=progress.epoch,
+        row=progress.row,
+    )
+    state = TrainingState(
+        encoder,
+        make_optimizer(encoder, config.learning_rate, config.weight_decay),
+        make_schedule(config.lr_scheduler_type, config.learning_rate, config.warmup_steps, steps.total),
+        config.max_grad_norm,
+        loss_scaling=inputs.base.dtype == torch.float16,
+    )
+    if resumed:
+        restore(state, resumed)
+        if progress.rows_per_step != rows_per_step:
+            before, processes = progress.rows_per_step, distributed.world_size()
+            print(f"rows per step changed from {before} to {rows_per_step} ({processes} processes)")
+        if progress.step == steps.total:
+            print(f"the run is over already: it is at step {progress.step}, and nothing is left to train")
+    state.progress.rows_per_step = rows_per_step
+    return state, steps
+
+
+def count_steps(config: TrainConfig, rows: int, rows_per_step: int, progress: Progress) -> int:
+    """Optimizer steps of the whole run, including those of `progress`; never fewer than these."""
+    if config.max_steps >= 0:
+        return max(config.max_steps, progress.step)
+    # Steps that are done count as they were done; the others are counted with today's rows per step.
+    per_epoch = math.ceil(rows / rows_per_step)
+    passed = progress.epoch * per_epoch + math.ceil(progress.row / rows_per_step)
+    return progress.step + max(0, math.ceil(config.num_train_epochs * per_epoch) - passed)
+
+
+def prefix_config_of(config: TrainConfig, base: Bloom) -> PrefixConfig:
     """The shape of a new prefix for this base."""
-    shape = model.config
+    shape = base.config
     return PrefixConfig(
         num_virtual_tokens=config.num_virtual_tokens,
         num_layers=shape.n_layer,
@@ -23,29 +81,25 @@ def prefix_config_of(config: TrainConfig, model: BloomForCausalLM) -> PrefixConf
     )
 
 
-def make_encoder(
-    config: TrainConfig, model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, base: dict
-) -> PrefixEncoder:
+def make_encoder(config: TrainConfig, base: Bloom, tokenizer: PreTrainedTokenizerBase, fingerprint: dict) -> PrefixEncoder:
     """The encoder at its starting point: an earlier run's, or a new one for this base. On the CPU, float32.
 
-    base: the `fingerprint` of the model, which an earlier run's must match.
+    fingerprint: that of the base, which an earlier run's must match.
     """
     if config.prefix_from:
-        encoder, noted = load_encoder(config.prefix_from)
-        check_base(encoder.bake().shape, noted, base, config.prefix_from, config.force)
+        encoder, recorded = load_encoder(config.prefix_from)
+        check_base(encoder.bake().shape, recorded, fingerprint, config.prefix_from, config.force)
         return encoder
-    encoder = PrefixEncoder(prefix_config_of(config, model))
+    encoder = PrefixEncoder(prefix_config_of(config, base))
     text = None
     if config.prefix_init == "text":
-        text = text_prefix(model, tokenizer, config.init_text, config.num_virtual_tokens).cpu()
+        text = text_prefix(base, tokenizer, config.init_text, config.num_virtual_tokens).cpu()
     encoder.initialize(config.prefix_init, text)
     return encoder
 
 
 @torch.no_grad()
-def text_prefix(
-    model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, num_virtual_tokens: int
-) -> torch.Tensor:
+def text_prefix(base: Bloom, tokenizer: PreTrainedTokenizerBase, text: str, num_virtual_tokens: int) -> torch.Tensor:
     """The keys and values that the frozen model computes for `text`: (layers, 2, heads, num_virtual_tokens, head_dim).
 
     A text of fewer tokens is repeated, a longer one cut. Raises UserError if the text has no token at all.
@@ -54,5 +108,5 @@ def text_prefix(
     if not ids:
         raise UserError("--init_text is empty; --prefix_init text needs a text of at least one token")
     ids = (ids * -(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
-    cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+    cache = base(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
     return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]).float()

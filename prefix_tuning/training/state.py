@@ -1,14 +1,23 @@
-"""Everything that changes while a run goes on, and how it becomes a checkpoint and a run again."""
+"""All that changes while a run is training, and how it becomes a checkpoint and is restored.
+
+Whatever the next steps depend on is here and in every checkpoint, tensors by tensor and numbers by number, so that a
+resumed run continues with the same bits: weights, AdamW's moments, the loss scale, the place in the order of the rows,
+the sums of the current interval of metrics.jsonl, the best weights. The order of the rows needs no more than seed and
+epoch (steps.py), the learning rate no more than the number of updates, and nothing else is random (Bloom's dropout is 0).
+"""
 
 import dataclasses
 import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from transformers import get_scheduler
 
 from prefix_tuning.model.encoder import PrefixEncoder
-from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.steps import Step
 
 
 class NotFinite(Exception):
@@ -20,15 +29,16 @@ class NotFinite(Exception):
 
 @dataclass
 class Progress:
-    """Where a run stands, in plain numbers. Raises ValueError for one of another type."""
+    """The numbers of a run so far. Raises ValueError for one of another type."""
 
     step: int = 0
-    epoch: int = 0  # the next row to train on: its epoch, and its place in the order of that epoch
-    row: int = 0
+    updates: int = 0  # of the weights: steps, without those that fp16 skipped
+    epoch: int = 0  # of the next row to train on,
+    row: int = 0  # and its place in the order of that epoch
     rows_per_step: int = 0
-    seconds: float = 0.0  # of training; evaluation and saving do not count
+    seconds: float = 0.0  # of training, without evaluating and saving
     tokens: int = 0
-    logged_step: int = 0  # the same three at the last line of metrics
+    logged_step: int = 0  # the same three at the last line of metrics.jsonl
     logged_seconds: float = 0.0
     logged_tokens: int = 0
     learning_rate: float = 0.0  # of the last step
@@ -40,32 +50,52 @@ class Progress:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if not isinstance(value := getattr(self, field.name), field.type):
-                raise ValueError(f"{field.name} is {value!r}, which is no {field.type}")
+                raise ValueError(f"{field.name} is {value!r}, not of the type {field.type}")
 
 
 class TrainingState:
-    """The encoder, what trains it, and the figures on the way.
+    """The encoder, what trains it, and the figures of the run so far.
 
-    On the device, so that the loop need not wait for it: `losses`, the sum of the losses since the last line of metrics;
-    `grad_norm`, of the last step before clipping; `bad_step`, the first step whose loss or gradient was not finite;
-    `good_prefix`, the prefix of the last step before that.
+    schedule: the learning rate after so many updates. loss_scaling: for fp16, whose small gradients would become zero.
+
+    Tensors on the device, so that the loop need not wait for it: `losses`, the sum of the losses since the last line of
+    metrics.jsonl; `grad_norm`, of the last step before clipping; `bad_step`, the first step whose loss or gradient was not
+    finite, else infinity; `good_prefix`, the prefix that the last step before that began with.
     """
 
     FIGURES = ("losses", "grad_norm", "bad_step", "good_prefix")
     MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
-    def __init__(self, config: TrainConfig, encoder: PrefixEncoder, total_steps: int, model_dtype: torch.dtype):
-        self.encoder, self.progress = encoder, Progress()
-        self.optimizer = make_optimizer(encoder, config)
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup_steps, total_steps)
+    def __init__(
+        self,
+        encoder: PrefixEncoder,
+        optimizer: torch.optim.AdamW,
+        schedule: Callable[[int], float],
+        max_grad_norm: float,
+        loss_scaling: bool,
+    ):
+        self.encoder, self.optimizer, self.schedule, self.max_grad_norm = encoder, optimizer, schedule, max_grad_norm
+        self.progress, self.clock = Progress(), Clock()
         self.good_prefix = encoder.bake()
         device = self.good_prefix.device
-        # Only fp16 needs its loss scaled; where it is off, the scaler passes everything through.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=model_dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)  # where it is off, its methods are no-ops
         self.losses, self.grad_norm = torch.zeros((), device=device), torch.zeros((), device=device)
         self.bad_step = torch.full((), math.inf, device=device)
         self.best_weights: dict[str, torch.Tensor] = {}
         self.compile_seconds = 0.0
+
+    def advance(self, step: Step, prefix: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Records a step that is done, and what `optimizer_step` returned of it."""
+        progress = self.progress
+        progress.step, progress.epoch, progress.row = step.number, step.next_epoch, step.next_row
+        progress.tokens += step.tokens
+        progress.learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.losses += loss
+        self.grad_norm = grad_norm
+        # A gradient that overflowed fp16 is no fault: its step was skipped and the loss scale lowered.
+        finite = loss.isfinite() & (grad_norm.isfinite() | self.scaler.is_enabled())
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step.number))
+        self.good_prefix = torch.where(self.bad_step > step.number, prefix, self.good_prefix)
 
     def check_finite(self) -> None:
         """Raises NotFinite if a loss or gradient so far was not finite, or the weights are not. Waits for the device."""
@@ -75,7 +105,7 @@ class TrainingState:
             raise NotFinite(int(first), self.good_prefix if first > 1 else None)
 
     def note_evaluation(self, loss: float, keep_best: bool) -> None:
-        """Takes note of an eval loss, and of the weights if it is the lowest so far and they are to be kept."""
+        """Records an eval loss, and the weights if it is the lowest so far and they are to be kept."""
         progress = self.progress
         progress.evaluated_step, progress.evaluations_since_best = progress.step, progress.evaluations_since_best + 1
         if progress.best_loss is None or loss < progress.best_loss:
@@ -96,22 +126,23 @@ class TrainingState:
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def numbers(self) -> dict:
-        """The rest of a checkpoint, as JSON takes it."""
+        """The rest of a checkpoint, as JSON."""
+        self.progress.seconds = self.clock.seconds()
         return {
             "progress": dataclasses.asdict(self.progress),
             "prefix_config": dataclasses.asdict(self.encoder.config),
-            "scheduler_steps": self.scheduler.last_epoch,
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict) -> None:
-        """Becomes the state that a checkpoint describes, whose weights the encoder has already.
+        """Restores all that a checkpoint holds but the weights, which the encoder has already.
 
-        Raises KeyError, TypeError or ValueError if it describes no such state, or holds a tensor that has no use here.
+        Raises KeyError, TypeError or ValueError if it is not of such a state, or holds a tensor that has no use here.
         """
         if numbers["progress"].keys() != vars(self.progress).keys():
-            raise ValueError("the checkpoint notes other figures than this program")
+            raise ValueError("the checkpoint holds other figures than this program")
         self.progress = Progress(**numbers["progress"])
+        self.clock = Clock(self.progress.seconds)
         weights, parameters = self.encoder.state_dict(), dict(self.encoder.named_parameters())
         expected = {
             "figures": {name: getattr(self, name) for name in self.FIGURES},
@@ -134,10 +165,6 @@ class TrainingState:
         if any(parts[key] for key in self.MOMENTS):
             for name, parameter in parameters.items():
                 self.optimizer.state[parameter] = {key: parts[key][name].to(parameter.device) for key in self.MOMENTS}
-        if steps := numbers["scheduler_steps"]:
-            # step() recomputes the rate from last_epoch, so it is set to one less first.
-            vars(self.scheduler).update(last_epoch=steps - 1, _step_count=steps + 1)
-            self.scheduler.step()
         self.scaler.load_state_dict(numbers["scaler"])
 
 
@@ -145,12 +172,47 @@ def _kinds(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
-def make_optimizer(encoder: PrefixEncoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW as transformers' Trainer sets it up: its betas and eps, no decay for biases."""
+class Clock:
+    """Counts seconds while it is `running` and not `stopped`, from those of an earlier part of the run on."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._seconds, self._since = seconds, None
+
+    def seconds(self) -> float:
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds, self._since = self.seconds(), None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self._seconds, self._since = self.seconds(), None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+
+def make_optimizer(encoder: PrefixEncoder, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW as transformers' Trainer sets it up: its betas and eps, no decay for biases. It gets nothing but the encoder."""
     parameters = list(encoder.parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+
+
+def make_schedule(name: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The learning rate as a function of the updates that are done. name: one of transformers' `get_scheduler`."""
+    unused = torch.optim.SGD(
+        [torch.zeros(())], lr=learning_rate
+    )  # get_scheduler wants an optimizer; only its lambda is used
+    (factor,) = get_scheduler(name, unused, warmup_steps, total_steps).lr_lambdas
+    return lambda updates: learning_rate * factor(updates)

@@ -1,9 +1,9 @@
 import pytest
+import torch
 from helpers import examples_of, random_bloom
 
 from prefix_tuning.model import attention
 from prefix_tuning.model.batch import pack
-from prefix_tuning.model.bloom import label_losses
 
 
 @pytest.mark.parametrize(
@@ -15,5 +15,33 @@ def test_on_a_cpu_rows_that_are_long_on_average_go_one_by_one(monkeypatch, lengt
         real = getattr(attention, f"attend_{name}")
         monkeypatch.setattr(attention, f"attend_{name}", lambda *x, n=name, real=real: called.append(n) or real(*x))
     (batch,) = pack(examples_of(lengths), 1000)
-    label_losses(random_bloom(n_layer=1), batch, None)
+    random_bloom(n_layer=1).label_losses(batch, None)
     assert called == [form]
+
+
+@pytest.mark.parametrize("only_labels", [False, True])
+def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, only_labels):
+    """Numerically, in float64: of all rows, long ones in chunks, in queries, keys, values and the prefix."""
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 2)
+    torch.manual_seed(0)
+    (batch,) = pack(examples_of([5, 1, 3]), 100)
+    qkv = torch.randn(9, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    prefix = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    bias = attention.attention_bias(2, 3, 5, qkv)
+
+    def attended(qkv, prefix):
+        context = attention.attend_rows(qkv, prefix, batch, bias, only_labels)
+        return context[batch.label_positions] if only_labels else context
+
+    assert torch.autograd.gradcheck(attended, (qkv, prefix))
+    assert torch.autograd.gradcheck(lambda prefix: attended(qkv.detach(), prefix), (prefix,))  # as in the first layer
+
+
+def test_a_longer_prefix_leaves_the_distances_between_tokens(monkeypatch):
+    short, long = (attention.attention_bias(4, tokens, 6, torch.zeros(1)) for tokens in (3, 8))
+    assert torch.equal(short[..., 3:], long[..., 8:])  # the row
+    assert torch.equal(short[..., :3], long[..., 5:8])  # the prefix tokens next to it; the others stand further in front
+    slopes = long[0, :, 0, 7].abs()  # the last prefix token is one position behind the first of the row
+    assert torch.allclose(long[0, :, 0, 0].abs(), 8 * slopes) and torch.allclose(long[0, :, 5, 0].abs(), 13 * slopes)
+    assert torch.allclose(slopes, 2.0 ** -(2.0 * torch.arange(1, 5)))
+    assert long[0, :, 0, 9].isneginf().all()  # the future

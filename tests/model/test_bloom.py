@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import examples_of, plain_loss, prefix_config, random_bloom, relative
-from transformers import DynamicCache
+from helpers import examples_of, loss_and_gradient, plain_loss, prefix_config, random_bloom, relative
+from transformers import BloomForCausalLM, DynamicCache
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from prefix_tuning.model import attention, bloom
 from prefix_tuning.model.batch import IGNORED, Example, pack
-from prefix_tuning.model.bloom import block_runner, label_losses, packed_hidden, prefix_cache, run_block
+from prefix_tuning.model.bloom import Bloom, FrozenHeadLoss, PackedBlock, add_packed_forward, prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 
 RAGGED = {
@@ -66,20 +66,13 @@ def plain_float64_loss(model, examples, prefix):
 def attention_form(request, monkeypatch):
     """Every form of attention: row by row, the same where rows are long, and as a padded grid."""
     if request.param == "rows in pieces":
-        monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 4)
+        monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     grid = request.param == "grid"
     monkeypatch.setattr(bloom, "attend", (lambda *x: attention.attend_padded(*x[:-1])) if grid else attention.attend_rows)
 
 
 def packed_loss(model, examples, prefix):
-    return sum(label_losses(model, batch, prefix).sum() for batch in pack(examples, 40))
-
-
-def loss_and_gradient(loss_of, prefix):
-    leaf = prefix.clone().requires_grad_()
-    loss = loss_of(leaf)
-    loss.backward()
-    return loss.item(), leaf.grad
+    return sum(model.label_losses(batch, prefix).sum() for batch in pack(examples, 40))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -96,7 +89,7 @@ def test_packed_loss_and_prefix_gradient_equal_transformers(attention_form, opti
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_in_float64_the_packed_forward_equals_the_equations(attention_form, options, monkeypatch):
-    monkeypatch.setattr(bloom._FrozenHeadLoss, "LABELS_AT_ONCE", 7)
+    monkeypatch.setattr(bloom.FrozenHeadLoss, "LABELS_AT_ONCE", 7)
     model = random_bloom(dtype=torch.float64, **options)
     examples = examples_of([7, 1, 12, 9, 30])
     prefix = PrefixEncoder(prefix_config(model)).bake().double()
@@ -114,36 +107,23 @@ def test_logits_equal_transformers_and_stand_where_the_labels_are():
     cache = prefix_cache([prefix.to(model.dtype)])[0]
     logits = model(torch.tensor([example.input_ids]), past_key_values=cache, attention_mask=torch.ones(1, 14)).logits[0]
     positions = [i for i in range(8) if example.labels[i + 1] != IGNORED]
-    ours = model.lm_head(packed_hidden(model, batch, prefix))
+    ours = model.lm_head(model.packed_hidden(batch, prefix))
     assert relative(ours, logits[positions]) < 1e-5
     assert batch.labels.tolist() == [example.labels[i + 1] for i in positions]
 
 
 def test_without_a_prefix_it_is_the_base(attention_form):
     model, examples = random_bloom(), examples_of([7, 12])
-    loss = sum(label_losses(model, batch, None).sum() for batch in pack(examples, 100))
+    loss = sum(model.label_losses(batch, None).sum() for batch in pack(examples, 100))
     assert loss.item() == pytest.approx(plain_loss(model, examples, None).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_gradient_checkpointing_gives_the_same_bits(attention_form, options):
-    model, examples = random_bloom(**options), examples_of([7, 12, 30])
-    prefix, results = PrefixEncoder(prefix_config(model)).bake(), []
-    for checkpointing in (False, True):
-        leaf = prefix.clone().requires_grad_()
-        loss = sum(label_losses(model, batch, leaf, block_runner(checkpointing)).sum() for batch in pack(examples, 40))
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_each_label_counts_by_its_weight():
     model, (batch,) = random_bloom(), pack(examples_of([7, 12]), 100)
     prefix, labels = PrefixEncoder(prefix_config(model)).bake(), range(len(batch.labels))
-    _, whole = loss_and_gradient(lambda x: (label_losses(model, batch, x) * torch.arange(len(labels))).sum(), prefix)
-    parts = [loss_and_gradient(lambda x, i=i: label_losses(model, batch, x)[i], prefix)[1] for i in labels]
+    _, whole = loss_and_gradient(lambda x: (model.label_losses(batch, x) * torch.arange(len(labels))).sum(), prefix)
+    parts = [loss_and_gradient(lambda x, i=i: model.label_losses(batch, x)[i], prefix)[1] for i in labels]
     assert relative(sum(i * parts[i] for i in labels), whole) < 1e-5
-    assert block_runner() is run_block  # nothing is computed twice unless that is asked for
 
 
 def test_bfloat16_stays_close_to_float32(attention_form):
@@ -152,7 +132,7 @@ def test_bfloat16_stays_close_to_float32(attention_form):
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         leaf = prefix.clone().requires_grad_()
-        sum(label_losses(copy.deepcopy(model).to(dtype), batch, leaf).sum() for batch in pack(examples, 100)).backward()
+        sum(copy.deepcopy(model).to(dtype).label_losses(batch, leaf).sum() for batch in pack(examples, 100)).backward()
         gradients.append(leaf.grad)
     assert gradients[1].dtype == torch.float32
     assert relative(gradients[1], gradients[0]) < 2e-2
@@ -163,7 +143,7 @@ def test_gradients_reach_no_parameter_of_the_base():
     leaf = PrefixEncoder(prefix_config(model)).bake().requires_grad_()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for batch in pack(examples_of([7, 12]), 100):
-        label_losses(model, batch, leaf).sum().backward()
+        model.label_losses(batch, leaf).sum().backward()
     assert leaf.grad.any()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -171,13 +151,37 @@ def test_gradients_reach_no_parameter_of_the_base():
 
 def test_a_row_without_labels_costs_nothing():
     (batch,) = pack([Example([5, 6, 7], [IGNORED] * 3)], 100)
-    assert label_losses(random_bloom(), batch, None).sum().item() == 0
+    assert random_bloom().label_losses(batch, None).sum().item() == 0
 
 
 def test_a_head_that_is_trained_is_refused_as_it_would_get_no_gradient():
     (batch,) = pack(examples_of([7, 12]), 100)
     with pytest.raises(ValueError, match="must be frozen"):
-        label_losses(random_bloom().requires_grad_(), batch, None)
+        random_bloom().requires_grad_().label_losses(batch, None)
+
+
+def test_the_gradient_of_the_loss_is_its_derivative():
+    """Numerically, in float64, for hidden states and labels that span several slices."""
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    weight, labels = torch.randn(11, 5, dtype=torch.float64), torch.randint(11, (9,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenHeadLoss, "LABELS_AT_ONCE", 4)
+        assert torch.autograd.gradcheck(lambda x: FrozenHeadLoss.apply(x, weight, labels), (hidden,))
+
+
+def test_a_loaded_bloom_can_be_given_the_packed_forward(tmp_path):
+    model = random_bloom()
+    model.save_pretrained(tmp_path)
+    loaded, report = Bloom.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()) and loaded.lm_head.weight is loaded.transformer.word_embeddings.weight
+    theirs = BloomForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = theirs(ids).logits
+    assert torch.equal(loaded(ids).logits, before)
+    add_packed_forward(theirs)
+    assert all(type(block) is PackedBlock for block in theirs.transformer.h)
+    assert torch.equal(theirs(ids).logits, before)
 
 
 def test_prefixes_of_different_lengths_are_padded_on_the_left():

@@ -96,7 +96,7 @@ def test_a_run_that_is_over_already_saves_its_prefix_and_says_so(small_pass_sett
     for name in (ADAPTER_FILE, ENCODER_FILE):
         (Path(small_pass_settings["output_dir"]) / name).unlink()
     assert train(TrainConfig(**small_pass_settings | {"max_steps": max_steps, "save_steps": 2} | LATEST))["steps"] == 6
-    assert "the run is over already: it stands at step 6" in capsys.readouterr().out
+    assert "the run is over already: it is at step 6" in capsys.readouterr().out
     assert (
         checkpoint_names(small_pass_settings["output_dir"]) == kept
         and (Path(small_pass_settings["output_dir"]) / ENCODER_FILE).exists()

@@ -44,7 +44,9 @@ from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_encoder
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
-from prefix_tuning.training.run import load_splits, memory_hint, train
+from prefix_tuning.training.inputs import load_splits
+from prefix_tuning.training.memory import memory_hint
+from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
 
@@ -121,7 +123,7 @@ def test_the_base_keeps_every_bit(quick_settings, monkeypatch):
         bases.append(load_base(*args))
         return bases[0]
 
-    monkeypatch.setattr("prefix_tuning.training.run.load_base", remember)
+    monkeypatch.setattr("prefix_tuning.training.inputs.load_base", remember)
     train(
         TrainConfig(
             **quick_settings | {"eval_dataset": quick_settings["dataset"], "eval_exact_match": True, "eval_steps": 2}

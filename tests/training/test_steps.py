@@ -1,22 +1,61 @@
 import itertools
+import math
+import os
+import signal
 from pathlib import Path
 
+from datasets import Dataset
 from helpers import metrics_of
 
+from prefix_tuning import signals
 from prefix_tuning.data.rows import load_rows, tokenize
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.steps import step_rows
+from prefix_tuning.training.steps import Steps
 
 
-def test_every_row_comes_once_an_epoch_and_the_last_step_takes_the_rest(quick_settings):
-    for shuffle, rest in itertools.product((True, False), (4, 1)):
-        config = TrainConfig(**quick_settings | {"shuffle": shuffle})
-        steps = list(step_rows(config, rows=36 + rest, rows_per_step=6, total_steps=14))
-        assert [len(step) for step in steps] == [6, 6, 6, 6, 6, 6, rest] * 2
-        epochs = [list(itertools.chain(*steps[:7])), list(itertools.chain(*steps[7:]))]
+def rows_of(count):
+    """So many tokenised rows, each of them one token that says which it is, and a label."""
+    return Dataset.from_dict(
+        {"input_ids": [[0, row] for row in range(count)], "labels": [[-100, row] for row in range(count)]}
+    )
+
+
+def order(steps):
+    """The rows of each step."""
+    return [sorted(int(label) for batch in step.batches for label in batch.labels) for step in steps]
+
+
+def test_every_row_comes_once_an_epoch_and_the_last_step_takes_the_rest():
+    for seed, rest in itertools.product((7, None), (4, 1)):
+        steps = Steps(rows_of(36 + rest), rows_per_step=6, total=14, max_tokens=4, seed=seed)
+        assert steps.per_epoch == 7 and [step.number for step in steps] == list(range(1, 15))
+        assert [(step.labels, step.tokens, len(step.batches)) for step in steps] == [(6, 12, 3)] * 6 + [
+            (rest, 2 * rest, math.ceil(rest / 2))
+        ] + [(6, 12, 3)] * 6 + [(rest, 2 * rest, math.ceil(rest / 2))]
+        found = order(steps)
+        epochs = [list(itertools.chain(*found[:7])), list(itertools.chain(*found[7:]))]
         assert all(sorted(epoch) == list(range(36 + rest)) for epoch in epochs)
-        assert (epochs[0] != epochs[1]) == shuffle
+        assert (epochs[0] != epochs[1]) == (seed is not None)
+
+
+def test_each_step_says_where_the_next_one_begins():
+    steps = list(Steps(rows_of(10), rows_per_step=4, total=7, max_tokens=100, seed=1))
+    assert [(step.next_epoch, step.next_row) for step in steps] == [(0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0), (2, 4)]
+    for done, step in enumerate(steps[:-1], start=1):
+        rest = Steps(rows_of(10), 4, 7, 100, seed=1, done=done, epoch=step.next_epoch, row=step.next_row)
+        assert order(rest) == order(steps[done:]) and next(iter(rest)).number == done + 1
+    assert list(Steps(rows_of(10), 4, 7, 100, done=7, epoch=2, row=4)) == []
+
+
+def test_a_signal_ends_the_steps_before_the_next_one():
+    numbers = []
+    with signals.listening("stops"):
+        for step in Steps(rows_of(10), rows_per_step=4, total=7, max_tokens=100):
+            numbers.append(step.number)
+            if step.number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert numbers == [1, 2, 3]
 
 
 def test_an_epoch_ends_with_its_last_row(quick_settings, tmp_path, tokenizer):
@@ -33,10 +72,9 @@ def test_an_epoch_ends_with_its_last_row(quick_settings, tmp_path, tokenizer):
 
 
 def test_rows_not_yet_seen_come_in_the_same_order_in_steps_of_another_size():
-    config = TrainConfig(seed=3)
-
-    def flat(*arguments):
-        return [row for step in step_rows(config, 30, *arguments) for row in step]
+    def flat(rows_per_step, total, epoch=0, row=0):
+        steps = Steps(rows_of(30), rows_per_step, total, 2, seed=3, epoch=epoch, row=row)  # two tokens are one row
+        return [row for indices, *_ in steps._order() for row in indices]
 
     whole = flat(4, 24)  # three epochs of 7 steps of 4 rows and one of 2
     assert sorted(whole[:30]) == sorted(whole[30:60]) == list(range(30)) and whole[:30] != whole[30:60]

@@ -1,0 +1,78 @@
+"""What a run reads before anything is trained: the frozen base and the rows."""
+
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from prefix_tuning import distributed
+from prefix_tuning.base_model.identity import fingerprint
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.base_model.sharding import parts_of_base
+from prefix_tuning.data.rows import digest, load_rows, tokenize
+from prefix_tuning.errors import UserError
+from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.training.settings import TrainConfig
+
+
+class Inputs(NamedTuple):
+    """The frozen base with its tokenizer and `fingerprint`; the tokenised training rows; the held-out rows, if there are
+    any, as texts and tokenised.
+    """
+
+    base: Bloom
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: dict
+    train_set: Dataset
+    eval_rows: Dataset | None
+    eval_set: Dataset | None
+
+    def contents(self) -> dict[str, object]:
+        """A hash of what each of the settings names that a resume may rename but not change, by setting."""
+        return {
+            "model_name_or_path": {key: value for key, value in self.fingerprint.items() if key != "name_or_path"},
+            "dataset": digest(self.train_set),
+            # Of the held-out rows, the texts too: answers are compared with them.
+            "eval_dataset": self.eval_set and [digest(self.eval_rows), digest(self.eval_set)],
+        }
+
+
+def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Reads rows and base. All ranks call this together. Raises UserError for what cannot be read or used."""
+    parts = parts_of_base(config.shard_base, config.shard_degree)
+    with distributed.local_main_first():  # one process per machine prepares the rows, the others find them cached
+        train_rows, eval_rows = load_splits(config)
+    base, tokenizer = load_base(
+        config.model_name_or_path, dtype, device, parts, config.gradient_checkpointing, config.torch_compile
+    )
+    with distributed.local_main_first():
+        train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
+        held_out = config.eval_dataset or config.dataset
+        eval_set = eval_rows and tokenize_rows(held_out, eval_rows, tokenizer, config.max_length)
+    return Inputs(base, tokenizer, fingerprint(base, tokenizer), train_set, eval_rows, eval_set)
+
+
+def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
+    """The training rows, and the held-out rows if there are to be any."""
+    rows = load_rows(config.dataset, splits=("train",))
+    if config.eval_dataset:
+        return rows, load_rows(config.eval_dataset, splits=("validation", "test", "train"))
+    if config.eval_fraction:
+        held_out = round(len(rows) * config.eval_fraction)
+        if not 0 < held_out < len(rows):
+            raise UserError(f"--eval_fraction {config.eval_fraction} of {len(rows)} rows leaves one side empty")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+        chosen, others = (part.sort().values.numpy() for part in (order[:held_out], order[held_out:]))
+        return rows.select(others), rows.select(chosen)
+    return rows, None
+
+
+def tokenize_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """`tokenize`, and a line about the rows that lost all their labels to truncation. Raises UserError if none is left."""
+    tokenized = tokenize(rows, tokenizer, max_length)
+    if not len(tokenized):
+        raise UserError(f"{name}: no row has a label left; every prompt fills --max_length {max_length}")
+    if dropped := len(rows) - len(tokenized):
+        print(f"{name}: left out {dropped} of {len(rows)} rows, whose prompts alone fill --max_length {max_length}")
+    return tokenized
