@@ -251,7 +251,7 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
         return evaluate_loss(*arguments)
 
     def count(*arguments, **options):
-        calls[-1] += 1
+        calls[-1:] = [call_count + 1 for call_count in calls[-1:]]
         if len(calls) == evaluations and calls[-1] == call:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)

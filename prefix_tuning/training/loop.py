@@ -47,9 +47,9 @@ def fit(
             state.advance(step, *optimizer_step(base, state, step))
             if not any(task.due(state) for task in (metrics, evaluator, checkpoints)):
                 continue
-            state.check_finite()  # the only line here that waits for the device
             if metrics.due(state):
                 metrics.write_interval(state)
+            state.check_finite()  # like the line above it waits for the device; nothing else here does
             with state.clock.stopped():  # evaluating and saving are not training time
                 if evaluator.due(state):
                     evaluate(state, evaluator, metrics, checkpoints)

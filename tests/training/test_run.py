@@ -321,7 +321,7 @@ def test_what_takes_most_memory_decides_what_to_change():
     model = random_bloom(hidden_size=48)
 
     def hint(**options):
-        return memory_hint(TrainConfig(**options), model)
+        return memory_hint(TrainConfig(**options), model, options.get("max_tokens_per_batch", 640))
 
     assert hint() == "lower --max_tokens_per_batch (it was 640) or add --gradient_checkpointing"
     assert hint(max_tokens_per_batch=1) == "add --gradient_checkpointing"

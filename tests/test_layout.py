@@ -1,0 +1,143 @@
+"""The layout of the package, read off its syntax trees: floors, no circle, no private name across files, nothing too long."""
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+PACKAGE = ROOT / "prefix_tuning"
+TREES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+# From the ground up. A file imports from lower floors, and from the rooms of its own floor's part: one line is one part.
+FLOORS = [
+    ["errors"],
+    ["bundled"],
+    ["text"],
+    ["files.names"],
+    ["settings", "distributed", "signals"],
+    ["model"],
+    ["devices"],
+    ["files", "data"],
+    ["base_model"],
+    ["generation"],
+    ["evaluation"],
+    ["training", "inference"],
+    ["demo", "parser", "cli", "plain"],
+]
+PARTS = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+# Here transformers sets the signature.
+TRANSFORMERS_OWN = {"PrefixBloom.forward", "PrefixBloom.generate", "PrefixBloom.prepare_inputs_for_generation"}
+
+
+def part_of(module: str) -> str:
+    """The part that a module belongs to: itself, or the folder it lies in."""
+    return module if module in PARTS else module.split(".")[0]
+
+
+def imports(tree: ast.AST) -> list[tuple[str, str]]:
+    """Every module that a file imports, by its full name, and the name that it takes from it."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
+
+
+def own_imports(tree: ast.AST) -> set[str]:
+    """The modules of this package that a file imports."""
+    names = {
+        name.removeprefix("prefix_tuning.")
+        for module, taken in imports(tree)
+        for name in (module, f"{module}.{taken}")
+        if module.split(".")[0] == "prefix_tuning"
+    }
+    return names & TREES.keys()
+
+
+def functions(tree: ast.AST, prefix: str = ""):
+    """All functions of a file, with their names in it."""
+    for node in ast.iter_child_nodes(tree):
+        name = prefix + (getattr(node, "name", None) or "")
+        if isinstance(node, ast.FunctionDef):
+            yield name, node
+        yield from functions(node, f"{name}." if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else prefix)
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function's body, its docstring aside."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_a_file_imports_from_below_only(module):
+    for other in own_imports(TREES[module]):
+        here, there = part_of(module), part_of(other)
+        assert here == there or PARTS[there] < PARTS[here] or {here, there} <= {*FLOORS[-1], "settings", "signals", "distributed"}
+
+
+def test_there_is_no_circle():
+    graphlib.TopologicalSorter({module: own_imports(tree) for module, tree in TREES.items()}).prepare()
+
+
+def test_the_mechanism_needs_nothing_but_torch_transformers_and_errors():
+    allowed = {"torch", "transformers", *sys.stdlib_module_names}
+    for module, tree in TREES.items():
+        if part_of(module) == "model":
+            assert {name.split(".")[0] for name, _ in imports(tree)} <= allowed | {"prefix_tuning"}
+            assert own_imports(tree) <= {"errors", *(name for name in TREES if part_of(name) == "model")}
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """The private names that a file defines: functions, classes, variables, attributes."""
+    names = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    return {name for name in names if name.strip("_") and name.startswith("_") and not name.startswith("__")}
+
+
+def test_no_private_name_is_used_across_files():
+    defined = {module: private_names(tree) for module, tree in TREES.items()}
+    for module, tree in TREES.items():
+        of_others = set().union(*(names for other, names in defined.items() if other != module)) - defined[module]
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {name for source, name in imports(tree) if source.startswith("prefix_tuning")}
+        assert not used & of_others, module
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_nothing_is_too_long(module):
+    """300 lines a file, 50 a function, six parameters."""
+    assert len((PACKAGE / (module.replace(".", "/") + ".py")).read_text("utf-8").splitlines()) <= 300
+    for name, function in functions(TREES[module]):
+        assert body_lines(function) <= 50, name
+        arguments = function.args
+        parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        count = sum(parameter is not None and parameter.arg not in ("self", "cls") for parameter in parameters)
+        assert count <= 6 or name in TRANSFORMERS_OWN, name
+
+
+def test_the_loop_is_a_screen():
+    lengths = {name: body_lines(function) for name, function in functions(TREES["training.loop"])}
+    assert lengths["fit"] <= 30 and lengths["optimizer_step"] <= 40
+
+
+def test_every_file_has_its_test():
+    """At the same place below tests/. What only names things has none."""
+    for module in TREES.keys() - {"errors", "files.names"}:
+        *folders, name = module.split(".")
+        assert Path(ROOT, "tests", *folders, f"test_{name}.py").exists(), module
+
+
+def test_folders_load_nothing_by_themselves():
+    for path in PACKAGE.rglob("__init__.py"):
+        assert path.parent == PACKAGE or not path.read_text("utf-8"), path
