@@ -1,4 +1,4 @@
-"""Text: what UTF-8 can hold, and the columns of a terminal, of which a Chinese character takes two."""
+"""Text: what UTF-8 can encode, and its width on a terminal, where a Chinese character takes two columns."""
 
 import os
 import re
@@ -8,34 +8,34 @@ from prefix_tuning.errors import UserError
 
 
 def is_text(value: str) -> bool:
-    """Whether UTF-8 can hold it: no half of a character (a lone surrogate) is in it."""
+    """Whether UTF-8 can encode it: it contains no lone surrogate, which is half of a character."""
     return value.isprintable() or not re.search("[\ud800-\udfff]", value)
 
 
 def as_text(argument: str, name: str) -> str:
-    """A text of the command line, where Python took its UTF-8 for ASCII. Raises UserError if it is none."""
+    """An argument of the command line, decoded as UTF-8 where Python took it for ASCII. Raises UserError if it is neither.
+
+    name: of the argument, for the message.
+    """
     try:
         return argument if is_text(argument) else os.fsencode(argument).decode()
     except UnicodeError as error:
         raise UserError(f"{name} holds bytes that are no UTF-8 text") from error
 
 
-"""Text in columns of a terminal, where a Chinese character takes two."""
-
-
 def display_width(text: str) -> int:
-    """How many columns of a terminal a text takes: two for a wide character, none for a mark on another one."""
+    """The number of terminal columns of a text: two for a wide character, none for one that combines with another."""
     return sum(map(_columns, text))
 
 
 def _columns(character: str) -> int:
-    if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # accents, and what joins emoji
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # accents, and joiners between emoji
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def shorten(text: str, columns: int) -> str:
-    """A text in one line of at most so many columns, white space collapsed; where it is cut, it ends in "..."."""
+    """A text on one line of at most `columns` columns, white space collapsed; if it is cut, it ends in "..."."""
     text = " ".join(text.split())
     if display_width(text) <= columns:
         return text
@@ -46,5 +46,5 @@ def shorten(text: str, columns: int) -> str:
 
 
 def pad(text: str, columns: int) -> str:
-    """A text with spaces behind it, so that it takes at least so many columns."""
+    """A text with spaces appended, so that it takes at least `columns` columns."""
     return text + " " * (columns - display_width(text))

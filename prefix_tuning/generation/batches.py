@@ -1,172 +1,137 @@
-"""Many prompts at once."""
+"""Many prompts: which of them are answered together, and how one such batch is answered."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchEncoding, Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from prefix_tuning import signals
-from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.generation.options import is_continuable, resolve_options
+from prefix_tuning.generation.prefix_bloom import Names, PrefixBloom
+from prefix_tuning.generation.sampling import row_draws
 
-FEW_ROWS = 4  # a batch of no more is not made smaller: starting again would cost more than it saves
-
-
-def complete(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, prompts: list[str], **options) -> list[str]:
-    """The completion of each prompt, in their order. options: those of `complete_batches`."""
-    answers = [""] * len(prompts)
-    for places, completions in complete_batches(model, tokenizer, prompts, **options):
-        for place, (answer, *_) in zip(places, completions, strict=True):
-            answers[place] = answer
-    return answers
+FEW_ROWS = 4  # smaller batches are not shrunk further: another call of `generate` would cost more than it saves
 
 
-def complete_batches(
+class Prompt(NamedTuple):
+    """A tokenised prompt. What is drawn for it depends on its number and the seed, so not on the prompts beside it."""
+
+    ids: list[int]
+    prefix_name: str
+    number: int
+
+
+def complete(
     model: PrefixBloom,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
-    prefix_name: str | list[str] | None = None,
+    prefix_name: Names = None,
     batch_size: int = 64,
-    seed: int | None = None,
-    numbers: Sequence[int] | None = None,
-    first: int = 0,
     **options,
-) -> Iterator[tuple[list[int], list[list[str]]]]:
-    """Completes prompts, similar ones together: those of one prefix, and of these, such as are about as long.
+) -> list[str]:
+    """The completion of each prompt, in their order; of several sequences per prompt, the first.
 
-    Yields for every batch, as it is done, the places of its prompts and the completions of each: num_return_sequences of
-    them, without special tokens. prefix_name: as for `PrefixBloom.generate`. seed: makes sampling repeatable; what is drawn
-    for a prompt depends on this, on its number and on nothing else. numbers: those of the prompts, by default their places.
-    first: batches whose places all come before it are left out. options: those of transformers' `generate`, of which
-    max_new_tokens is needed. Raises ValueError for unknown names.
+    options: those of `complete_batch`. After a signal the remaining answers are cut short or empty, which the caller has to
+    check. Raises ValueError for unknown names of prefixes.
     """
     names = model.names_of(prefix_name, len(prompts))
-    numbers = range(len(prompts)) if numbers is None else numbers
-    ids = tokenizer(prompts, split_special_tokens=True).input_ids if prompts else []
-    order = sorted(range(len(prompts)), key=lambda place: (names[place], len(ids[place])))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        if max(places) < first:
-            continue
-        inputs = tokenizer.pad({"input_ids": [ids[place] for place in places]}, padding_side="left", return_tensors="pt")
-        seeds = None if seed is None else [(seed, numbers[place]) for place in places]
-        replies = _replies(
-            model, inputs.to(model.device), [names[place] for place in places], seeds, tokenizer=tokenizer, **options
-        )
-        if signals.heard():  # these are cut short, and who called asks all processes by stop_if_heard
-            return
-        texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
-        each = len(texts) // len(places)
-        yield places, [texts[i : i + each] for i in range(0, len(texts), each)]
+    answers = [""] * len(prompts)
+    for batch in batches_of(tokenizer, prompts, names, range(len(prompts)), batch_size):
+        if signals.heard():
+            break
+        for prompt, (answer, *_) in zip(batch, complete_batch(model, tokenizer, batch, **options), strict=True):
+            answers[prompt.number] = answer
+    return answers
 
 
-# With these settings, a call of `generate` that continues an earlier one goes on as that one would have: they look at the
-# scores of one token, or at the whole text. All others start anew with each call, need another cache, or are unknown here.
-_CONTINUABLE = {
-    "do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
-    "renormalize_logits", "remove_invalid_values", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
-    "sequence_bias", "suppress_tokens", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
-    "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "tokenizer",
-    "transformers_version",
-}  # fmt: skip
+def batches_of(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], names: list[str], numbers: Sequence[int], batch_size: int
+) -> list[list[Prompt]]:
+    """Prompts in batches, sorted by prefix and number of tokens, so that there is little padding."""
+    ids = tokenizer(texts, split_special_tokens=True).input_ids if texts else []
+    prompts = sorted(map(Prompt, ids, names, numbers), key=lambda prompt: (prompt.prefix_name, len(prompt.ids)))
+    return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 
 
-def _is_continuable(settings: GenerationConfig, options: dict) -> bool:
-    """Whether several calls of `generate`, each of which continues the one before, answer as one."""
-    given = {name for name, value in (vars(settings) | options).items() if value is not None and name[0] != "_"}
-    given -= {name for name in ("num_beams", "num_return_sequences") if getattr(settings, name) == 1}
-    return settings.max_new_tokens is not None and given <= _CONTINUABLE
+def complete_batch(
+    model: PrefixBloom,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[Prompt],
+    seed: int = 0,
+    generation_config: GenerationConfig | None = None,
+    **options,
+) -> list[list[str]]:
+    """The completions of each prompt: num_return_sequences of them, without special tokens.
+
+    seed: what is drawn for a prompt with do_sample depends on this and on its number alone. options: those of transformers'
+    `generate`.
+    """
+    inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in batch]}, padding_side="left", return_tensors="pt")
+    inputs, names = inputs.to(model.device), [prompt.prefix_name for prompt in batch]
+    keys = [(seed, prompt.number) for prompt in batch]
+    settings, options = resolve_options(model.generation_config, generation_config, options | {"tokenizer": tokenizer})
+    settings.return_dict_in_generate = False
+    if len(batch) > FEW_ROWS and is_continuable(settings, options):
+        cache = model.prepend(inputs.attention_mask, names)[1]
+        replies = _replies_of_shrinking_batch(model, settings, inputs, cache, keys)
+    else:
+        options["stopping_criteria"] = [*options.get("stopping_criteria", ()), _SignalHeard()]
+        with row_draws(settings, keys):
+            output = model.generate(**inputs, generation_config=settings, prefix_name=names, **options)
+        replies = output[:, inputs.input_ids.shape[1] :]
+    texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
+    each = len(texts) // len(batch)
+    return [texts[start : start + each] for start in range(0, len(texts), each)]
 
 
-def _replies(
-    model: PrefixBloom, inputs, names: list[str], seeds: list[tuple[int, int]] | None, generation_config=None, **options
+def _replies_of_shrinking_batch(
+    model: PrefixBloom, settings: GenerationConfig, inputs: BatchEncoding, cache: Cache, keys: list[tuple[int, int]]
 ) -> list[torch.Tensor]:
-    """The new tokens of every row of a tokenised batch: of every sequence, where there are several to a row.
+    """The new ids of each row. Rows that have ended leave the batch as soon as they are half of it.
 
-    Where each row is a sequence of its own, rows that have ended leave the batch as soon as they are half of it; the others
-    continue from what is in their past_key_values. The text is the same; the work is less where some answers are long.
-    seeds: what each row's draws depend on; None: on torch's own generator.
+    The others continue from their part of `cache`, which holds their prefixes: the same texts, but the short answers do not
+    cost as much as the longest. settings: `is_continuable`. keys: as for `row_draws`.
     """
     ids, mask = inputs.input_ids, inputs.attention_mask
-    tokens = ids.shape[1]
-    settings, options = model._settings(generation_config, options)
-    settings.return_dict_in_generate = False
-    if len(names) <= FEW_ROWS or not _is_continuable(settings, options):
-        options["stopping_criteria"] = StoppingCriteriaList([*options.get("stopping_criteria", ()), _Heard()])
-        with _draws(settings, seeds):
-            output = model.generate(ids, settings, attention_mask=mask, prefix_name=names, **options)
-        return list(output[:, tokens:])
-    left = settings.max_new_tokens
-    _, cache = model.prepend(mask, names)
-    ended = _HalfEnded(tokens, settings.eos_token_id)
+    tokens, left = ids.shape[1], settings.max_new_tokens
+    half_ended = _HalfEnded(tokens, settings.eos_token_id)
     rows, replies = torch.arange(len(ids)), [ids[0, :0]] * len(ids)
     while len(rows) and not signals.heard():
         settings.max_new_tokens = left
-        options["stopping_criteria"] = StoppingCriteriaList([_Heard(), *([ended] if len(rows) > FEW_ROWS else [])])
-        with _draws(settings, seeds and [seeds[row] for row in rows.tolist()], ids.shape[1] - tokens):
-            ids = model.generate(ids, settings, attention_mask=mask, past_key_values=cache, **options)
+        criteria = [_SignalHeard(), *([half_ended] if len(rows) > FEW_ROWS else [])]
+        with row_draws(settings, [keys[row] for row in rows.tolist()], ids.shape[1] - tokens):
+            ids = model.generate(ids, settings, attention_mask=mask, past_key_values=cache, stopping_criteria=criteria)
         left -= ids.shape[1] - mask.shape[1]
-        done = ended.among(ids[:, tokens:]).cpu() | (left == 0)
+        done = half_ended.ended(ids[:, tokens:]).cpu() | (left == 0)
         for row, reply in zip(rows[done].tolist(), ids[done, tokens:], strict=True):
             replies[row] = reply
-        rows, others = rows[~done], (~done).nonzero().flatten().to(ids.device)
-        ids = ids[others]
-        mask = F.pad(mask[others], (0, ids.shape[1] - mask.shape[1]), value=1)
-        cache.batch_select_indices(others)
-        cache.prefix_mask = cache.prefix_mask[others]
+        rows, kept = rows[~done], (~done).nonzero().flatten().to(ids.device)
+        ids = ids[kept]
+        mask = F.pad(mask[kept], (0, ids.shape[1] - mask.shape[1]), value=1)
+        cache.batch_select_indices(kept)
+        cache.prefix_mask = cache.prefix_mask[kept]
     return replies
 
 
-def _draws(settings: GenerationConfig, seeds: list[tuple[int, int]] | None, step: int = 0) -> AbstractContextManager:
-    return _RowDraws(seeds, step) if settings.do_sample and seeds else nullcontext()
-
-
-class _RowDraws(TorchFunctionMode):
-    """Inside, torch.multinomial, by which `generate` samples, has a generator for each row of the batch and each step.
-
-    So what is drawn for a row does not depend on the rows beside it. seeds: one for each row, whose beams or sequences lie
-    one after the other; step: how many were drawn before.
-    """
-
-    def __init__(self, seeds: list[tuple[int, int]], step: int):
-        super().__init__()
-        self.seeds, self.step = seeds, step
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not torch.multinomial:
-            return function(*args, **kwargs)
-        probabilities, *others = args
-        drawn = []
-        for row, seed in zip(probabilities.chunk(len(self.seeds)), self.seeds, strict=True):
-            # A hash, as a CPU's generator takes only the lower half of a seed, and neighbours are not to be alike.
-            digest = hashlib.blake2b(repr((*seed, self.step)).encode(), digest_size=8).digest()
-            generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest, "big"))
-            drawn.append(function(row, *others, **kwargs, generator=generator))
-        self.step += 1
-        return torch.cat(drawn)
-
-
-class _Heard(StoppingCriteria):
-    """Stops all rows once the process has heard a signal."""
+class _SignalHeard(StoppingCriteria):
+    """Stops all rows once the process has received a signal."""
 
     def __call__(self, input_ids, scores, **options):
         return torch.full((len(input_ids),), signals.heard() > 0, device=input_ids.device)
 
 
 class _HalfEnded(StoppingCriteria):
-    """Stops a batch as soon as half of its rows have ended."""
+    """Stops a batch as soon as half of its rows have ended. start: where the replies begin in input_ids."""
 
     def __init__(self, start: int, eos_token_id: int | list[int] | None):
         self.start, self.eos = start, torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
 
-    def among(self, replies: torch.Tensor) -> torch.Tensor:
-        """Which replies have ended: (rows,), bool."""
+    def ended(self, replies: torch.Tensor) -> torch.Tensor:
+        """Which replies (rows, tokens) have ended: (rows,), bool."""
         return torch.isin(replies, self.eos.to(replies.device)).any(dim=1)
 
     def __call__(self, input_ids, scores, **options):
-        ended = self.among(input_ids[:, self.start :])
+        ended = self.ended(input_ids[:, self.start :])
         return (2 * ended.sum() >= len(ended)).expand(len(ended))

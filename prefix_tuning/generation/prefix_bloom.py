@@ -1,4 +1,10 @@
-"""PrefixBloom"""
+"""PrefixBloom: transformers' Bloom with named prefixes, of which each row of a batch can use its own.
+
+A prefix is used through the cache: it is put into past_key_values before the text, as if it were text that was read earlier.
+transformers' `generate` knows the text alone; `prepare_inputs_for_generation` adds the prefix's part of the attention mask.
+
+Shapes: L layers, R rows of a batch, H heads, P tokens of a prefix (in a mask, of the longest), T tokens of text, D head_dim.
+"""
 
 import copy
 import functools
@@ -21,9 +27,11 @@ from transformers import (
 from prefix_tuning.base_model.identity import check_base, fingerprint
 from prefix_tuning.base_model.sharding import in_step, is_sharded
 from prefix_tuning.files.prefixes import SavedPrefix
+from prefix_tuning.generation.options import check_options, guess_mask, new_tokens, resolve_options
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
 
-BASE = "base"  # the name that stands for no prefix
+BASE = "base"  # the name for no prefix
+Names = str | list[str] | None  # of prefixes: one for all rows, or one for each; None: that of the prefix in use
 
 
 class _PrefixBloomConfig(BloomConfig):
@@ -31,18 +39,18 @@ class _PrefixBloomConfig(BloomConfig):
 
 
 class PrefixBloom(Bloom):
-    """A Bloom that has any number of prefixes, of which every row of a batch can use its own.
+    """A Bloom with any number of prefixes.
 
-        model = PrefixBloom(base)                                # any BloomForCausalLM that lies on one device
+        model = PrefixBloom(base)                                # a BloomForCausalLM, all of it on one device
         model.attach("short", load_prefix("./chatbot"))
         model.generate(**inputs)                                 # with the prefix in use: the first one attached
         model.generate(**inputs, prefix_name=["short", "base"])  # by row; "base" is the frozen base alone
         model.use("base")
         model.detach("short")
 
-    It is a BloomForCausalLM itself, made of new modules around the tensors of `base`: what takes one, such as transformers'
-    pipeline, takes this. None of the above changes `base`; but the weights are in memory once, so who changes them changes
-    them for both. (A base that is sharded over processes cannot be copied: its modules and its config are taken over.)
+    It is a BloomForCausalLM itself, made of new modules around the tensors of `base`, so transformers' pipeline takes it.
+    Nothing above changes `base`; but the weights are in memory once, so whoever changes them changes them for both. (A base
+    that is sharded over processes cannot be copied: its modules and its config are shared.)
     """
 
     config_class = _PrefixBloomConfig
@@ -54,12 +62,12 @@ class PrefixBloom(Bloom):
         if len({tensor.device for tensor in base.parameters()} | {base.device}) > 1 or base.device.type == "meta":
             raise ValueError("PrefixBloom wants a base that lies whole on one device")
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-        own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))  # what is sharded cannot be copied
-        # accelerate and PEFT put methods into the instance, which would hide those below; for a model with FSDP's mark,
-        # `generate` would try to keep processes in step by itself.
+        own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))
+        # accelerate and PEFT set methods on the instance, which would hide those of this class. With FSDP's mark, `generate`
+        # would keep processes in step by itself; here `in_step` does.
         left_out = ("forward", "_old_forward", "_hf_hook", "prepare_inputs_for_generation", "_is_fsdp_managed_module")
         vars(self).update({name: value for name, value in own.items() if name not in left_out})
-        # A prefix lives in the cache, which `generate` makes below.
+        # A prefix needs a cache, whose kind `generate` chooses below.
         self.config.use_cache = self.generation_config.use_cache = True
         self.generation_config.cache_implementation = None
         self.prefixes: dict[str, torch.Tensor] = {}
@@ -71,15 +79,14 @@ class PrefixBloom(Bloom):
 
     @property
     def names(self) -> list[str]:
-        """What rows can be answered by: the base, and all prefixes."""
+        """The names that `prefix_name` may have: "base", and those of the prefixes."""
         return [BASE, *self.prefixes]
 
     def attach(self, name: str, prefix: SavedPrefix | torch.Tensor, force: bool = False) -> None:
-        """Makes a prefix usable under a name; one of that name is replaced. The first one attached is in use at once.
+        """Adds a prefix under a name, or replaces the one of that name. The first one attached is in use at once.
 
-        prefix: what `load_prefix` returns, or (layers, 2, heads, tokens, head_dim). Raises UserError if it does not fit the
-        base, TypeError or ValueError if it is no prefix; force: use it although its base had other weights or another
-        tokenizer.
+        prefix: what `load_prefix` returns, or a tensor (L, 2, H, P, D). force: accept one whose base had other weights or
+        another tokenizer. Raises UserError if it does not fit the base, TypeError or ValueError if it is no prefix.
         """
         if not isinstance(name, str):
             raise TypeError(f"the name of a prefix is a str, not {type(name).__name__}")
@@ -87,16 +94,16 @@ class PrefixBloom(Bloom):
             raise ValueError(f"{BASE!r} is the name of the base without a prefix")
         if not isinstance(prefix, (torch.Tensor, SavedPrefix)):
             raise TypeError(f"a prefix is what load_prefix returns, or a tensor, not {type(prefix).__name__}")
-        tensor, noted = (prefix, self._fingerprint) if isinstance(prefix, torch.Tensor) else prefix
+        tensor, trained_on = (prefix, self._fingerprint) if isinstance(prefix, torch.Tensor) else prefix
         if tensor.dim() != 5 or tensor.shape[1] != 2 or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError("a prefix is (layers, 2, heads, tokens, head_dim), of a float type and finite")
-        check_base(tensor.shape, noted, self._fingerprint, name, force)
+        check_base(tensor.shape, trained_on, self._fingerprint, name, force)
         if not self.prefixes:
             self.active = name
         self.prefixes[name] = tensor.detach().to(self.device, self.dtype)
 
     def detach(self, name: str) -> None:
-        """Takes a prefix away. If it is in use, the base answers alone from then on. Raises ValueError for unknown names."""
+        """Removes a prefix. If it was in use, the base answers alone from now on. Raises ValueError for unknown names."""
         if name not in self.prefixes:
             raise ValueError(f"no prefix {name!r}; there are {', '.join(self.prefixes) or 'none'}")
         del self.prefixes[name]
@@ -104,58 +111,46 @@ class PrefixBloom(Bloom):
             self.active = BASE
 
     def use(self, name: str) -> None:
-        """Says which prefix rows use that name none; "base": none at all. Raises ValueError for unknown names."""
-        self._check_name(name)
-        self.active = name
+        """Sets the prefix of calls that name none; "base": no prefix. Raises ValueError for unknown names."""
+        (self.active,) = self.names_of([name], 1)
 
-    def _check_name(self, name: str) -> None:
-        if name not in self.names:
-            raise ValueError(f"no prefix {name!r}; there are {', '.join(self.names)}")
-
-    def names_of(self, prefix_name: str | list[str] | None, rows: int) -> list[str]:
-        """The name of every row's prefix. prefix_name: one for all rows, or one for each; None: the one in use.
-
-        Raises ValueError for unknown names, and where there are not as many as rows.
-        """
+    def names_of(self, prefix_name: Names, rows: int) -> list[str]:
+        """The name of each row's prefix. Raises ValueError for unknown names, and if there are not as many as rows."""
         prefix_name = self.active if prefix_name is None else prefix_name
+        names = [prefix_name] if isinstance(prefix_name, str) else prefix_name
+        for name in names:
+            if name not in self.names:
+                raise ValueError(f"no prefix {name!r}; there are {', '.join(self.names)}")
         if isinstance(prefix_name, str):
-            self._check_name(prefix_name)
-            return [prefix_name] * rows
-        for name in prefix_name:
-            self._check_name(name)
-        if len(prefix_name) != rows:
-            raise ValueError(f"{len(prefix_name)} prefixes are named for {rows} rows")
-        return prefix_name
+            return names * rows
+        if len(names) != rows:
+            raise ValueError(f"{len(names)} prefixes are named for {rows} rows")
+        return names
 
-    def _prefixes_of(self, prefix_name: str | list[str] | None, rows: int) -> list[torch.Tensor]:
-        """The prefix of every row, with no tokens for the base's."""
+    def _prefixes_of(self, prefix_name: Names, rows: int) -> list[torch.Tensor]:
+        """The prefix of each row, (L, 2, H, P, D); the base's has no tokens."""
         shape = self.config
         none = torch.empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
         return [self.prefixes.get(name, none).to(self.device, self.dtype) for name in self.names_of(prefix_name, rows)]
 
     def prepend(
-        self,
-        attention_mask: torch.Tensor,
-        prefix_name: str | list[str] | None = None,
-        copies: int = 1,
-        cache: Cache | None = None,
+        self, attention_mask: torch.Tensor, prefix_name: Names = None, copies: int = 1, cache: Cache | None = None
     ) -> tuple[torch.Tensor, Cache]:
-        """The mask of prefix and text, (rows, longest prefix + tokens), and the prefixes as past_key_values.
+        """The mask of prefix and text, (R, P + T), int64, and the prefixes as past_key_values.
 
-        attention_mask: the text's own, (rows, tokens). prefix_name: as for `names_of`. copies: `generate` will repeat each
-        row this often, as beams or sequences; the past_key_values do so already. cache: an empty one to fill; None: a new
-        DynamicCache.
+        attention_mask: of the text, (R, T). copies: how often `generate` will repeat each row, as beams or sequences; the
+        past_key_values are repeated already. cache: an empty one to fill; None: a new DynamicCache.
         """
         prefixes = self._prefixes_of(prefix_name, len(attention_mask))
         cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)], cache)
-        cache.prefix_mask = mask  # marks the cache as one that begins with prefixes, for the calls that continue from it
+        cache.prefix_mask = mask  # (R * copies, P): marks a cache that begins with prefixes, for calls that continue from it
         return torch.cat((mask[::copies], attention_mask), dim=1), cache
 
-    def _is_empty(self, cache: Cache | None, prefix_name: str | list[str] | None, rows: int) -> bool:
-        """Whether past_key_values are still to get their prefixes.
+    def _lacks_prefix(self, cache: Cache | None, prefix_name: Names, rows: int) -> bool:
+        """Whether past_key_values are empty, so that the prefixes have to be put into them.
 
-        Raises ValueError where they hold text without a prefix although these rows have one, or where they hold prefixes
-        and others are named.
+        Raises ValueError if they hold text without a prefix although these rows have one, or if they hold prefixes and
+        prefix_name names others.
         """
         if cache is None:
             return True
@@ -167,7 +162,7 @@ class PrefixBloom(Bloom):
             if set(self.names_of(prefix_name, rows)) != {BASE}:
                 raise ValueError(f"past_key_values hold text but no prefix: begin with an empty cache, or name {BASE!r}")
             return False
-        # A cache that was reset has lost its prefixes. A compiled forward cannot look; `generate` has, before.
+        # A cache that was reset has lost its prefixes. `generate` has checked that before a compiled forward, which cannot.
         if not torch.compiler.is_compiling() and cache.get_seq_length() < cache.prefix_mask.shape[1]:
             return True
         if prefix_name is not None:
@@ -175,32 +170,34 @@ class PrefixBloom(Bloom):
         return False
 
     def in_step(self) -> AbstractContextManager[None]:
-        """`sharding.in_step` around what several processes generate, each as many tokens as it likes."""
+        """`sharding.in_step` around generation, in which each process makes as many passes as its answers need."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         return in_step(self, torch.no_grad()(lambda: self(token)))
 
-    @functools.wraps(BloomForCausalLM.forward)  # transformers reads off the signature what a model can do
+    @functools.wraps(BloomForCausalLM.forward)  # transformers reads from the signature what a model accepts
     def forward(
         self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, *, prefix_name=None, **options
     ):
-        """transformers' forward after the prefix in use, or `prefix_name`: one for all rows, or one for each.
+        """transformers' forward, with a prefix for each row (`Names`).
 
-        The prefix goes into past_key_values that are empty. Those that hold one already continue from there; those that hold
-        text alone are for the base, and a ValueError for a prefix.
+        Empty past_key_values get the prefix. Those that begin with one are continued; those that hold text alone are for
+        the base, and a ValueError for a prefix.
         """
         text = input_ids if inputs_embeds is None else inputs_embeds
-        if text is not None and self._is_empty(past_key_values, prefix_name, len(text)):
+        if text is not None and self._lacks_prefix(past_key_values, prefix_name, len(text)):
             if attention_mask is None:
                 attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
             attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
-            if (room := past_key_values.get_max_length(layer_idx=0)) > 0:  # a static one: Bloom wants a mask of its length
+            if (
+                room := past_key_values.get_max_length(layer_idx=0)
+            ) > 0:  # for a StaticCache, Bloom needs a mask of its length
                 attention_mask = F.pad(attention_mask, (0, room - attention_mask.shape[1]))
         elif text is not None and hasattr(past_key_values, "prefix_mask") and not torch.compiler.is_compiling():
             prefix_mask = past_key_values.prefix_mask
-            tokens = past_key_values.get_seq_length() + text.shape[1] - prefix_mask.shape[1]  # of the text so far
+            tokens = past_key_values.get_seq_length() + text.shape[1] - prefix_mask.shape[1]  # T, cached ones included
             if attention_mask is None:
                 attention_mask = torch.ones(len(text), tokens, dtype=torch.long, device=text.device)
-            if attention_mask.shape[1] == tokens:  # that of the text alone, as transformers' users write it
+            if attention_mask.shape[1] == tokens:  # of the text alone, as transformers' users write it
                 attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
         return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
 
@@ -210,113 +207,69 @@ class PrefixBloom(Bloom):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        prefix_name: str | list[str] | None = None,
+        prefix_name: Names = None,
         **options,
     ):
-        """transformers' `generate` after the prefix in use, or `prefix_name`: one for all rows, or one for each.
+        """transformers' `generate`, with a prefix for each row (`Names`).
 
-        inputs (or input_ids): (rows, tokens), padded on the left. cache_implementation="static" is compiled where
-        transformers compiles it. past_key_values: an empty cache gets the prefix; with those of an earlier call, and the
-        whole text so far, it continues after the prefix of that call. Lengths, stopping criteria and streamers know the text
-        alone. Raises ValueError for what a prefix rules out: other kinds of cache or none, inputs_embeds, assisted
-        generation, guidance_scale, chunks of the prompt.
+        inputs (or input_ids): (R, T), padded on the left. cache_implementation="static" is compiled where transformers
+        compiles it. past_key_values: an empty cache gets the prefix; with those of an earlier call, and the whole text so
+        far, generation continues after the prefix of that call. Lengths, stopping criteria and streamers see the text
+        alone. Raises ValueError for what does not work with a prefix: other kinds of cache or none, inputs_embeds, assisted
+        generation, guidance_scale, prefill_chunk_size.
         """
         input_ids = options.pop("input_ids", inputs)
-        if self.generation_config.cache_implementation:
-            raise ValueError("give cache_implementation to `generate`, not to the model's generation_config")
-        settings, options = self._settings(generation_config, options)
-        if settings.guidance_scale == 1:  # has no effect
-            settings.guidance_scale = None
-        ruled_out = ("inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "prefill_chunk_size")
-        for name in ruled_out:
-            if options.get(name) is not None or getattr(settings, name, None) is not None:
-                raise ValueError(f"{name} does not go with a prefix")
-        if settings.use_cache is False or settings.cache_implementation not in (None, "dynamic", "static"):
-            raise ValueError("a prefix needs a dynamic or a static cache to live in: use_cache or cache_implementation")
+        settings, options = resolve_options(self.generation_config, generation_config, options)
+        check_options(settings, options)
         if input_ids is None:
             raise ValueError("input_ids are missing")
         mask = options.pop("attention_mask", None)
         if mask is None:
-            mask = _guessed_mask(input_ids, settings)
+            mask = guess_mask(input_ids, settings)
         cache = options.pop("past_key_values", None)
-        if empty := self._is_empty(cache, prefix_name, len(input_ids)):
+        if lacks_prefix := self._lacks_prefix(cache, prefix_name, len(input_ids)):
             if mask.shape != input_ids.shape:
                 raise ValueError(f"attention_mask is {tuple(mask.shape)} for input_ids {tuple(input_ids.shape)}")
-            cache = self._begin(cache, settings, mask, prefix_name)
-        # transformers also takes the new ids alone, with a mask over all that is cached: there the prefix has its part.
-        if empty or mask.shape[1] == input_ids.shape[1]:
+            cache = self._start_cache(cache, settings, mask, prefix_name)
+        # With new ids alone, as transformers also takes them, the mask is that of the whole cache and has the prefix's part.
+        if lacks_prefix or mask.shape[1] == input_ids.shape[1]:
             cache.prefix_mask = prefix_mask = getattr(cache, "prefix_mask", mask[:, :0])
             new = prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
             if not 0 < new <= input_ids.shape[1]:
                 raise ValueError("input_ids must be the whole text so far, and longer than what past_key_values hold of it")
-            options["prefix_mask"] = prefix_mask[:: len(prefix_mask) // len(mask)]  # one of those that are a row's copies
+            options["prefix_mask"] = prefix_mask[
+                :: len(prefix_mask) // len(mask)
+            ]  # `generate` repeats it as it does the rows
         return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)
 
-    def _begin(self, cache: Cache | None, settings: GenerationConfig, mask: torch.Tensor, prefix_name) -> Cache:
-        """The empty cache, or a new one of the kind that is set, with the prefixes in it and room for text and answer."""
+    def _start_cache(self, cache: Cache | None, settings: GenerationConfig, mask: torch.Tensor, prefix_name: Names) -> Cache:
+        """The empty cache, or a new one of the kind that `settings` name, with the prefixes in it and room for the answers.
+
+        mask: of the text, (R, T). Raises ValueError if the cache is too small.
+        """
         longest = max(prefix.shape[3] for prefix in self._prefixes_of(prefix_name, len(mask)))
-        length = longest + mask.shape[1] + _room(settings, mask.shape[1])
+        length = longest + mask.shape[1] + new_tokens(settings, mask.shape[1])
         if cache is None:
             static = settings.cache_implementation == "static"
             cache, settings.cache_implementation = StaticCache(self.config, length) if static else DynamicCache(), None
-        elif -1 < (room := cache.get_max_length(layer_idx=0)) < length - 1:  # the last token does not go into it
+        elif -1 < (room := cache.get_max_length(layer_idx=0)) < length - 1:  # the last token is never put into it
             raise ValueError(f"past_key_values have room for {room} tokens; prefix, text and answer need {length - 1}")
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         return self.prepend(mask, prefix_name, copies, cache)[1]
 
-    def _settings(self, generation_config: GenerationConfig | None, options: dict) -> tuple[GenerationConfig, dict]:
-        """What is set for `generate`: by its options, else by its generation_config, else by the model's own; and what of
-        the options is left for `generate` itself."""
-        settings = copy.deepcopy(generation_config or self.generation_config)
-        options = settings.update(**options)
-        for name, value in vars(self.generation_config).items():
-            if getattr(settings, name, None) is None:
-                setattr(settings, name, value)
-        return settings, options
+    def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, prefix_mask=None, **kwargs):
+        """The inputs of one forward pass of `generate`: its mask of the text, with the prefix's part in front.
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        attention_mask=None,
-        is_first_iteration=False,
-        *,
-        prefix_mask=None,
-        **options,
-    ):
-        """Where transformers' `generate`, which knows the text alone, meets the cache, which begins with the prefix.
-
-        prefix_mask: the prefix's part of the mask, (rows, longest prefix); None: attention_mask has it.
+        prefix_mask: that part, (R, P); None: attention_mask has it already.
         """
         if prefix_mask is not None:
             if attention_mask is None:  # transformers drops a mask of ones
                 attention_mask = torch.ones_like(input_ids)
             attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
-            if is_first_iteration:
-                next_sequence_length = attention_mask.shape[1] - int(past_key_values.get_seq_length())
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            is_first_iteration=is_first_iteration,
-            **options,
-        )
+            if kwargs.get("is_first_iteration"):  # transformers would subtract the cache, prefix included, from the text
+                kwargs["next_sequence_length"] = attention_mask.shape[1] - int(kwargs["past_key_values"].get_seq_length())
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
 
 
-def _guessed_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
-    """What transformers takes for padding where no mask is given."""
-    pad, eos = settings.pad_token_id, torch.tensor([] if settings.eos_token_id is None else settings.eos_token_id)
-    if pad is None or pad in eos.flatten().tolist():
-        return torch.ones_like(input_ids)
-    return input_ids.ne(pad).long()
-
-
-def _room(settings: GenerationConfig, tokens: int) -> int:
-    """New tokens that a text of so many may get."""
-    return settings.max_new_tokens or (settings.max_length or tokens + 20) - tokens  # 20: transformers' default
-
-
-# Else a pipeline would log that it does not know this class. Configurations stay those of the base.
+# Else a pipeline logs that it does not know this class. Configurations of models remain those of the base.
 AutoModelForCausalLM.register(_PrefixBloomConfig, PrefixBloom)

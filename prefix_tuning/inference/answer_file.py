@@ -1,4 +1,4 @@
-"""AF"""
+"""A file of questions: each row is written with its response, in the order of the rows, while others are being answered."""
 
 import itertools
 import json
@@ -6,114 +6,120 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import bundled, distributed
 from prefix_tuning.data.rows import read_questions
 from prefix_tuning.errors import Interrupted, UserError
-from prefix_tuning.generation.batches import complete_batches
-from prefix_tuning.generation.prefix_bloom import PrefixBloom
-from prefix_tuning.inference.ask import decoding_options
-from prefix_tuning.inference.settings import InferConfig
+from prefix_tuning.generation.batches import batches_of, complete_batch
+from prefix_tuning.inference.ask import Answerer
 
-WINDOW = 8  # batches of a file that are sorted by length together
+WINDOW = 8  # batches per process whose rows are sorted by length together
 
 
-def check_output(config: InferConfig) -> None:
-    """Raises UserError if --output is there already and is not to be gone on with, or has no place."""
-    output = Path(config.output)
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {config.output}: there is no such folder; make it, or name another file")
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {config.output} is no file; name another")
-    if output.exists() and config.input and output.samefile(bundled.resolve(config.input)):
-        raise UserError(f"--output {config.output} is the --input; name another file")
-    if output.exists() and not config.resume:
-        hint = "go on with it by --resume, or name another" if config.input else "name another"
-        raise UserError(f"--output {config.output} is there already; {hint}")
+def check_output(output: str, source: str | None, resume: bool) -> None:
+    """Raises UserError if --output cannot be written: it is there and not to be continued, or its folder is missing.
 
-
-def answer_file(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Answers the `rows` questions of config.input; writes them with their responses, in their order, as they are done.
-
-    A run that stops, for whatever reason, leaves whole lines but for the last, and config.resume goes on behind them.
+    source: the file of --input, if there is one.
     """
-    output, options = Path(config.output), decoding_options(config)
-    names, main, processes = model.names, distributed.is_main(), distributed.world_size()
-    questions, window = read_questions(config.input, names), WINDOW * config.batch_size * processes
-    done = 0
+    path = Path(output)
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no such folder; make it, or name another file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output {output} is no file; name another")
+    if path.exists() and source and path.samefile(bundled.resolve(source)):
+        raise UserError(f"--output {output} is the --input; name another file")
+    if path.exists() and not resume:
+        hint = "continue it with --resume, or name another" if source else "name another"
+        raise UserError(f"--output {output} is there already; {hint}")
+
+
+def answer_file(answerer: Answerer, source: str, output: Path, batch_size: int, rows: int) -> None:
+    """Answers the questions of `source`, which has so many rows, and appends those that `output` lacks, as JSON lines.
+
+    A line is written as soon as all before it are: a run that is stopped or killed leaves a file that can be continued.
+    Processes share the work, and main writes. Raises UserError if `output` cannot be written or belongs to other rows, and
+    Interrupted for Ctrl-C.
+    """
+    main, done = distributed.is_main(), 0
+    path = output if main else os.devnull
     try:
-        done = distributed.broadcast_object(rows_done(config, names) if main else 0)
+        done = distributed.broadcast_object(rows_done(output, source, answerer.model.names) if main else 0)
         with (
-            open(output if main else os.devnull, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+            # buffering=1: each line is written at once
+            open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n") as file,
             tqdm(total=rows, initial=done, unit="row", disable=not main) as bar,
         ):
-            for position in range(0, rows, window):
-                part = list(itertools.islice(questions, window))
-                if position + len(part) <= done:
-                    continue
-                own = distributed.share(part)
-                batches = complete_batches(
-                    model,
-                    tokenizer,
-                    [prompt for _, prompt, _ in own],
-                    [prefix or model.active for _, _, prefix in own],
-                    config.batch_size,
-                    config.seed,
-                    distributed.share(range(position, position + len(part))),
-                    first=max(0, done - position) // processes,
-                    **options,
-                )
-                answers: dict[int, list[str]] = {}
-                # Every process takes as many turns, some of them empty: they meet after each.
-                for _ in range(math.ceil(math.ceil(len(part) / processes) / config.batch_size)):
-                    with model.in_step():
-                        mine = next(batches, ([], []))
-                    for process, (places, completions) in enumerate(distributed.gather(mine)):
-                        answers.update(zip((place * processes + process for place in places), completions, strict=True))
-                    while done - position in answers:
-                        row, response = part[done - position][0], answers[done - position]
-                        response = response if config.num_return_sequences > 1 else response[0]
-                        file.write(_line(row | {"response": response}) + "\n")
-                        done += 1
-                        bar.update()
-                    file.flush()
+            for row, responses in _answered_rows(answerer, source, batch_size, done):
+                response = responses if len(responses) > 1 else responses[0]
+                file.write(_line(row | {"response": response}) + "\n")
+                done += 1
+                bar.update()
     except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}; mend that and go on with --resume") from error
+        raise UserError(f"{output}: cannot be written: {error.strerror}; mend that and continue with --resume") from error
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped after {done} of {rows} rows; go on with --resume", signal.SIGINT) from None
+        raise Interrupted(f"stopped after {done} of {rows} rows; continue with --resume", signal.SIGINT) from None
     if main:
         print(f"{rows} rows answered: {output}", file=sys.stderr)
 
 
-def rows_done(config: InferConfig, names: list[str]) -> int:
-    """How many rows of config.input have their line in config.output. What a kill left of a line is cut off.
+def _answered_rows(answerer: Answerer, source: str, batch_size: int, done: int) -> Iterator[tuple[dict, list[str]]]:
+    """The rows of `source` from number `done` on, in order, each with its completions.
 
-    Raises UserError if the lines are not those of the input's rows.
+    Each process answers its share, and yields the rows of all: they gather the completions after each batch.
     """
-    output = Path(config.output)
+    model, tokenizer, processes = answerer.model, answerer.tokenizer, distributed.world_size()
+    questions = ((number, *question) for number, question in enumerate(read_questions(source, model.names)))
+    while window := list(itertools.islice(questions, WINDOW * batch_size * processes)):
+        first, last = window[0][0], window[-1][0]
+        if last < done:
+            continue
+        own = distributed.share(window)
+        prompts = [prompt for _, _, prompt, _ in own]
+        names = [prefix or model.active for _, _, _, prefix in own]
+        batches = batches_of(tokenizer, prompts, names, [number for number, *_ in own], batch_size)
+        unanswered = iter([batch for batch in batches if max(prompt.number for prompt in batch) >= done])
+        answers: dict[int, list[str]] = {}
+        # Gathering takes all processes, so each goes as often through this loop as the one with the largest share.
+        for _ in range(0, math.ceil(len(window) / processes), batch_size):
+            batch = next(unanswered, [])
+            with model.in_step():
+                completions = complete_batch(model, tokenizer, batch, answerer.seed, **answerer.options) if batch else []
+            mine = [(prompt.number, texts) for prompt, texts in zip(batch, completions, strict=True)]
+            for part in distributed.gather(mine):
+                answers.update(part)
+            while done in answers:
+                yield window[done - first][1], answers[done]
+                done += 1
+
+
+def rows_done(output: Path, source: str, names: list[str]) -> int:
+    """How many rows of `source` have their line in `output`. An incomplete last line is cut off.
+
+    names: the prefixes that rows may name. Raises UserError if a line does not belong to its row.
+    """
     if not output.exists():
         return 0
     with open(output, "rb+") as file:
         kept = 0
-        for number, (line, question) in enumerate(itertools.zip_longest(file, read_questions(config.input, names))):
+        for number, (line, question) in enumerate(itertools.zip_longest(file, read_questions(source, names))):
             if line is None:
                 return number
-            # The line up to the response, which is for the model to say.
+            # The line up to the response, which only the model can tell.
             start = _line(question[0] | {"response": ""})[:-3].encode(errors="backslashreplace") if question else b"?"
             if not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line)):
                 file.truncate(kept)
                 return number
             if not line.startswith(start) or not line.endswith(b"}\n"):
-                raise UserError(f"{output}, line {number + 1}: does not answer row {number + 1} of {config.input}")
+                raise UserError(f"{output}, line {number + 1}: does not answer row {number + 1} of {source}")
             kept += len(line)
     return number + 1
 
 
 def _line(row: dict) -> str:
-    """A row as JSON, which has no dates (these become text), and no NaN or infinity (null)."""
+    """A row as JSON. What JSON has no form for becomes text (dates) or null (NaN, infinity)."""
     row = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
     return json.dumps(row, ensure_ascii=False)

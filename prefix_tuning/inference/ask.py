@@ -1,7 +1,8 @@
-"""ASK"""
+"""One question: its answers are printed as they are generated."""
 
 import os
 import sys
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -9,85 +10,83 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
-from prefix_tuning.inference.settings import InferConfig
 from prefix_tuning.text import display_width, pad
 
 
-def decoding_options(config: InferConfig) -> dict:
-    """The settings of the dataclass DecodingArguments as options of transformers' `generate`."""
-    names = ["do_sample", "repetition_penalty", "num_beams", "num_return_sequences"]
-    if config.do_sample:
-        names += ["temperature", "top_p", "top_k"]
-    options = {name: getattr(config, name) for name in names}
-    if config.cache == "static":
-        options["cache_implementation"] = "static"
-    return options | {"max_new_tokens": config.max_new_tokens or 128}
+@dataclass
+class Answerer:
+    """A model with prefixes, and how its answers are decoded.
 
-
-def ask(config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Answers config.question, by the base and by every prefix if these are to be compared."""
-    prompt, options = prompt_of(config.question), decoding_options(config)
-    if config.max_length:
-        taken = len(tokenizer(prompt, split_special_tokens=True).input_ids)
-        if config.max_length <= taken:
-            raise UserError(f"--max_length {config.max_length} leaves no room for an answer; the question takes {taken}")
-        options["max_new_tokens"] = config.max_length - taken
-    for name in model.names if config.compare else [model.active]:
-        label = title(name, model) if config.compare else ""
-        with model.in_step():  # several processes that share the base say the same; main is heard
-            say(model, tokenizer, prompt, name, config.seed, options, label)
-
-
-def say(
-    model: PrefixBloom,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    prefix: str,
-    seed: int,
-    options: dict,
-    label: str = "",
-    said: list[str] | None = None,
-) -> None:
-    """Prints the answer to one prompt, as it comes, and a line for each answer where there are several.
-
-    label: stands before each. said: gets the pieces that were printed; they remain if Ctrl-C ends the answer.
+    options: those of transformers' `generate`, among them max_new_tokens, num_beams and num_return_sequences. seed: for
+    sampling. printed: the answers to the last prompt, by name of the prefix and in pieces; if Ctrl-C stops one, its pieces
+    remain.
     """
-    torch.manual_seed(seed)
-    streamer = _Streamer(tokenizer, said if said is not None else [])
-    streams = options["num_beams"] == options["num_return_sequences"] == 1
-    inputs = tokenizer([prompt], return_tensors="pt", split_special_tokens=True).to(model.device)
-    if streams:
-        print(label, end="", flush=True)
-    output = model.generate(
-        **inputs,
-        prefix_name=prefix,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=streamer if streams else None,
-        tokenizer=tokenizer,  # for stop_strings, which the base may ask for
-        return_dict_in_generate=False,
-        **options,
-    )
-    if not streams:
-        for text in tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True):
-            print(label, end="")
-            streamer.on_finalized_text(text, stream_end=True)
+
+    model: PrefixBloom
+    tokenizer: PreTrainedTokenizerBase
+    options: dict
+    seed: int
+    printed: dict[str, list[str]] = field(default_factory=dict, init=False)
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt, split_special_tokens=True).input_ids)
+
+    def print_answers(self, prompt: str, compare: bool) -> None:
+        """Prints the answer of the prefix in use; to compare, those of the base and of every prefix, each after its name."""
+        self.printed = {}
+        for name in self.model.names if compare else [self.model.active]:
+            with self.model.in_step():  # processes that share the base all generate the same; only main's is printed
+                self._print_answer(prompt, name, self._label(name) if compare else "")
+
+    def _print_answer(self, prompt: str, name: str, label: str) -> None:
+        """A line for each sequence. Without beams and with one sequence, it is printed piece by piece."""
+        torch.manual_seed(self.seed)
+        self.printed[name] = []
+        streamer = _KeepingStreamer(self.tokenizer, self.printed[name])
+        streams = self.options["num_beams"] == self.options["num_return_sequences"] == 1
+        inputs = self.tokenizer([prompt], return_tensors="pt", split_special_tokens=True).to(self.model.device)
+        if streams:
+            print(label, end="", flush=True)
+        output = self.model.generate(
+            **inputs,
+            prefix_name=name,
+            pad_token_id=self.tokenizer.pad_token_id,
+            streamer=streamer if streams else None,
+            tokenizer=self.tokenizer,  # for stop_strings, which the base's generation_config may have
+            return_dict_in_generate=False,
+            **self.options,
+        )
+        if not streams:
+            for text in self.tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True):
+                print(label, end="")
+                streamer.on_finalized_text(text, stream_end=True)
+
+    def _label(self, name: str) -> str:
+        """What is printed before an answer that is compared with others: coloured on a terminal that has colours."""
+        text = pad(name, max(map(display_width, self.model.names))) + "  "
+        if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+            return text
+        return f"\033[{33 if name == BASE else 36}m{text}\033[0m"  # yellow, cyan
 
 
-class _Streamer(TextStreamer):
-    """Prints an answer piece by piece, and keeps the pieces."""
+class _KeepingStreamer(TextStreamer):
+    """Prints an answer piece by piece, and appends the pieces to `printed`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, said: list[str]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, printed: list[str]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.said = said
+        self.printed = printed
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.said.append(text)
+        self.printed.append(text)
         super().on_finalized_text(text, stream_end)
 
 
-def title(name: str, model: PrefixBloom) -> str:
-    """What stands before an answer that is compared with others: in colour on a terminal that has it."""
-    text = pad(name, max(map(display_width, model.names))) + "  "
-    if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\033[{33 if name == BASE else 36}m{text}\033[0m"  # yellow, cyan
+def ask(answerer: Answerer, question: str, max_length: int | None, compare: bool) -> None:
+    """Prints the answers to one question. max_length: of question and answer together; None: max_new_tokens decides."""
+    prompt = prompt_of(question)
+    if max_length:
+        taken = answerer.count_tokens(prompt)
+        if max_length <= taken:
+            raise UserError(f"--max_length {max_length} leaves no room for an answer; the question takes {taken}")
+        answerer = replace(answerer, options=answerer.options | {"max_new_tokens": max_length - taken})
+    answerer.print_answers(prompt, compare)

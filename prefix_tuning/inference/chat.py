@@ -5,20 +5,16 @@ import locale
 import os
 import sys
 
-from transformers import PreTrainedTokenizerBase
-
 from prefix_tuning.data.rows import prompt_of
-from prefix_tuning.generation.prefix_bloom import PrefixBloom
-from prefix_tuning.inference.ask import decoding_options, say, title
-from prefix_tuning.inference.settings import InferConfig
-from prefix_tuning.settings import MAX_LENGTH
+from prefix_tuning.inference.ask import Answerer
 
-if locale.setlocale(locale.LC_CTYPE) == "C":  # or one that is not installed; readline would take UTF-8 for Meta keys
+# readline gives `input` arrow keys, a history, and characters of any width. It reads the locale from the environment
+# when it is imported. In the locale "C", which Python also reports for one that is not installed, it takes the bytes of
+# UTF-8 for key combinations with Meta, and no Chinese character could be typed: so LC_ALL is set before.
+if locale.setlocale(locale.LC_CTYPE) == "C":
     os.environ["LC_ALL"] = "C.UTF-8"
-
-
-with contextlib.suppress(ImportError):  # Windows; consoles there edit lines themselves
-    import readline  # noqa: F401 (gives `input` arrow keys, a history, and characters of any width)
+with contextlib.suppress(ImportError):  # Windows has none; its consoles edit lines themselves
+    import readline  # noqa: F401
 
 
 HELP = """\
@@ -29,17 +25,14 @@ HELP = """\
 
 
 class Chat:
-    """A conversation: what was said, and how to go on.
+    """A conversation: its turns of question and answer, and the prompt that continues it.
 
-    The model sees as many of the last turns as fit in config.max_length, in the template of training, one after the other.
+    The model reads as many of the last turns as fit into max_length tokens, answer included, each in the template of
+    training.
     """
 
-    def __init__(self, config: InferConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer, self.seed, self.comparing = model, tokenizer, config.seed, config.compare
-        self.max_length = config.max_length or MAX_LENGTH
-        self.options = decoding_options(config)
-        if config.max_new_tokens is None:
-            self.options["max_new_tokens"] = min(128, self.max_length // 2)
+    def __init__(self, answerer: Answerer, max_length: int, compare: bool):
+        self.answerer, self.model, self.max_length, self.compare = answerer, answerer.model, max_length, compare
         self.turns: list[tuple[str, str]] = []
 
     def run(self) -> None:
@@ -51,7 +44,7 @@ class Chat:
             except EOFError:
                 note("")
                 return
-            except KeyboardInterrupt:  # a question that is not to be asked after all
+            except KeyboardInterrupt:  # drops the line that is being typed
                 note("")
                 continue
             if line == "/quit":
@@ -71,48 +64,44 @@ class Chat:
         elif name == "/prefix":
             note(f"there are {', '.join(self.model.names)}; now {self.model.active}: /prefix NAME")
         elif name == "/compare":
-            self.comparing = not self.comparing
-            note(f"comparing: {'on' if self.comparing else 'off'}")
+            self.compare = not self.compare
+            note(f"comparing: {'on' if self.compare else 'off'}")
         else:
             note(HELP)
 
     def answer(self, question: str) -> None:
-        """Answers by the prefix in use; if comparing, by all. What the one in use says becomes part of the conversation."""
+        """Prints the answer of the prefix in use, which becomes part of the conversation; to compare, those of all."""
         prompt = self.prompt(question)
         if prompt is None:
             return
-        answers: dict[str, list[str]] = {}
         try:
-            for name in self.model.names if self.comparing else [self.model.active]:
-                answers[name] = []
-                label = title(name, self.model) if self.comparing else ""
-                say(self.model, self.tokenizer, prompt, name, self.seed, self.options, label, answers[name])
+            self.answerer.print_answers(prompt, self.compare)
         except KeyboardInterrupt:
             print(flush=True)
             note("stopped")
-        if self.model.active in answers:
-            self.turns.append((question, "".join(answers[self.model.active]).strip()))
+        if self.model.active in self.answerer.printed:
+            self.turns.append((question, "".join(self.answerer.printed[self.model.active]).strip()))
 
     def prompt(self, question: str) -> str | None:
-        """What the model is given to read: the last turns and the question. None, and a note, if that is too long."""
-        room = self.max_length - self.options["max_new_tokens"]
+        """The last turns that fit, and the question. None, and a note, if the question alone is too long."""
+        longest_answer = self.answerer.options["max_new_tokens"]
         for first in range(len(self.turns) + 1):
-            turns = (prompt_of(asked) + said + "\n\n" for asked, said in self.turns[first:])
+            turns = (prompt_of(asked) + answer + "\n\n" for asked, answer in self.turns[first:])
             text = "".join(turns) + prompt_of(question)
-            taken = len(self.tokenizer(text, split_special_tokens=True).input_ids)
-            if taken <= room:
+            wanted = self.answerer.count_tokens(text) + longest_answer
+            if wanted <= self.max_length:
                 return text
-        wanted = taken + self.options["max_new_tokens"]
         note(f"too long: the question and the room for its answer take {wanted} of --max_length {self.max_length} tokens")
         return None
 
 
 def ask_user(prompt: str) -> str:
-    """A line from the user. Where no one sits at a terminal, the prompt is not for stdout."""
+    """A line from the user. The prompt is shown on a terminal only: elsewhere stdout is for answers."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input(prompt)
     return input()
 
 
 def note(text: str) -> None:
+    """Prints what is no answer, to stderr."""
     print(text, file=sys.stderr, flush=True)

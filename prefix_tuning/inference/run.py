@@ -1,4 +1,8 @@
-"""RUN"""
+"""What infer.py does: the model with its prefixes is loaded, and one of four tasks carried out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,50 +17,45 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.inference.answer_file import answer_file, check_output
-from prefix_tuning.inference.ask import ask
+from prefix_tuning.inference.ask import Answerer, ask
 from prefix_tuning.inference.score import score
 from prefix_tuning.inference.settings import InferConfig
+from prefix_tuning.settings import MAX_LENGTH
 
 
 def infer(config: InferConfig) -> None:
-    """Does what `config` asks for. Of several processes that torchrun has started, each answers its part of a file.
+    """Does what `config` asks for. Of several processes that torchrun has started, each answers its share of a file.
 
     Raises UserError for a mistake in the settings or the data.
     """
     device = resolve_device(config.device)
     with distributed.processes(device):
-        _infer(config, device)
-
-
-def _infer(config: InferConfig, device: torch.device) -> None:
-    parts = parts_of_base(config.shard_base, config.shard_degree)
-    if distributed.world_size() > 1 and not (config.input or config.shard_base):
-        raise UserError("several processes can share an --input or, by --shard_base, a base; else start infer.py alone")
-    names = [BASE, *config.named_prefixes()]
-    rows = sum(1 for _ in read_questions(config.input, names)) if config.input else 0  # no mistake waits for the model
-    if config.output:
-        check_output(config)
-    model, tokenizer = open_model(config, device, parts)
-    try:
-        if config.chat:
-            from prefix_tuning.inference.chat import Chat  # readline, which it imports, is for terminals only
-
-            Chat(config, model, tokenizer).run()
-        elif config.input:
-            answer_file(config, model, tokenizer, rows)
-        elif config.score:
-            score(config, model, tokenizer)
-        else:
-            ask(config, model, tokenizer)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+        parts = parts_of_base(config.shard_base, config.shard_degree)
+        if distributed.world_size() > 1 and not (config.input or config.shard_base):
+            raise UserError("several processes can share an --input or, by --shard_base, a base; else start infer.py alone")
+        # The files are checked first: loading a model may take minutes.
+        names = [BASE, *config.named_prefixes()]
+        rows = sum(1 for _ in read_questions(config.input, names)) if config.input else 0
+        if config.output:
+            check_output(config.output, config.input, config.resume)
+        model, tokenizer = open_model(config, device, parts)
         hint = f"lower --batch_size (it was {config.batch_size}), and --resume" if config.input else "ask for less"
-        raise UserError(f"{model.device} ran out of memory; {hint}") from error
+        with _out_of_memory_explained(model.device, hint):
+            answerer = Answerer(model, tokenizer, decoding_options(config), config.seed)
+            if config.chat:
+                from prefix_tuning.inference.chat import Chat  # its import of readline is for terminals only
+
+                Chat(answerer, config.max_length or MAX_LENGTH, config.compare).run()
+            elif config.input:
+                answer_file(answerer, config.input, Path(config.output), config.batch_size, rows)
+            elif config.score:
+                score(model, tokenizer, config.score, config.output)
+            else:
+                ask(answerer, config.question, config.max_length, config.compare)
 
 
 def open_model(config: InferConfig, device: torch.device, parts: int | None) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
-    """The base, of which so many processes may share a copy, with all prefixes attached; and its tokenizer."""
+    """The base with all prefixes attached, and its tokenizer. parts: how many processes share one copy of the base."""
     folders = config.named_prefixes()
     prefixes = {name: load_prefix(folder) for name, folder in folders.items()}
     first = next(iter(prefixes))
@@ -66,3 +65,27 @@ def open_model(config: InferConfig, device: torch.device, parts: int | None) -> 
     for name, prefix in prefixes.items():
         model.attach(name, prefix, config.force)
     return model, tokenizer
+
+
+def decoding_options(config: InferConfig) -> dict:
+    """The flags of the group "decoding" as options of transformers' `generate`."""
+    names = ["do_sample", "repetition_penalty", "num_beams", "num_return_sequences"]
+    if config.do_sample:
+        names += ["temperature", "top_p", "top_k"]
+    options = {name: getattr(config, name) for name in names}
+    if config.cache == "static":
+        options["cache_implementation"] = "static"
+    # In a chat, half of max_length at most: the rest is for the conversation.
+    longest = min(128, (config.max_length or MAX_LENGTH) // 2) if config.chat else 128
+    return options | {"max_new_tokens": config.max_new_tokens or longest}
+
+
+@contextmanager
+def _out_of_memory_explained(device: torch.device, hint: str) -> Iterator[None]:
+    """Turns running out of memory into a UserError with a hint."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{device} ran out of memory; {hint}") from error

@@ -29,7 +29,7 @@ def test_files_are_answered_in_their_order(tmp_path, prefixes, capsys, kind):
     answered = [row["response"] == row["output"] for row in found]
     assert sum(answered[::4]) >= 8 and sum(answered[3::4]) >= 8 and not any(answered[2::4])  # short, short, base
     assert all(len(row["response"]) > len(row["output"]) for row in found[1::4])  # sentence
-    refuses("is there already; go on with it by --resume", *flags)
+    refuses("is there already; continue it with --resume", *flags)
 
 
 def test_what_json_does_not_know_becomes_text_or_null(tmp_path, prefixes):
@@ -78,7 +78,7 @@ def test_a_question_that_is_asked_again_is_drawn_anew_whatever_the_batches(tmp_p
 
 
 @pytest.mark.parametrize("sampling", [[], ["--do_sample", "--temperature", "2"]], ids=["greedy", "sampling"])
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, prefixes, sampling):
+def test_a_resumed_run_writes_the_same_bytes(tmp_path, prefixes, sampling):
     source, output = write_rows(tmp_path / "rows.jsonl", questions(45)), tmp_path / "answers.jsonl"
     flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 2, "--max_new_tokens", 16, *sampling]
     run_infer(*flags)
@@ -90,7 +90,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, prefixes, sa
         assert output.read_bytes() == whole, cut
 
 
-def test_a_killed_process_goes_on(tmp_path, prefixes):
+def test_a_killed_run_can_be_resumed(tmp_path, prefixes):
     source, output = write_rows(tmp_path / "rows.jsonl", questions(600)), tmp_path / "answers.jsonl"
     flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 1, "--max_new_tokens", 16]
     command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags)]

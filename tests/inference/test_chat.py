@@ -14,7 +14,8 @@ from helpers import FRANCE, ROOT, at_end
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config
-from prefix_tuning.inference.run import open_model
+from prefix_tuning.inference.ask import Answerer
+from prefix_tuning.inference.run import decoding_options, open_model
 
 
 class Terminal:
@@ -125,7 +126,8 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
 
     flags = ["--chat", "--prefix", str(tuned["short"]), "--max_length", "80", "--max_new_tokens", "20"]
     config = parse_infer_config(flags)
-    chat = Chat(config, *open_model(config, torch.device("cpu"), None))
+    model, tokenizer = open_model(config, torch.device("cpu"), None)
+    chat = Chat(Answerer(model, tokenizer, decoding_options(config), config.seed), config.max_length, config.compare)
     asked = []
     for number in range(4):
         chat.answer(f"{number}加5等于多少？")

@@ -1,0 +1,72 @@
+"""The options of one call of `generate`: resolved as transformers does it, and what follows from them.
+
+They come from three places: the call itself, the GenerationConfig that it is given, and the model's own generation_config.
+"""
+
+import copy
+
+import torch
+from transformers import GenerationConfig
+
+_DEFAULT_NEW_TOKENS = 20  # transformers' own, where neither max_new_tokens nor max_length is set
+
+_RULED_OUT = ("inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "prefill_chunk_size")
+
+# With these, a call of `generate` that continues an earlier one returns what a single call would have returned: they depend
+# on the scores of the next token or on the whole text. All others start anew with each call (min_new_tokens), need another
+# cache (beams), or are not known here.
+_CONTINUABLE = {
+    "do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "renormalize_logits", "remove_invalid_values", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
+    "sequence_bias", "suppress_tokens", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
+    "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "tokenizer",
+    "transformers_version",
+}  # fmt: skip
+
+
+def resolve_options(own: GenerationConfig, given: GenerationConfig | None, options: dict) -> tuple[GenerationConfig, dict]:
+    """The settings of a call: from its `options`, else from the configuration `given` to it, else from the model's `own`.
+
+    Returns a new GenerationConfig, and those options that are none of its settings. Raises ValueError where the model's own
+    names a kind of cache: `generate` would create that one beside the cache that holds the prefix.
+    """
+    if own.cache_implementation:
+        raise ValueError("give cache_implementation to `generate`, not to the model's generation_config")
+    settings = copy.deepcopy(given or own)
+    options = settings.update(**options)
+    for name, value in vars(own).items():
+        if getattr(settings, name, None) is None:
+            setattr(settings, name, value)
+    if settings.guidance_scale == 1:  # has no effect
+        settings.guidance_scale = None
+    return settings, options
+
+
+def check_options(settings: GenerationConfig, options: dict) -> None:
+    """Raises ValueError for what does not work with a prefix, which needs input_ids and a cache that can hold it."""
+    for name in _RULED_OUT:
+        if options.get(name) is not None or getattr(settings, name, None) is not None:
+            raise ValueError(f"{name} does not go with a prefix")
+    if settings.use_cache is False or settings.cache_implementation not in (None, "dynamic", "static"):
+        raise ValueError("a prefix needs a dynamic or a static cache to live in: use_cache or cache_implementation")
+
+
+def guess_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
+    """The attention mask where none is given, as transformers guesses it: padding is what has pad_token_id, unless that is
+    an end token too. Takes and returns (rows, tokens), int64."""
+    pad, eos = settings.pad_token_id, torch.tensor([] if settings.eos_token_id is None else settings.eos_token_id)
+    if pad is None or pad in eos.flatten().tolist():
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad).long()
+
+
+def new_tokens(settings: GenerationConfig, tokens: int) -> int:
+    """How many new tokens a text of `tokens` may get."""
+    return settings.max_new_tokens or (settings.max_length or tokens + _DEFAULT_NEW_TOKENS) - tokens
+
+
+def is_continuable(settings: GenerationConfig, options: dict) -> bool:
+    """Whether several calls of `generate`, each continuing the one before, return what a single call would."""
+    given = {name for name, value in (vars(settings) | options).items() if value is not None and name[0] != "_"}
+    given -= {name for name in ("num_beams", "num_return_sequences") if getattr(settings, name) == 1}
+    return settings.max_new_tokens is not None and given <= _CONTINUABLE
