@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import BloomForCausalLM
@@ -76,6 +78,17 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of a device or of the machine."""
     classes = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, classes) or "can't allocate memory" in str(error)  # of a CPU, a plain RuntimeError
+
+
+@contextmanager
+def out_of_memory_explained(device: torch.device, hint: Callable[[], str]) -> Iterator[None]:
+    """Turns running out of memory into a UserError that ends in a hint, what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{device} ran out of memory; {hint()}") from error
 
 
 def peak_memory_mb(device: torch.device) -> int | None:

@@ -1,7 +1,5 @@
 """What infer.py does: the model with its prefixes is loaded, and one of four tasks carried out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ from prefix_tuning.base_model.identity import base_of
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.rows import read_questions
-from prefix_tuning.devices import is_out_of_memory, resolve_device, resolve_dtype
+from prefix_tuning.devices import out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
@@ -40,7 +38,7 @@ def infer(config: InferConfig) -> None:
             check_output(config.output, config.input, config.resume)
         model, tokenizer = open_model(config, device, parts)
         hint = f"lower --batch_size (it was {config.batch_size}), and --resume" if config.input else "ask for less"
-        with _out_of_memory_explained(model.device, hint):
+        with out_of_memory_explained(model.device, lambda: hint):
             answerer = Answerer(model, tokenizer, decoding_options(config), config.seed)
             if config.chat:
                 from prefix_tuning.inference.chat import Chat  # its import of readline is for terminals only
@@ -78,14 +76,3 @@ def decoding_options(config: InferConfig) -> dict:
     # In a chat, half of max_length at most: the rest is for the conversation.
     longest = min(128, (config.max_length or MAX_LENGTH) // 2) if config.chat else 128
     return options | {"max_new_tokens": config.max_new_tokens or longest}
-
-
-@contextmanager
-def _out_of_memory_explained(device: torch.device, hint: str) -> Iterator[None]:
-    """Turns running out of memory into a UserError with a hint."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"{device} ran out of memory; {hint}") from error

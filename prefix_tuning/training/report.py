@@ -18,52 +18,7 @@ from prefix_tuning.files.names import (
 )
 from prefix_tuning.files.writing import atomic_write
 
-_CARD = """\
----
-{base_model}library_name: peft
-pipeline_tag: text-generation
-tags:
-- prefix-tuning
-- bloom
-# license: name the one under which you share this, e.g. apache-2.0; it was left to you
----
-
-# A prefix for {base}
-
-{num_virtual_tokens} virtual tokens, learned by prefix tuning (Li & Liang 2021). The weights of {base} did not change.
-
-- **Base model**: {base}
-- **Data**: {data}
-- **Training**: {steps} steps of {rows_per_step} rows, {seconds:.0f} s, peak learning rate {learning_rate:g}
-- **Trainable parameters**: {trainable:,}, of the encoder; the prefix itself has {numbers:,} numbers
-
-{figures}
-{plot}## How to use it
-
-Questions are asked in the template of training:
-
-    Human: 法国的首都是哪里？
-
-    Assistant:\x20
-
-With this folder as DIR (or the name of its repository), by the program that made it:
-
-    python infer.py "法国的首都是哪里？" --prefix DIR{where}
-
-With PEFT:
-
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained("{load}")
-    model = PeftModel.from_pretrained(base, "DIR")
-
-| file | content |
-|---|---|
-| `{adapter}`, `{adapter_config}` | the prefix, as PEFT reads it |
-| `{encoder}` | the encoder that emits it, to train it further: `python train.py --prefix_from DIR` |
-| `{config}`, `{metrics}` | settings, and figures step by step |
-"""
+_CARD = Path(__file__).with_name("model_card.md")
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -80,7 +35,7 @@ def write_card(folder: Path) -> None:
     share = settings["eval_fraction"]
     held_out = settings["eval_dataset"] or (f"{100 * share:g}% of it" if share else None)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # neither bundled nor in a folder
-    text = _CARD.format(
+    text = _CARD.read_text("utf-8").format(
         base_model=f"base_model: {base}\n" if on_hub else "",
         base=base.removeprefix(LOCAL),
         load=base if on_hub else "the folder of " + base.removeprefix(LOCAL),

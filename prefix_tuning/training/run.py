@@ -11,20 +11,19 @@ from tqdm import tqdm
 from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.layers import compile_now
 from prefix_tuning.base_model.sharding import is_sharded
-from prefix_tuning.devices import resolve_device, resolve_dtype, suggested_max_tokens
+from prefix_tuning.devices import out_of_memory_explained, resolve_device, resolve_dtype, suggested_max_tokens
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files.writing import locked
 from prefix_tuning.training.checkpoints import Checkpoints
 from prefix_tuning.training.evaluator import Evaluator
 from prefix_tuning.training.inputs import Inputs, read_inputs
 from prefix_tuning.training.loop import evaluate, fit
-from prefix_tuning.training.memory import out_of_memory_explained
 from prefix_tuning.training.metrics import Metrics
 from prefix_tuning.training.output import describe_run, prepare_output, save_good_prefix, save_output, summarise
 from prefix_tuning.training.report import create_repository, plot_curves, push_to_hub, write_card
 from prefix_tuning.training.resume import check_same_run, find_resumed, identity
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import begin
+from prefix_tuning.training.start import begin, memory_hint
 from prefix_tuning.training.state import NotFinite, TrainingState
 from prefix_tuning.training.steps import Steps
 
@@ -53,7 +52,11 @@ def _train(config: TrainConfig, device: torch.device, output_dir: Path) -> dict:
         check_same_run(resumed, run)
     max_tokens = config.max_tokens_per_batch or suggested_max_tokens(inputs.base, is_sharded(inputs.base))
     checkpoints = Checkpoints(output_dir, run, resumed and resumed.path, config.save_steps, config.save_total_limit)
-    with out_of_memory_explained(config, inputs.base, max_tokens, checkpoints):
+
+    def what_to_change() -> str:
+        return memory_hint(config, inputs.base, max_tokens) + checkpoints.how_to_resume()
+
+    with out_of_memory_explained(device, what_to_change):
         state, steps = begin(config, inputs, resumed, max_tokens)
         if distributed.is_main():
             settings = dataclasses.asdict(config)

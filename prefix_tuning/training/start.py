@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from prefix_tuning import distributed
 from prefix_tuning.base_model.identity import check_base
 from prefix_tuning.base_model.sharding import is_sharded
+from prefix_tuning.devices import held_per_token
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_encoder
 from prefix_tuning.model.bloom import Bloom
@@ -79,6 +80,25 @@ def prefix_config_of(config: TrainConfig, base: Bloom) -> PrefixConfig:
         encoder_hidden_size=config.encoder_hidden_size or shape.hidden_size,
         prefix_projection=config.prefix_projection,
     )
+
+
+def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:
+    """What to change if a run does not fit in memory: what makes the larger part smaller, which is either the encoder with its
+    optimizer or what a forward pass of up to `max_tokens` keeps."""
+    with torch.device("meta"):
+        parameters = PrefixEncoder(prefix_config_of(config, base)).parameters()
+    encoder_bytes = 16 * sum(parameter.numel() for parameter in parameters)  # weight, gradient and AdamW's two moments
+    if encoder_bytes > max(max_tokens, config.max_length) * held_per_token(base):  # a long row has a pass of its own
+        cause = f"the encoder and its optimizer take {encoder_bytes / 2**30:.1f} GiB"
+        if not config.prefix_projection:
+            return f"{cause}: lower --num_virtual_tokens (it was {config.num_virtual_tokens})"
+        return f"{cause}: lower --encoder_hidden_size (it was {config.encoder_hidden_size or base.config.hidden_size})"
+    hints = []
+    if max_tokens > config.max_length:
+        hints.append(f"lower --max_tokens_per_batch (it was {max_tokens})")
+    if not config.gradient_checkpointing:
+        hints.append("add --gradient_checkpointing")
+    return " or ".join(hints) or f"lower --max_length (it was {config.max_length})"
 
 
 def make_encoder(config: TrainConfig, base: Bloom, tokenizer: PreTrainedTokenizerBase, fingerprint: dict) -> PrefixEncoder:

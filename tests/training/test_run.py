@@ -46,9 +46,9 @@ from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
 from prefix_tuning.training.inputs import load_splits
-from prefix_tuning.training.memory import memory_hint
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.start import memory_hint
 
 
 class Record(TrainerCallback):
