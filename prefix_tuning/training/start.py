@@ -83,8 +83,9 @@ def prefix_config_of(config: TrainConfig, base: Bloom) -> PrefixConfig:
 
 
 def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:
-    """What to change if a run does not fit in memory: what makes the larger part smaller, which is either the encoder with its
-    optimizer or what a forward pass of up to `max_tokens` keeps."""
+    """What to change if a run does not fit in memory: what makes the larger part smaller, which is either the encoder
+    with its optimizer or what a forward pass of up to `max_tokens` keeps.
+    """
     with torch.device("meta"):
         parameters = PrefixEncoder(prefix_config_of(config, base)).parameters()
     encoder_bytes = 16 * sum(parameter.numel() for parameter in parameters)  # weight, gradient and AdamW's two moments

@@ -69,7 +69,7 @@ def measure_answers(args) -> dict:
 
     from prefix_tuning import bundled, plain
     from prefix_tuning.base_model.loading import load_base
-    from prefix_tuning.data.rows import load_rows
+    from prefix_tuning.data.readers import load_rows
     from prefix_tuning.generation.batches import complete
     from prefix_tuning.generation.prefix_bloom import PrefixBloom
     from prefix_tuning.model.encoder import PrefixEncoder

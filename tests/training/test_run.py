@@ -45,7 +45,6 @@ from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_encoder
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
-from prefix_tuning.training.inputs import load_splits
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.start import memory_hint
@@ -206,24 +205,6 @@ def test_an_earlier_prefix_survives_a_run_that_fails(quick_settings):
     with pytest.raises(UserError):
         train(TrainConfig(**again | {"logging_steps": 1, "max_length": 3}))
     assert kept == {name: (folder / name).read_bytes() for name in kept}
-
-
-def test_eval_fraction_holds_rows_out(quick_settings):
-    train_rows, held_out = load_splits(TrainConfig(**quick_settings | {"eval_fraction": 0.25}))
-    assert (len(train_rows), len(held_out)) == (30, 10)
-    everything = load_rows(quick_settings["dataset"], ("train",)).to_list()
-    assert sorted(train_rows.to_list() + held_out.to_list(), key=str) == sorted(everything, key=str)
-    again, _ = load_splits(TrainConfig(**quick_settings | {"eval_fraction": 0.25}))
-    assert again.to_list() == train_rows.to_list()
-    with pytest.raises(UserError, match="leaves one side empty"):
-        load_splits(TrainConfig(**quick_settings | {"eval_fraction": 0.001}))
-
-
-def test_rows_without_labels_are_counted_and_all_of_them_are_an_error(quick_settings, capsys):
-    train(TrainConfig(**quick_settings | {"max_length": 26}))
-    assert "of 40 rows, whose prompts alone fill --max_length 26" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no row has a label left"):
-        train(TrainConfig(**quick_settings | {"max_length": 5, "overwrite_output_dir": True}))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
