@@ -41,7 +41,6 @@ def test_the_same_run_writes_the_same_bytes(settings, tmp_path):
     """Once here, and once by the command, in a process that orders sets and hashes in its own way."""
     settings |= {
         "eval_exact_match": True,
-        "save_total_limit": None,
         "save_steps": 5,
         "prefix_init": "text",
         "init_text": "请回答。",
