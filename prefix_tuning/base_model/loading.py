@@ -38,7 +38,7 @@ def load_base(
             raise UserError(f"--model_name_or_path {name} is a {config.model_type} model; this program tunes Bloom")
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
         _check_tokenizer(name, tokenizer, config.vocab_size)
-        model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, dtype).to(device)
+        model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, dtype, device)
     except UserError:
         raise
     except Exception as error:  # transformers and tokenizers raise many classes for broken files
@@ -47,15 +47,15 @@ def load_base(
     return model, tokenizer
 
 
-def _load_whole(name: str, path: str, dtype: torch.dtype) -> Bloom:
-    """The frozen model on the CPU, read by transformers."""
+def _load_whole(name: str, path: str, dtype: torch.dtype, device: torch.device) -> Bloom:
+    """The frozen model, read by transformers."""
     loaded: Any = Bloom.from_pretrained(path, dtype=dtype, output_loading_info=True)
     model, report = loaded
     if is_main() and not any(_has_file(path, file) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         print(f"{name}: its weights are a pickled .bin file; safetensors is the safer format", file=sys.stderr)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(device)
 
 
 def _has_file(path: str, file: str) -> bool:
