@@ -72,7 +72,7 @@ class PrefixBloom(Bloom):
         self.generation_config.cache_implementation = None
         self.prefixes: dict[str, torch.Tensor] = {}
         self.active = BASE
-        self._fingerprint = fingerprint(base, tokenizer)
+        self.base_fingerprint = fingerprint(base, tokenizer)
         add_packed_forward(self)
         for block in self.transformer.h:
             block.mlp.gelu_impl = nn.GELU(approximate="tanh")  # Bloom's GELU in one kernel instead of eight
@@ -94,10 +94,10 @@ class PrefixBloom(Bloom):
             raise ValueError(f"{BASE!r} is the name of the base without a prefix")
         if not isinstance(prefix, (torch.Tensor, SavedPrefix)):
             raise TypeError(f"a prefix is what load_prefix returns, or a tensor, not {type(prefix).__name__}")
-        tensor, trained_on = (prefix, self._fingerprint) if isinstance(prefix, torch.Tensor) else prefix
+        tensor, trained_on = (prefix, self.base_fingerprint) if isinstance(prefix, torch.Tensor) else prefix
         if tensor.dim() != 5 or tensor.shape[1] != 2 or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError("a prefix is (layers, 2, heads, tokens, head_dim), of a float type and finite")
-        check_base(tensor.shape, trained_on, self._fingerprint, name, force)
+        check_base(tensor.shape, trained_on, self.base_fingerprint, name, force)
         if not self.prefixes:
             self.active = name
         self.prefixes[name] = tensor.detach().to(self.device, self.dtype)
