@@ -58,9 +58,9 @@ class PrefixBloom(Bloom):
     def __init__(self, base: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None):
         """tokenizer: if given, prefixes that were trained with another one are refused."""
         if not isinstance(base, BloomForCausalLM):
-            raise TypeError(f"PrefixBloom wants a loaded BloomForCausalLM, not {type(base).__name__}")
+            raise TypeError(f"PrefixBloom takes a loaded BloomForCausalLM, not {type(base).__name__}")
         if len({tensor.device for tensor in base.parameters()} | {base.device}) > 1 or base.device.type == "meta":
-            raise ValueError("PrefixBloom wants a base that lies whole on one device")
+            raise ValueError("PrefixBloom takes a base that is whole on one device")
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))
         # accelerate and PEFT set methods on the instance, which would hide those of this class. With FSDP's mark, `generate`
