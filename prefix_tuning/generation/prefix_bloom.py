@@ -58,9 +58,9 @@ class PrefixBloom(Bloom):
     def __init__(self, base: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None):
         """tokenizer: if given, prefixes that were trained with another one are refused."""
         if not isinstance(base, BloomForCausalLM):
-            raise TypeError(f"PrefixBloom wants a loaded BloomForCausalLM, not {type(base).__name__}")
+            raise TypeError(f"PrefixBloom takes a loaded BloomForCausalLM, not {type(base).__name__}")
         if len({tensor.device for tensor in base.parameters()} | {base.device}) > 1 or base.device.type == "meta":
-            raise ValueError("PrefixBloom wants a base that lies whole on one device")
+            raise ValueError("PrefixBloom takes a base that is whole on one device")
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))
         # accelerate and PEFT set methods on the instance, which would hide those of this class. With FSDP's mark, `generate`
@@ -72,7 +72,7 @@ class PrefixBloom(Bloom):
         self.generation_config.cache_implementation = None
         self.prefixes: dict[str, torch.Tensor] = {}
         self.active = BASE
-        self.fingerprint = fingerprint(base, tokenizer)
+        self.base_fingerprint = fingerprint(base, tokenizer)
         add_packed_forward(self)
         for block in self.transformer.h:
             block.mlp.gelu_impl = nn.GELU(approximate="tanh")  # Bloom's GELU in one kernel instead of eight
@@ -94,10 +94,10 @@ class PrefixBloom(Bloom):
             raise ValueError(f"{BASE!r} is the name of the base without a prefix")
         if not isinstance(prefix, (torch.Tensor, SavedPrefix)):
             raise TypeError(f"a prefix is what load_prefix returns, or a tensor, not {type(prefix).__name__}")
-        tensor, trained_on = (prefix, self.fingerprint) if isinstance(prefix, torch.Tensor) else prefix
+        tensor, trained_on = (prefix, self.base_fingerprint) if isinstance(prefix, torch.Tensor) else prefix
         if tensor.dim() != 5 or tensor.shape[1] != 2 or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError("a prefix is (layers, 2, heads, tokens, head_dim), of a float type and finite")
-        check_base(tensor.shape, trained_on, self.fingerprint, name, force)
+        check_base(tensor.shape, trained_on, self.base_fingerprint, name, force)
         if not self.prefixes:
             self.active = name
         self.prefixes[name] = tensor.detach().to(self.device, self.dtype)
