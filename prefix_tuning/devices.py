@@ -53,6 +53,14 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def make_reproducible(device: torch.device) -> None:
+    """The same seed gives the same bits on CUDA too. Its peak of memory is counted from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this variable before its first matmul
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def held_per_token(model: BloomForCausalLM) -> int:
     """Bytes that a forward pass keeps per token for its backward pass.
 
