@@ -10,10 +10,8 @@ from transformers import BloomForCausalLM
 
 from prefix_tuning.errors import UserError
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -103,7 +101,7 @@ def peak_memory_mb(device: torch.device) -> int | None:
     """Peak of the allocated device memory on CUDA, of the process's memory elsewhere; None where the system hides it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    if resource is None:
+    if sys.platform == "win32":
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

@@ -71,8 +71,8 @@ def evaluate_loss(model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None,
     for loss, count in row_losses(model, own, prefix, max_tokens):
         losses, labels = losses + loss, labels + count
     signals.stop_if_heard()
-    losses, labels = distributed.sum_over_ranks([losses, labels])
-    return {"eval_loss": losses / labels, "eval_perplexity": perplexity(losses / labels)}
+    all_losses, all_labels = distributed.sum_over_ranks([losses, labels])
+    return {"eval_loss": all_losses / all_labels, "eval_perplexity": perplexity(all_losses / all_labels)}
 
 
 def perplexity(loss: float) -> float:

@@ -20,6 +20,7 @@ Another family of models, with rotary positions and grouped heads say, needs its
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class Bloom(BloomForCausalLM):
         if prefix is None:
             prefix = hidden.new_empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
         bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
-        for layer, block in enumerate(body.h):
+        for layer, block in enumerate(cast(list[PackedBlock], body.h)):
             hidden = block.forward_packed(hidden, batch, bias, prefix[layer], only_labels=layer == len(body.h) - 1)
         return body.ln_f(hidden)
 

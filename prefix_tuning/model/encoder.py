@@ -91,6 +91,8 @@ class PrefixEncoder(nn.Module):
     It is saved with the weights but never trained.
     """
 
+    text_prefix: torch.Tensor | None
+
     def __init__(self, config: PrefixConfig):
         super().__init__()
         self.config = config
@@ -147,11 +149,11 @@ class PrefixEncoder(nn.Module):
         if prefix_init == "random":
             return
         if self.config.prefix_projection:
-            nn.init.zeros_(self.transform[2].weight)
-            nn.init.zeros_(self.transform[2].bias)
-            if prefix_init == "text":
+            for parameter in self.transform[2].parameters():
+                nn.init.zeros_(parameter)
+            if text_prefix is not None:
                 self.text_prefix = flatten(text_prefix).clone()
-        elif prefix_init == "text":
+        elif text_prefix is not None:
             self.embedding.weight.copy_(flatten(text_prefix))
         else:
             nn.init.zeros_(self.embedding.weight)

@@ -102,8 +102,8 @@ def _run(
                 metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
             if evaluator.due(state):  # the run that is resumed was stopped during this evaluation
                 evaluate(state, evaluator, metrics, checkpoints)
-            bar = {"total": steps.total, "initial": progress.step, "unit": "step", "disable": not distributed.is_main()}
-            with tqdm(steps, desc="training", **bar) as metrics.bar:
+            shown = distributed.is_main()
+            with tqdm(steps, "training", steps.total, initial=progress.step, unit="step", disable=not shown) as metrics.bar:
                 fit(base, state, metrics.bar, metrics, evaluator, checkpoints)
             state.check_finite()
             with checkpoints.saved_if_left(state, metrics):

@@ -48,9 +48,9 @@ class Progress:
     evaluations_since_best: int = 0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if not isinstance(value := getattr(self, field.name), field.type):
-                raise ValueError(f"{field.name} is {value!r}, not of the type {field.type}")
+        for name, kind in type(self).__annotations__.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} is {value!r}, not of the type {kind}")
 
 
 class TrainingState:
@@ -176,7 +176,8 @@ class Clock:
     """Counts seconds while it is `running` and not `stopped`, from those of an earlier part of the run on."""
 
     def __init__(self, seconds: float = 0.0):
-        self._seconds, self._since = seconds, None
+        self._seconds = seconds
+        self._since: float | None = None  # when it began to run
 
     def seconds(self) -> float:
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)

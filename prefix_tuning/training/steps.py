@@ -54,8 +54,8 @@ class Steps:
         for number, (indices, next_epoch, next_row) in enumerate(self._order(), start=self.done + 1):
             examples = take(self.train_set, distributed.share(indices))
             batches = list(pack(examples, self.max_tokens))
-            tokens = sum(len(example.input_ids) for example in examples)
-            own = (count_labels(examples), tokens, len(batches), signals.heard())
+            own_tokens = sum(len(example.input_ids) for example in examples)
+            own = (count_labels(examples), own_tokens, len(batches), signals.heard())
             labels, tokens, passes, heard = zip(*distributed.gather_numbers(own), strict=True)
             if any(heard):
                 return
