@@ -5,7 +5,7 @@ the forward and in the backward pass; the embeddings, which are the head's weigh
 forward half ends. Only prefix, encoder and optimizer are whole in each process.
 
 Gathering is collective: all ranks must run equally many passes. Training and evaluation know their passes in advance and
-fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so answers are made inside `in_step`.
+fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so it runs inside `equal_passes`.
 """
 
 import ctypes
@@ -177,7 +177,7 @@ class Lockstep:
 
 
 @contextmanager
-def in_step(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
+def equal_passes(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
     """Inside, each rank may run as many passes of transformers' forward as it has work for; at the end, it joins the
     others'.
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from prefix_tuning.base_model.identity import check_base, fingerprint
-from prefix_tuning.base_model.sharding import in_step, is_sharded
+from prefix_tuning.base_model.sharding import equal_passes, is_sharded
 from prefix_tuning.files.prefixes import SavedPrefix
 from prefix_tuning.generation.options import check_options, guess_mask, new_tokens, resolve_options
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
@@ -65,7 +65,7 @@ class PrefixBloom(Bloom):
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))
         # accelerate and PEFT set methods on the instance, which would hide those of this class. With FSDP's mark, `generate`
-        # would keep processes in step by itself; here `in_step` does.
+        # would keep processes in step by itself; here `equal_passes` does.
         left_out = ("forward", "_old_forward", "_hf_hook", "prepare_inputs_for_generation", "_is_fsdp_managed_module")
         vars(self).update({name: value for name, value in own.items() if name not in left_out})
         # A prefix needs a cache, whose kind `generate` chooses below.
@@ -170,10 +170,10 @@ class PrefixBloom(Bloom):
             raise ValueError(f"past_key_values hold text but no prefix: begin with an empty cache, or name {BASE!r}")
         return False
 
-    def in_step(self) -> AbstractContextManager[None]:
-        """`sharding.in_step` around generation, in which each process makes as many passes as its answers need."""
+    def equal_passes(self) -> AbstractContextManager[None]:
+        """`sharding.equal_passes` around generation, in which each process makes as many passes as its answers need."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        return in_step(self, torch.no_grad()(lambda: self(token)))
+        return equal_passes(self, torch.no_grad()(lambda: self(token)))
 
     @functools.wraps(BloomForCausalLM.forward)  # transformers reads from the signature what a model accepts
     def forward(  # type: ignore[override]  # functools types what it wraps as an object, not as a method

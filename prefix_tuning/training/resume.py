@@ -37,9 +37,7 @@ class Resumed(NamedTuple):
         return Progress(**self.numbers["progress"])
 
     def encoder(self) -> PrefixEncoder:
-        """The encoder with its weights, on the CPU. Raises UserError if the checkpoint does not hold exactly those of
-        one.
-        """
+        """The encoder with its weights, on the CPU. Raises UserError if they do not fit the recorded shape."""
         own = "encoder."
         weights = {name.removeprefix(own): tensor for name, tensor in self.tensors.items() if name.startswith(own)}
         try:
