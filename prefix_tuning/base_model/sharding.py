@@ -93,7 +93,7 @@ def shard(model: Bloom, device: torch.device, parts: int) -> None:
     model.gathered = gathered
     model.to_empty(device=device)
     model.lockstep = lockstep = Lockstep()  # type: ignore[assignment]  # torch types attributes as Tensor or Module
-    model.register_forward_pre_hook(lockstep.begin_pass, prepend=True)
+    model.register_forward_pre_hook(lockstep.before_pass, prepend=True)
 
 
 def return_freed_memory() -> None:
@@ -164,7 +164,7 @@ class Lockstep:
     def __init__(self):
         self.idle = False
 
-    def begin_pass(self, *_) -> None:
+    def before_pass(self, *_) -> None:
         if not self.idle:
             distributed.max_over_ranks(1)
 

@@ -117,5 +117,5 @@ EMPTY_BATCH = _batch([Example([0], [IGNORED])])
 
 
 def count_labels(examples: list[Example]) -> int:
-    """How many labels are predicted. A row's first token never is: nothing stands before it."""
+    """How many labels are predicted. A row's first token never is: no token comes before it."""
     return sum(label != IGNORED for example in examples for label in example.labels[1:])
