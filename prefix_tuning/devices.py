@@ -51,11 +51,22 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def make_reproducible(device: torch.device) -> None:
+    """On CUDA, the same seed gives the same bits, as far as torch has deterministic kernels. Its memory peak counts from
+    here.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this variable before its first matmul
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def held_per_token(model: BloomForCausalLM) -> int:
     """Bytes that a forward pass keeps per token for its backward pass.
 
     A layer keeps about ten numbers per token and hidden unit: the input of the GELU (four), query, key and value (three),
-    the result of attention, and the inputs of the two layer norms.
+    the result of attention, and the inputs of the two layer norms. Not counted: the bias and a slice of logits, once per
+    pass.
     """
     return 10 * model.config.hidden_size * model.config.n_layer * model.dtype.itemsize
 

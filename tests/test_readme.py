@@ -86,6 +86,16 @@ def test_the_transcript_begins_with_the_settings_that_are_printed(name, capsys):
     assert "    $ python train.py\n" + textwrap.indent(capsys.readouterr().out, " " * 4) in (ROOT / name).read_text("utf-8")
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_lines_of_the_page_are_where_the_table_says(name):
+    """Each row of the table "where train.py departs from plain.py" names a line of the page and quotes it."""
+    page = (ROOT / "prefix_tuning" / "plain.py").read_text("utf-8").splitlines()
+    rows = re.findall(r"^\| (\d+) `(.+?)` \|", (ROOT / name).read_text("utf-8"), re.MULTILINE)
+    assert len(rows) >= 7
+    for number, code in rows:
+        assert code in page[int(number) - 1], (number, code)
+
+
 def test_both_languages_have_the_same_commands():
     first, second = ([commands(name, program) for program in ("infer.py", "train.py")] for name in READMES)
     assert first == second

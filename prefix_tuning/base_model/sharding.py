@@ -5,7 +5,7 @@ the forward and in the backward pass; the embeddings, which are the head's weigh
 forward half ends. Only prefix, encoder and optimizer are whole in each process.
 
 Gathering is collective: all ranks must run equally many passes. Training and evaluation know their passes in advance and
-fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so answers are made inside `in_step`.
+fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so it runs inside `equal_passes`.
 """
 
 import ctypes
@@ -40,8 +40,6 @@ def is_sharded(model: BloomForCausalLM) -> bool:
 def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
     """How many processes share one copy of the base; None: each has its own. Raises UserError if that cannot be."""
     if not shard_base:
-        if shard_degree is not None:
-            raise UserError("--shard_degree goes with --shard_base; add that flag")
         return None
     if not dist.is_initialized():
         raise UserError("--shard_base splits the base over processes; start them: torchrun --nproc_per_node N ...")
@@ -95,7 +93,7 @@ def shard(model: Bloom, device: torch.device, parts: int) -> None:
     model.gathered = gathered
     model.to_empty(device=device)
     model.lockstep = lockstep = Lockstep()  # type: ignore[assignment]  # torch types attributes as Tensor or Module
-    model.register_forward_pre_hook(lockstep.begin_pass, prepend=True)
+    model.register_forward_pre_hook(lockstep.before_pass, prepend=True)
 
 
 def return_freed_memory() -> None:
@@ -166,7 +164,7 @@ class Lockstep:
     def __init__(self):
         self.idle = False
 
-    def begin_pass(self, *_) -> None:
+    def before_pass(self, *_) -> None:
         if not self.idle:
             distributed.max_over_ranks(1)
 
@@ -179,7 +177,7 @@ class Lockstep:
 
 
 @contextmanager
-def in_step(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
+def equal_passes(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
     """Inside, each rank may run as many passes of transformers' forward as it has work for; at the end, it joins the
     others'.
 

@@ -54,7 +54,7 @@ def document(rng: random.Random, facts: list[tuple[dict, str, str]]) -> str:
     """One pre-training text: a sentence about each of these facts, in forms drawn at random.
 
     A text may break off after a bare answer, without its full stop. Several facts in a row teach the model to find the
-    one that is asked for, whatever stands before the question.
+    one that is asked for, whatever precedes the question.
     """
     sentences = []
     for number, fact in enumerate(facts, start=1):

@@ -48,7 +48,7 @@ def check_options(settings: GenerationConfig, options: dict) -> None:
         if options.get(name) is not None or getattr(settings, name, None) is not None:
             raise ValueError(f"{name} does not go with a prefix")
     if settings.use_cache is False or settings.cache_implementation not in (None, "dynamic", "static"):
-        raise ValueError("a prefix needs a dynamic or a static cache to live in: use_cache or cache_implementation")
+        raise ValueError("a prefix needs a dynamic or a static cache: see use_cache or cache_implementation")
 
 
 def guess_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from prefix_tuning.base_model.identity import check_base, fingerprint
-from prefix_tuning.base_model.sharding import in_step, is_sharded
+from prefix_tuning.base_model.sharding import equal_passes, is_sharded
 from prefix_tuning.files.prefixes import SavedPrefix
 from prefix_tuning.generation.options import check_options, guess_mask, new_tokens, resolve_options
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
@@ -59,13 +59,13 @@ class PrefixBloom(Bloom):
     def __init__(self, base: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None):
         """tokenizer: if given, prefixes that were trained with another one are refused."""
         if not isinstance(base, BloomForCausalLM):
-            raise TypeError(f"PrefixBloom wants a loaded BloomForCausalLM, not {type(base).__name__}")
+            raise TypeError(f"PrefixBloom takes a loaded BloomForCausalLM, not {type(base).__name__}")
         if len({tensor.device for tensor in base.parameters()} | {base.device}) > 1 or base.device.type == "meta":
-            raise ValueError("PrefixBloom wants a base that lies whole on one device")
+            raise ValueError("PrefixBloom takes a base that is whole on one device")
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))
         # accelerate and PEFT set methods on the instance, which would hide those of this class. With FSDP's mark, `generate`
-        # would keep processes in step by itself; here `in_step` does.
+        # would keep processes in step by itself; here `equal_passes` does.
         left_out = ("forward", "_old_forward", "_hf_hook", "prepare_inputs_for_generation", "_is_fsdp_managed_module")
         vars(self).update({name: value for name, value in own.items() if name not in left_out})
         # A prefix needs a cache, whose kind `generate` chooses below.
@@ -73,7 +73,7 @@ class PrefixBloom(Bloom):
         self.generation_config.cache_implementation = None
         self.prefixes: dict[str, torch.Tensor] = {}
         self.active = BASE
-        self.fingerprint = fingerprint(base, tokenizer)
+        self.base_fingerprint = fingerprint(base, tokenizer)
         add_packed_forward(self)
         for block in self.transformer.h:
             block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))  # Bloom's GELU in one kernel instead of eight
@@ -95,10 +95,10 @@ class PrefixBloom(Bloom):
             raise ValueError(f"{BASE!r} is the name of the base without a prefix")
         if not isinstance(prefix, (torch.Tensor, SavedPrefix)):
             raise TypeError(f"a prefix is what load_prefix returns, or a tensor, not {type(prefix).__name__}")
-        tensor, trained_on = (prefix, self.fingerprint) if isinstance(prefix, torch.Tensor) else prefix
+        tensor, trained_on = (prefix, self.base_fingerprint) if isinstance(prefix, torch.Tensor) else prefix
         if tensor.dim() != 5 or tensor.shape[1] != 2 or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError("a prefix is (layers, 2, heads, tokens, head_dim), of a float type and finite")
-        check_base(tensor.shape, trained_on, self.fingerprint, name, force)
+        check_base(tensor.shape, trained_on, self.base_fingerprint, name, force)
         if not self.prefixes:
             self.active = name
         self.prefixes[name] = tensor.detach().to(self.device, self.dtype)
@@ -170,10 +170,10 @@ class PrefixBloom(Bloom):
             raise ValueError(f"past_key_values hold text but no prefix: begin with an empty cache, or name {BASE!r}")
         return False
 
-    def in_step(self) -> AbstractContextManager[None]:
-        """`sharding.in_step` around generation, in which each process makes as many passes as its answers need."""
+    def equal_passes(self) -> AbstractContextManager[None]:
+        """`sharding.equal_passes` around generation, in which each process makes as many passes as its answers need."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        return in_step(self, torch.no_grad()(lambda: self(token)))
+        return equal_passes(self, torch.no_grad()(lambda: self(token)))
 
     @functools.wraps(BloomForCausalLM.forward)  # transformers reads from the signature what a model accepts
     def forward(  # type: ignore[override]  # functools types what it wraps as an object, not as a method

@@ -12,14 +12,18 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import digest, tokenize
+from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.training.settings import TrainConfig
 
 
 class Inputs(NamedTuple):
-    """The frozen base with its tokenizer and `fingerprint`; the tokenised training rows; the held-out rows, if there are
-    any, as texts and tokenised.
+    """The frozen base, its tokenizer and its `fingerprint`, and the rows.
+
+    train_set: the tokenised training rows. eval_rows, eval_set: the held-out rows as texts and tokenised, if there are
+    any. max_tokens: of one forward pass. contents: for each setting whose name may change in a resume but not its data, a
+    hash of that data.
     """
 
     base: Bloom
@@ -28,15 +32,8 @@ class Inputs(NamedTuple):
     train_set: Dataset
     eval_rows: Dataset | None
     eval_set: Dataset | None
-
-    def contents(self) -> dict[str, object]:
-        """A hash of what each of the settings names that a resume may rename but not change, by setting."""
-        return {
-            "model_name_or_path": {key: value for key, value in self.fingerprint.items() if key != "name_or_path"},
-            "dataset": digest(self.train_set),
-            # Of the held-out rows, the texts too: answers are compared with them.
-            "eval_dataset": self.eval_set and [digest(self.eval_rows), digest(self.eval_set)],
-        }
+    max_tokens: int
+    contents: dict[str, object]
 
 
 def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -47,11 +44,18 @@ def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     base, tokenizer = load_base(
         config.model_name_or_path, dtype, device, parts, config.gradient_checkpointing, config.torch_compile
     )
+    base_fingerprint = fingerprint(base, tokenizer)
+    max_tokens = config.max_tokens_per_batch or suggested_max_tokens(base, gathers=parts is not None)
     with distributed.local_main_first():
         train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
         held_out = config.eval_dataset or config.dataset
         eval_set = eval_rows and tokenize_rows(held_out, eval_rows, tokenizer, config.max_length)
-    return Inputs(base, tokenizer, fingerprint(base, tokenizer), train_set, eval_rows, eval_set)
+    contents = {
+        "model_name_or_path": {key: value for key, value in base_fingerprint.items() if key != "name_or_path"},
+        "dataset": digest(train_set),
+        "eval_dataset": eval_set and [digest(eval_rows), digest(eval_set)],  # the texts too: answers are compared with them
+    }
+    return Inputs(base, tokenizer, base_fingerprint, train_set, eval_rows, eval_set, max_tokens, contents)
 
 
 def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:

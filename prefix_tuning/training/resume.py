@@ -1,6 +1,6 @@
-"""Resuming a run: from which checkpoint, what must be as it was, and what becomes of the rest of the folder.
+"""Resuming a run: from which checkpoint, what must be the same as before, and what happens to the rest of the folder.
 
-A checkpoint holds all that the next steps depend on, so a resumed run is the run that it resumes, bit for bit.
+A checkpoint holds all that the next steps depend on (state.py), so a resumed run equals an uninterrupted one bit for bit.
 """
 
 import json
@@ -26,18 +26,18 @@ SAME, CONTENT = (names_on_resume(TrainConfig, rule) for rule in ("same", "conten
 
 
 class Resumed(NamedTuple):
-    """The checkpoint that a run resumes from: where it lies, its tensors, and what else it notes."""
+    """The checkpoint that a run resumes from: its path, its tensors, and its numbers (TrainingState.numbers and more)."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
     numbers: dict
 
     def progress(self) -> Progress:
-        """Where the run stands."""
+        """The numbers of the run so far."""
         return Progress(**self.numbers["progress"])
 
     def encoder(self) -> PrefixEncoder:
-        """The encoder as it was, on the CPU. Raises UserError if the checkpoint does not hold just the weights of one."""
+        """The encoder with its weights, on the CPU. Raises UserError if they do not fit the recorded shape."""
         own = "encoder."
         weights = {name.removeprefix(own): tensor for name, tensor in self.tensors.items() if name.startswith(own)}
         try:
@@ -46,13 +46,13 @@ class Resumed(NamedTuple):
             raise UserError(f"{self.path}: is no checkpoint of this program: {error!r}") from error
 
 
-def begun_by(job: str | None, output_dir: Path) -> bool:
-    """Whether the run in this folder is one that the same torchrun has begun, before a failure."""
+def started_by(job: str | None, output_dir: Path) -> bool:
+    """Whether the run in this folder was started by this same torchrun, before a failure."""
     try:
-        noted = json.loads((output_dir / CONFIG_FILE).read_text("utf-8"))["ran_with"]["job"]
+        recorded = json.loads((output_dir / CONFIG_FILE).read_text("utf-8"))["ran_with"]["job"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return job is not None and noted == job
+    return job is not None and recorded == job
 
 
 def find_resumed(output_dir: Path, where: str | None, overwrite: bool) -> Resumed | None:
@@ -64,7 +64,7 @@ def find_resumed(output_dir: Path, where: str | None, overwrite: bool) -> Resume
     """
     found = None
     if distributed.is_main():
-        restarted = begun_by(distributed.torchrun_job(), output_dir)
+        restarted = started_by(distributed.torchrun_job(), output_dir)
         if restarted and find_checkpoints(output_dir):
             where = "latest"
         found = newest_checkpoint(where, output_dir) if where else None
@@ -79,7 +79,7 @@ def find_resumed(output_dir: Path, where: str | None, overwrite: bool) -> Resume
     resumed = Resumed(*(found or (Path(path), *load_checkpoint(Path(path)))))
     try:
         if not (isinstance(resumed.numbers["run"], dict) and isinstance(resumed.numbers["metrics_bytes"], int)):
-            raise ValueError("it notes no run")
+            raise ValueError("it records no run")
         resumed.progress()
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is no checkpoint of this program: {error!r}") from error
@@ -101,11 +101,11 @@ def refuse_to_replace(folder: Path, where: str | None) -> None:
 
 
 def identity(config: TrainConfig, dtype: torch.dtype, contents: dict[str, object]) -> dict:
-    """What a checkpoint and the run that resumes from it must have in common, as JSON keeps it.
+    """What a checkpoint and the run that resumes from it must have in common, as JSON.
 
-    dtype: the compute type that --precision stands for here. contents: of every setting in CONTENT, a hash of what it names,
-    several of them by name, or None where it names nothing. Of --prefix_from it is the last part of the name: where it lies
-    does not matter, as a checkpoint has its weights.
+    dtype: the compute type that --precision means on this machine. contents: for each setting in CONTENT, a hash of what
+    it names, or several hashes by name; None if it names nothing. Of --prefix_from only the last part of the path counts,
+    as the weights come from the checkpoint.
     """
     settings = {name: getattr(config, name) for name in SAME}
     settings["precision"] = next(name for name, kind in PRECISIONS.items() if kind == dtype)
@@ -115,24 +115,26 @@ def identity(config: TrainConfig, dtype: torch.dtype, contents: dict[str, object
 
 def check_same_run(resumed: Resumed, run: dict) -> None:
     """Raises UserError naming what differs, if the checkpoint was made by a run of another `identity`."""
-    noted, said = resumed.numbers["run"], []
+    recorded, differences = resumed.numbers["run"], []
     for name, now in run.items():
-        before = noted.get(name)
+        before = recorded.get(name)
         if before == now:
             continue
         if name in SAME:
-            said.append(f"--{name} {before}, not {now}")
+            differences.append(f"--{name} {before}, not {now}")
         elif isinstance(before, dict) and isinstance(now, dict):
-            said.append(f"another --{name} ({', '.join(key for key in now if before.get(key) != now[key])})")
+            differences.append(f"another --{name} ({', '.join(key for key in now if before.get(key) != now[key])})")
         else:
-            said.append(f"no --{name}" if before is None else f"another --{name}" if now else f"--{name}, and now without")
-    if said:
+            differences.append(
+                f"no --{name}" if before is None else f"another --{name}" if now else f"--{name}, and now without"
+            )
+    if differences:
         hint = "resume with the same, or start anew without --resume_from_checkpoint"
-        raise UserError(f"{resumed.path}: was made with {'; '.join(said)}; {hint}")
+        raise UserError(f"{resumed.path}: was made with {'; '.join(differences)}; {hint}")
 
 
 def restore(state: TrainingState, resumed: Resumed) -> None:
-    """Brings `state` to where the checkpoint was written. Raises UserError if it does not hold just what that takes."""
+    """Restores `state` as it was in the checkpoint. Raises UserError if that is not a checkpoint of such a state."""
     try:
         state.restore(resumed.tensors, resumed.numbers)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -141,7 +143,7 @@ def restore(state: TrainingState, resumed: Resumed) -> None:
 
 
 def metrics_so_far(resumed: Resumed | None) -> bytes:
-    """What metrics.jsonl held when the checkpoint was written; later lines will be written again."""
+    """The content of metrics.jsonl when the checkpoint was written; later lines will be written again."""
     if resumed is None:
         return b""
     file, length = resumed.path.with_name(METRICS_FILE), resumed.numbers["metrics_bytes"]

@@ -1,7 +1,6 @@
 """A training run from its settings to its files: what comes before and after the loop (loop.py)."""
 
 import dataclasses
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from tqdm import tqdm
 
 from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.layers import compile_now
-from prefix_tuning.base_model.sharding import is_sharded
-from prefix_tuning.devices import out_of_memory_explained, resolve_device, resolve_dtype, suggested_max_tokens
+from prefix_tuning.devices import make_reproducible, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files.writing import locked
 from prefix_tuning.training.checkpoints import Checkpoints
@@ -35,29 +33,29 @@ def train(config: TrainConfig) -> dict:
     UserError for a mistake in the settings or the data, for a disk or memory that is full, and for a loss that stops being
     finite; Interrupted after a signal.
     """
-    device, output_dir = resolve_device(config.device), Path(config.output_dir)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.precision, device)
+    make_reproducible(device)
+    output_dir = Path(config.output_dir)
     with distributed.processes(device), locked(output_dir) if distributed.is_main() else nullcontext():
-        return _train(config, device, output_dir)
+        return _train(config, dtype, device, output_dir)
 
 
-def _train(config: TrainConfig, device: torch.device, output_dir: Path) -> dict:
+def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output_dir: Path) -> dict:
     resumed = find_resumed(output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
     # Asked first, so that a name or token that the hub refuses is not noticed only after the training.
     repository = create_repository(config.push_to_hub) if config.push_to_hub and distributed.is_main() else None
-    dtype = resolve_dtype(config.precision, device)
-    make_reproducible(device)
     inputs = read_inputs(config, dtype, device)
-    run = identity(config, dtype, inputs.contents())
+    run = identity(config, dtype, inputs.contents)
     if resumed:
         check_same_run(resumed, run)
-    max_tokens = config.max_tokens_per_batch or suggested_max_tokens(inputs.base, is_sharded(inputs.base))
     checkpoints = Checkpoints(output_dir, run, resumed and resumed.path, config.save_steps, config.save_total_limit)
 
     def what_to_change() -> str:
-        return memory_hint(config, inputs.base, max_tokens) + checkpoints.how_to_resume()
+        return memory_hint(config, inputs.base, inputs.max_tokens) + checkpoints.how_to_resume()
 
     with out_of_memory_explained(device, what_to_change):
-        state, steps = begin(config, inputs, resumed, max_tokens)
+        state, steps = begin(config, inputs, resumed)
         if distributed.is_main():
             settings = dataclasses.asdict(config)
             prepare_output(output_dir, describe_run(settings, state.encoder.config, steps, dtype, device), resumed)
@@ -67,12 +65,13 @@ def _train(config: TrainConfig, device: torch.device, output_dir: Path) -> dict:
         print(f"{size}, {dtype} on {device}")
         if config.torch_compile and (first := next(iter(steps), None)):
             state.compile_seconds = compile_now(inputs.base, first.batches, state.encoder.bake())
+            print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")
         evaluator = Evaluator(
             inputs.base,
             inputs.tokenizer,
             inputs.eval_rows,
             inputs.eval_set if config.max_steps != 0 else None,
-            max_tokens,
+            inputs.max_tokens,
             steps.total,
             every=config.eval_steps,
             wants_answers=config.eval_exact_match,
@@ -87,14 +86,6 @@ def _train(config: TrainConfig, device: torch.device, output_dir: Path) -> dict:
         push_to_hub(output_dir, repository)
         print(f"uploaded to the hub: {repository}")
     return summary
-
-
-def make_reproducible(device: torch.device) -> None:
-    """The same seed gives the same bits on CUDA too. A run's peak of memory is counted from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this variable before its first matmul
-        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _run(
@@ -115,7 +106,7 @@ def _run(
             with tqdm(steps, "training", steps.total, initial=progress.step, unit="step", disable=not shown) as metrics.bar:
                 fit(base, state, metrics.bar, metrics, evaluator, checkpoints)
             state.check_finite()
-            with checkpoints.saved_if_left(state, metrics):
+            with checkpoints.saved_if_left(state, metrics):  # if a signal ended the steps, this saves and raises
                 signals.stop_if_heard()
             if progress.step < steps.total:
                 print(f"step {progress.step}: no lower eval loss since step {progress.best_step}; stopping early")

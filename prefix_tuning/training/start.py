@@ -20,11 +20,8 @@ from prefix_tuning.training.state import Progress, TrainingState, make_optimizer
 from prefix_tuning.training.steps import Steps
 
 
-def begin(config: TrainConfig, inputs: Inputs, resumed: Resumed | None, max_tokens: int) -> tuple[TrainingState, Steps]:
-    """The state that a run starts or resumes with, on the base's device, and the steps from there on.
-
-    max_tokens: of one forward pass.
-    """
+def begin(config: TrainConfig, inputs: Inputs, resumed: Resumed | None) -> tuple[TrainingState, Steps]:
+    """The state that a run starts or resumes with, on the base's device, and the steps from there on."""
     torch.manual_seed(config.seed)
     encoder = resumed.encoder() if resumed else make_encoder(config, inputs.base, inputs.tokenizer, inputs.fingerprint)
     encoder.to(inputs.base.device)
@@ -34,7 +31,7 @@ def begin(config: TrainConfig, inputs: Inputs, resumed: Resumed | None, max_toke
         inputs.train_set,
         rows_per_step,
         count_steps(config, len(inputs.train_set), rows_per_step, progress),
-        max_tokens,
+        inputs.max_tokens,
         seed=config.seed if config.shuffle else None,
         equal_passes=is_sharded(inputs.base),
         done=progress.step,

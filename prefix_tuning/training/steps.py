@@ -1,4 +1,7 @@
-"""Which rows make up each optimizer step, in which order, and this rank's share of them as packed batches."""
+"""Which rows make up each optimizer step, in which order, and this rank's share of them as packed batches.
+
+plain.py runs each row by itself, in the same order.
+"""
 
 import itertools
 import math
@@ -27,7 +30,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Steps:
-    """The steps of a run after step `done`, whose last row was the one before `row` of `epoch`.
+    """The steps of a run after step `done`. The next one starts at position `row` in the order of `epoch`.
 
     train_set: the tokenised rows. seed: decides the order of the rows, a new one for each epoch; None: as they are.
     max_tokens: of one forward pass. equal_passes: all ranks run equally many passes, as a sharded base wants it.

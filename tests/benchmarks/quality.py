@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 EPOCHS, EVAL_STEPS, GOAL = 3, 20, 0.9
-MAX_TOKENS = 640  # of a forward pass, as train.py chooses on a CPU
 
 
 class Reached(Exception):
@@ -65,11 +64,18 @@ def worker(name: str) -> None:
     )
     inputs = read_inputs(config, torch.float32, torch.device("cpu"))
     rows = concatenate_datasets([inputs.train_set.shuffle(seed=epoch) for epoch in range(EPOCHS)])
-    state, steps = begin(config, inputs._replace(train_set=rows), resumed=None, max_tokens=MAX_TOKENS)
+    state, steps = begin(config, inputs._replace(train_set=rows), resumed=None)
     base, tokenizer = inputs.base, inputs.tokenizer
     clock = Clock(
         Evaluator(
-            base, tokenizer, inputs.eval_rows, inputs.eval_set, MAX_TOKENS, steps.total, EVAL_STEPS, wants_answers=True
+            base,
+            tokenizer,
+            inputs.eval_rows,
+            inputs.eval_set,
+            inputs.max_tokens,
+            steps.total,
+            EVAL_STEPS,
+            wants_answers=True,
         )
     )
     with contextlib.suppress(Reached), tempfile.TemporaryDirectory() as folder:
