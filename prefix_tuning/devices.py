@@ -10,10 +10,8 @@ from transformers import BloomForCausalLM
 
 from prefix_tuning.errors import UserError
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -54,7 +52,9 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def make_reproducible(device: torch.device) -> None:
-    """The same seed gives the same bits on CUDA too. Its peak of memory is counted from here."""
+    """On CUDA, the same seed gives the same bits, as far as torch has deterministic kernels. Its memory peak counts from
+    here.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this variable before its first matmul
@@ -65,7 +65,8 @@ def held_per_token(model: BloomForCausalLM) -> int:
     """Bytes that a forward pass keeps per token for its backward pass.
 
     A layer keeps about ten numbers per token and hidden unit: the input of the GELU (four), query, key and value (three),
-    the result of attention, and the inputs of the two layer norms.
+    the result of attention, and the inputs of the two layer norms. Not counted: the bias and a slice of logits, once per
+    pass.
     """
     return 10 * model.config.hidden_size * model.config.n_layer * model.dtype.itemsize
 
@@ -103,7 +104,7 @@ def peak_memory_mb(device: torch.device) -> int | None:
     """Peak of the allocated device memory on CUDA, of the process's memory elsewhere; None where the system hides it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    if resource is None:
+    if sys.platform == "win32":
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

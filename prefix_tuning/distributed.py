@@ -7,7 +7,8 @@ writes. What they exchange, and when:
     each optimizer step   numbers: labels, tokens, passes, signals      training/steps.py
                           the gradient of the prefix, and the loss      training/loop.py
     each evaluation       per pass, who has rows left and who was sent a signal; sums of losses; answers     evaluation.py
-    each saved file       a checksum of the weights, which must be equal in all
+    each checkpoint       a checksum of the weights, which must be equal in all; the same for the final weights
+    start and end         the path of the checkpoint to resume from; barriers, and whether a signal came
     a sharded base        weights, in every pass                        base_model/sharding.py
 """
 
@@ -52,9 +53,7 @@ _store: dist.Store | None = None  # shared by the processes of this run, once th
 def first_to_say(message: str) -> bool:
     """Whether no other process has had this message since torchrun (re)started them: often all have the same error."""
     global _store
-    if (
-        _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    ):  # torchrun's own store, which it keeps open
+    if _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps it open
         _store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     try:
         return _store is None or _store.add(f"{os.environ['TORCHELASTIC_RESTART_COUNT']}: {message}", 1) == 1

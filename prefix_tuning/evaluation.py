@@ -28,7 +28,7 @@ def row_losses(
     """
     found: dict[int, tuple[float, int]] = {}
     following = 0  # the row to yield next
-    for places, batch in _equal_passes(_passes(tokenized, max_tokens)):
+    for places, batch in _passes_of_all_ranks(_passes(tokenized, max_tokens)):
         losses = model.label_losses(batch.to(model.device), prefix).double().cpu()
         counts = [count for _, count in places]
         for (place, count), part in zip(places, losses.split(counts), strict=True):
@@ -48,7 +48,7 @@ def _passes(tokenized: Dataset, max_tokens: int) -> Iterator[tuple[list[tuple[in
             yield [(start + row, count_labels([examples[row]])) for row in rows], batch
 
 
-def _equal_passes(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple[list, Batch]]:
+def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple[list, Batch]]:
     """The passes, and empty ones until no rank has any left, as a sharded base is gathered by all ranks in each pass.
 
     An all-reduce before each pass asks for that, and for signals: if a rank was sent one, this ends in all of them.
@@ -71,8 +71,8 @@ def evaluate_loss(model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None,
     for loss, count in row_losses(model, own, prefix, max_tokens):
         losses, labels = losses + loss, labels + count
     signals.stop_if_heard()
-    losses, labels = distributed.sum_over_ranks([losses, labels])
-    return {"eval_loss": losses / labels, "eval_perplexity": perplexity(losses / labels)}
+    all_losses, all_labels = distributed.sum_over_ranks([losses, labels])
+    return {"eval_loss": all_losses / all_labels, "eval_perplexity": perplexity(all_losses / all_labels)}
 
 
 def perplexity(loss: float) -> float:
@@ -94,7 +94,7 @@ def answer_rows(
     if prefix is not None:
         name = "prefix"
         model.attach(name, prefix)
-    with model.in_step():
+    with model.equal_passes():
         own = complete(
             model, tokenizer, distributed.share(prompts), prefix_name=name, max_new_tokens=longest + 1, do_sample=False
         )

@@ -38,14 +38,12 @@ OUTPUT = "prefix.safetensors"
 
 def prompt_of(row: dict) -> str:
     """The template: what the model reads before its answer."""
-    return "\n".join(["Human: " + row["instruction"], row.get("input", "")]).strip() + "\n\nAssistant: "
+    return "\n".join(["Human: " + row["instruction"], row.get("input") or ""]).strip() + "\n\nAssistant: "
 
 
 def tokenize(row: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels of a row, each (1, T), int64.
-
-    Prompt positions have the label -100, which cross_entropy ignores: only the answer is learned. The answer ends with EOS,
-    else the model would never learn to stop.
+    """Token ids and labels of a row, each (1, T), int64. cross_entropy ignores the label -100, which prompt positions have:
+    only the answer is learned. It ends with EOS, else the model would never learn to stop.
     """
     prompt = tokenizer(prompt_of(row), split_special_tokens=True).input_ids
     answer = [*tokenizer(row["output"], split_special_tokens=True).input_ids, tokenizer.eos_token_id]
@@ -66,8 +64,8 @@ def as_past_key_values(prefix: torch.Tensor, base: BloomForCausalLM) -> DynamicC
 
 def loss_of(base: BloomForCausalLM, prefix: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats, summed over the labels of one row, differentiable in the prefix."""
-    # Here prefix and text meet: in each layer, every token attends to all P cached pairs, and to the tokens before it. The
-    # mask covers the cached pairs too. Bloom counts positions (ALiBi) by it, so the text begins at position P.
+    # Each layer concatenates the cached keys and values with those of the text, and every token attends to all P of them.
+    # The mask covers both: Bloom derives ALiBi positions from its cumulative sum, so the text starts at position P.
     mask = torch.ones(1, prefix.shape[3] + ids.shape[1], dtype=torch.long, device=base.device)
     logits = base(ids, past_key_values=as_past_key_values(prefix, base), attention_mask=mask).logits
     logits = logits.to(prefix.dtype)  # the loss in the encoder's float32, also where the base is bf16 or fp16
@@ -101,9 +99,11 @@ def train(base: BloomForCausalLM, encoder: PrefixEncoder, examples: list) -> lis
                 loss += part.item()
             scaler.unscale_(optimizer)  # fp16: undo the loss scale before clipping
             grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), MAX_GRAD_NORM).item()
-            scaler.step(optimizer)
+            scale = scaler.get_scale()
+            scaler.step(optimizer)  # fp16: skipped if a gradient overflowed, which lowers the scale
             scaler.update()
-            scheduler.step()
+            if scaler.get_scale() >= scale:
+                scheduler.step()
             optimizer.zero_grad()
             history.append((loss, grad_norm))
             if len(history) % 25 == 0 or len(history) == total_steps:
@@ -120,14 +120,15 @@ def answer(base: BloomForCausalLM, tokenizer, row: dict, prefix: torch.Tensor | 
     ids = tokenizer(prompt_of(row), return_tensors="pt", split_special_tokens=True).input_ids.to(base.device)
     cache = None if prefix is None else as_past_key_values(prefix, base)
     mask = torch.ones(1, (0 if prefix is None else prefix.shape[3]) + ids.shape[1], dtype=torch.long, device=base.device)
-    output = base.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=32, do_sample=False)
+    # mypy: transformers declares a type of self here that its own models do not have.
+    output = base.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=32, do_sample=False)  # type: ignore[misc]
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def main(rows_file: str = str(DEMO / "data" / "short.jsonl"), base_name: str = str(DEMO / "model")) -> None:
     base = BloomForCausalLM.from_pretrained(base_name, dtype=PRECISION).requires_grad_(False).eval().to(DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(base_name)
-    rows = [json.loads(line) for line in Path(rows_file).read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path(rows_file).read_text("utf-8").split("\n") if line.strip()]
     held_out, rows = rows[-3:], rows[:-3]
     examples = [example for example in (tokenize(row, tokenizer) for row in rows) if (example[1][:, 1:] != -100).any()]
 

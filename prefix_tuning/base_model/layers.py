@@ -19,7 +19,8 @@ def wrap_layers(model: Bloom, gradient_checkpointing: bool, torch_compile: bool)
     gradient_checkpointing keeps only a layer's input for the backward pass and computes the layer again there: the same
     bits, less memory, a third more work. torch_compile fuses what lies between the matmuls.
     """
-    for block in model.transformer.h:
+    blocks: Iterable = model.transformer.h  # PackedBlocks, whose method is replaced on the instance
+    for block in blocks:
         # From the inside out: a layer is compiled; it is run again by checkpointing; while its weights are gathered.
         if torch_compile:
             block.forward_packed = _compiled_for_training(block.forward_packed)

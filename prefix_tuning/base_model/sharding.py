@@ -5,7 +5,7 @@ the forward and in the backward pass; the embeddings, which are the head's weigh
 forward half ends. Only prefix, encoder and optimizer are whole in each process.
 
 Gathering is collective: all ranks must run equally many passes. Training and evaluation know their passes in advance and
-fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so answers are made inside `in_step`.
+fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so it runs inside `equal_passes`.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
     """
     files = weight_files(path)
     with torch.device("meta"):
-        model = Bloom(config).to(dtype).requires_grad_(False).eval()
+        model = Bloom(config).to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]  # transformers declares `to` without self
     if find_file(path, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(path)
     shard(model, device, parts)
@@ -91,8 +92,8 @@ def shard(model: Bloom, device: torch.device, parts: int) -> None:
     register_fsdp_forward_method(model, "label_losses")
     model.gathered = gathered
     model.to_empty(device=device)
-    model.lockstep = Lockstep()
-    model.register_forward_pre_hook(model.lockstep.begin_pass, prepend=True)
+    model.lockstep = lockstep = Lockstep()  # type: ignore[assignment]  # torch types attributes as Tensor or Module
+    model.register_forward_pre_hook(lockstep.before_pass, prepend=True)
 
 
 def return_freed_memory() -> None:
@@ -107,14 +108,14 @@ def return_freed_memory() -> None:
 
 def fill(model: BloomForCausalLM, files: list[str]) -> None:
     """Reads this process's rows of every weight. Raises UserError for weights that are missing, or of another shape."""
-    missing = dict(model.named_parameters())
+    missing: dict[str, Any] = dict(model.named_parameters())  # DTensors, which torch types as Parameters
     other_names = {name.removeprefix("transformer."): name for name in missing}  # the first Blooms were named so
     if model.lm_head.weight is model.transformer.word_embeddings.weight:
         other_names["lm_head.weight"] = "transformer.word_embeddings.weight"
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                parameter = missing.pop(name if name in missing else other_names.get(name), None)
+                parameter = missing.pop(name if name in missing else other_names.get(name, name), None)
                 if parameter is None:
                     continue
                 stored, local = file.get_slice(name), parameter.to_local()
@@ -146,6 +147,7 @@ def gathered(weight: torch.Tensor) -> torch.Tensor:
 
     It is summed from parts that are zero elsewhere: a sum needs no memory besides the result's.
     """
+    assert isinstance(weight, DTensor)
     local, first = weight.to_local(), first_row(weight)
     whole = local.new_zeros(weight.shape)
     whole[first : first + len(local)] = local
@@ -162,7 +164,7 @@ class Lockstep:
     def __init__(self):
         self.idle = False
 
-    def begin_pass(self, *_) -> None:
+    def before_pass(self, *_) -> None:
         if not self.idle:
             distributed.max_over_ranks(1)
 
@@ -175,7 +177,7 @@ class Lockstep:
 
 
 @contextmanager
-def in_step(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
+def equal_passes(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
     """Inside, each rank may run as many passes of transformers' forward as it has work for; at the end, it joins the
     others'.
 
@@ -183,4 +185,4 @@ def in_step(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterato
     """
     yield
     if is_sharded(model):
-        model.lockstep.follow(idle_pass)
+        cast(Lockstep, model.lockstep).follow(idle_pass)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
         )
 
 
-def take(tokenized: Dataset, indices: list[int]) -> list[Example]:
+def take(tokenized: Dataset, indices: Sequence[int]) -> list[Example]:
     """The examples at these places of a tokenised dataset."""
     columns = tokenized[indices]
     return [Example(*row) for row in zip(columns["input_ids"], columns["labels"], strict=True)]

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 QUIZ_FORMS = ["问：{q}答：{a}", "{q}答案是：{a}", "小测验：{q}{a}", "老师问：{q}学生答：{a}", "谜语：{q}谜底：{a}"]
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]  # Bloom's, in Bloom's order: ids 0-3
 VOCAB_SIZE = 4096
-SHAPE = {"hidden_size": 192, "n_layer": 4, "n_head": 6}
+SHAPE: dict = {"hidden_size": 192, "n_layer": 4, "n_head": 6}
 
 
 def load_relations() -> list[dict]:
@@ -54,7 +54,7 @@ def document(rng: random.Random, facts: list[tuple[dict, str, str]]) -> str:
     """One pre-training text: a sentence about each of these facts, in forms drawn at random.
 
     A text may break off after a bare answer, without its full stop. Several facts in a row teach the model to find the
-    one that is asked for, whatever stands before the question.
+    one that is asked for, whatever precedes the question.
     """
     sentences = []
     for number, fact in enumerate(facts, start=1):
@@ -105,7 +105,7 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
     )
 
 
-def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Bloom:
+def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> BloomForCausalLM:
     """Trains a mini Bloom on documents of one to three sentences, by the same packed forward that prefix tuning uses."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -118,7 +118,7 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
             pad_token_id=tokenizer.pad_token_id,
             **SHAPE,
         )
-    ).to(device)
+    ).to(device)  # type: ignore[arg-type]  # transformers declares `to` without self
     model.train()
     facts = [(relation, *fact) for relation in relations for fact in relation["facts"].items()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
@@ -161,7 +161,7 @@ def same_fact(subject: str, answer: str) -> str:
 def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
     """Splits every relation's facts in two halves and asks each fact twice, in two styles of answer."""
     rng = random.Random(seed)
-    rows = {name: [] for name in ("short", "short-eval", "sentence", "sentence-eval")}
+    rows: dict[str, list[dict[str, str]]] = {name: [] for name in ("short", "short-eval", "sentence", "sentence-eval")}
     for relation in relations:
         keys = sorted({same_fact(*fact) for fact in relation["facts"].items()})
         held_out = set(rng.sample(keys, len(keys) // 2))

@@ -9,7 +9,7 @@ A safetensors file (writing.py: `write_tensors`) with the tensors of `TrainingSt
 and in its metadata
 
     format   "pt"
-    state    JSON: TrainingState.numbers (progress, rate, loss scale, the encoder's shape); `run`, by which a resume knows
+    state    JSON: TrainingState.numbers (progress, loss scale, the encoder's shape); `run`, by which a resume knows
              that it is the same run; metrics_bytes, the length of metrics.jsonl
     sha256   of `state` and all tensors: safetensors itself does not notice a flipped bit
 """
@@ -29,15 +29,17 @@ from prefix_tuning.files.writing import write_tensors
 
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int | None
-) -> Path:
+) -> None:
     """Writes a checkpoint, then removes all but the `keep` newest; None keeps all. state: what JSON can hold."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state)
-    written = folder / f"checkpoint-{step}.safetensors"
-    write_tensors(written, tensors, {"state": text, "sha256": _checksum(tensors, text)})
+    write_tensors(checkpoint_path(folder, step), tensors, {"state": text, "sha256": _checksum(tensors, text)})
     for path in find_checkpoints(folder)[: -keep if keep else 0]:
         path.unlink()
-    return written
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step}.safetensors"
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

@@ -1,11 +1,11 @@
 """Many prompts: which of them are answered together, and how one such batch is answered."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import BatchEncoding, Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from prefix_tuning import signals
 from prefix_tuning.generation.options import is_continuable, resolve_options
@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
 def complete(
     model: PrefixBloom,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[str],
     prefix_name: Names = None,
     batch_size: int = 64,
     **options,
@@ -47,10 +47,10 @@ def complete(
 
 
 def batches_of(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], names: list[str], numbers: Sequence[int], batch_size: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: list[str], numbers: Sequence[int], batch_size: int
 ) -> list[list[Prompt]]:
     """Prompts in batches, sorted by prefix and number of tokens, so that there is little padding."""
-    ids = tokenizer(texts, split_special_tokens=True).input_ids if texts else []
+    ids = tokenizer(list(texts), split_special_tokens=True).input_ids if texts else []
     prompts = sorted(map(Prompt, ids, names, numbers), key=lambda prompt: (prompt.prefix_name, len(prompt.ids)))
     return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 
@@ -87,8 +87,8 @@ def complete_batch(
 
 
 def _replies_of_shrinking_batch(
-    model: PrefixBloom, settings: GenerationConfig, inputs: BatchEncoding, cache: Cache, keys: list[tuple[int, int]]
-) -> list[torch.Tensor]:
+    model: PrefixBloom, settings: GenerationConfig, inputs: BatchEncoding, cache: Any, keys: list[tuple[int, int]]
+) -> list[list[int]]:
     """The new ids of each row. Rows that have ended leave the batch as soon as they are half of it.
 
     The others continue from their part of `cache`, which holds their prefixes: the same texts, but the short answers do not
@@ -97,7 +97,8 @@ def _replies_of_shrinking_batch(
     ids, mask = inputs.input_ids, inputs.attention_mask
     tokens, left = ids.shape[1], settings.max_new_tokens
     half_ended = _HalfEnded(tokens, settings.eos_token_id)
-    rows, replies = torch.arange(len(ids)), [ids[0, :0]] * len(ids)
+    rows = torch.arange(len(ids))
+    replies: list[list[int]] = [[]] * len(ids)
     while len(rows) and not signals.heard():
         settings.max_new_tokens = left
         criteria = [_SignalHeard(), *([half_ended] if len(rows) > FEW_ROWS else [])]
@@ -105,7 +106,7 @@ def _replies_of_shrinking_batch(
             ids = model.generate(ids, settings, attention_mask=mask, past_key_values=cache, stopping_criteria=criteria)
         left -= ids.shape[1] - mask.shape[1]
         done = half_ended.ended(ids[:, tokens:]).cpu() | (left == 0)
-        for row, reply in zip(rows[done].tolist(), ids[done, tokens:], strict=True):
+        for row, reply in zip(rows[done].tolist(), ids[done, tokens:].tolist(), strict=True):
             replies[row] = reply
         rows, kept = rows[~done], (~done).nonzero().flatten().to(ids.device)
         ids = ids[kept]

@@ -9,6 +9,7 @@ Shapes: L layers, R rows of a batch, H heads, P tokens of a prefix (in a mask, o
 import copy
 import functools
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from prefix_tuning.base_model.identity import check_base, fingerprint
-from prefix_tuning.base_model.sharding import in_step, is_sharded
+from prefix_tuning.base_model.sharding import equal_passes, is_sharded
 from prefix_tuning.files.prefixes import SavedPrefix
 from prefix_tuning.generation.options import check_options, guess_mask, new_tokens, resolve_options
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
@@ -64,7 +65,7 @@ class PrefixBloom(Bloom):
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         own = vars(base if is_sharded(base) else copy.deepcopy(base, shared))
         # accelerate and PEFT set methods on the instance, which would hide those of this class. With FSDP's mark, `generate`
-        # would keep processes in step by itself; here `in_step` does.
+        # would keep processes in step by itself; here `equal_passes` does.
         left_out = ("forward", "_old_forward", "_hf_hook", "prepare_inputs_for_generation", "_is_fsdp_managed_module")
         vars(self).update({name: value for name, value in own.items() if name not in left_out})
         # A prefix needs a cache, whose kind `generate` chooses below.
@@ -75,7 +76,7 @@ class PrefixBloom(Bloom):
         self.base_fingerprint = fingerprint(base, tokenizer)
         add_packed_forward(self)
         for block in self.transformer.h:
-            block.mlp.gelu_impl = nn.GELU(approximate="tanh")  # Bloom's GELU in one kernel instead of eight
+            block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))  # Bloom's GELU in one kernel instead of eight
 
     @property
     def names(self) -> list[str]:
@@ -134,7 +135,7 @@ class PrefixBloom(Bloom):
         return [self.prefixes.get(name, none).to(self.device, self.dtype) for name in self.names_of(prefix_name, rows)]
 
     def prepend(
-        self, attention_mask: torch.Tensor, prefix_name: Names = None, copies: int = 1, cache: Cache | None = None
+        self, attention_mask: torch.Tensor, prefix_name: Names = None, copies: int = 1, cache: Any = None
     ) -> tuple[torch.Tensor, Cache]:
         """The mask of prefix and text, (R, P + T), int64, and the prefixes as past_key_values.
 
@@ -156,26 +157,26 @@ class PrefixBloom(Bloom):
             return True
         if not isinstance(cache, (DynamicCache, StaticCache)):
             raise ValueError(f"past_key_values must be a DynamicCache or a StaticCache, not {type(cache).__name__}")
-        if not hasattr(cache, "prefix_mask"):
-            if cache.get_seq_length() == 0:
+        if hasattr(cache, "prefix_mask"):
+            # A cache that was reset has lost its prefixes. `generate` checks that before a compiled forward, which cannot.
+            if not torch.compiler.is_compiling() and cache.get_seq_length() < cache.prefix_mask.shape[1]:
                 return True
-            if set(self.names_of(prefix_name, rows)) != {BASE}:
-                raise ValueError(f"past_key_values hold text but no prefix: begin with an empty cache, or name {BASE!r}")
+            if prefix_name is not None:
+                raise ValueError("past_key_values hold a prefix already; leave out prefix_name")
             return False
-        # A cache that was reset has lost its prefixes. `generate` has checked that before a compiled forward, which cannot.
-        if not torch.compiler.is_compiling() and cache.get_seq_length() < cache.prefix_mask.shape[1]:
+        if cache.get_seq_length() == 0:
             return True
-        if prefix_name is not None:
-            raise ValueError("past_key_values hold a prefix already; leave out prefix_name")
+        if set(self.names_of(prefix_name, rows)) != {BASE}:
+            raise ValueError(f"past_key_values hold text but no prefix: begin with an empty cache, or name {BASE!r}")
         return False
 
-    def in_step(self) -> AbstractContextManager[None]:
-        """`sharding.in_step` around generation, in which each process makes as many passes as its answers need."""
+    def equal_passes(self) -> AbstractContextManager[None]:
+        """`sharding.equal_passes` around generation, in which each process makes as many passes as its answers need."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        return in_step(self, torch.no_grad()(lambda: self(token)))
+        return equal_passes(self, torch.no_grad()(lambda: self(token)))
 
     @functools.wraps(BloomForCausalLM.forward)  # transformers reads from the signature what a model accepts
-    def forward(
+    def forward(  # type: ignore[override]  # functools types what it wraps as an object, not as a method
         self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, *, prefix_name=None, **options
     ):
         """transformers' forward, with a prefix for each row (`Names`).
@@ -188,9 +189,8 @@ class PrefixBloom(Bloom):
             if attention_mask is None:
                 attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
             attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
-            if (
-                room := past_key_values.get_max_length(layer_idx=0)
-            ) > 0:  # for a StaticCache, Bloom needs a mask of its length
+            # For a StaticCache, Bloom needs a mask of its length.
+            if (room := past_key_values.get_max_length(layer_idx=0)) > 0:
                 attention_mask = F.pad(attention_mask, (0, room - attention_mask.shape[1]))
         elif text is not None and hasattr(past_key_values, "prefix_mask") and not torch.compiler.is_compiling():
             prefix_mask = past_key_values.prefix_mask
@@ -202,7 +202,7 @@ class PrefixBloom(Bloom):
         return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # transformers' own takes more by position
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -237,10 +237,9 @@ class PrefixBloom(Bloom):
             new = prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
             if not 0 < new <= input_ids.shape[1]:
                 raise ValueError("input_ids must be the whole text so far, and longer than what past_key_values hold of it")
-            options["prefix_mask"] = prefix_mask[
-                :: len(prefix_mask) // len(mask)
-            ]  # `generate` repeats it as it does the rows
-        return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)
+            options["prefix_mask"] = prefix_mask[:: len(prefix_mask) // len(mask)]  # `generate` repeats it like the rows
+        # mypy: transformers declares a type of self here that its own models do not have.
+        return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]
 
     def _start_cache(self, cache: Cache | None, settings: GenerationConfig, mask: torch.Tensor, prefix_name: Names) -> Cache:
         """The empty cache, or a new one of the kind that `settings` name, with the prefixes in it and room for the answers.
@@ -257,7 +256,8 @@ class PrefixBloom(Bloom):
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         return self.prepend(mask, prefix_name, copies, cache)[1]
 
-    def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, prefix_mask=None, **kwargs):
+    # mypy: transformers passes all but input_ids by keyword.
+    def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, prefix_mask=None, **kwargs):  # type: ignore[override]
         """The inputs of one forward pass of `generate`: its mask of the text, with the prefix's part in front.
 
         prefix_mask: that part, (R, P); None: attention_mask has it already.
@@ -268,7 +268,8 @@ class PrefixBloom(Bloom):
             attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
             if kwargs.get("is_first_iteration"):  # transformers would subtract the cache, prefix included, from the text
                 kwargs["next_sequence_length"] = attention_mask.shape[1] - int(kwargs["past_key_values"].get_seq_length())
-        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        # mypy: as in `generate`.
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
 
 # Else a pipeline logs that it does not know this class. Configurations of models remain those of the base.

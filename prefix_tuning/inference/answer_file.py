@@ -86,7 +86,7 @@ def _answered_rows(answerer: Answerer, source: str, batch_size: int, done: int) 
         # Gathering takes all processes, so each goes as often through this loop as the one with the largest share.
         for _ in range(0, math.ceil(len(window) / processes), batch_size):
             batch = next(unanswered, [])
-            with model.in_step():
+            with model.equal_passes():
                 completions = complete_batch(model, tokenizer, batch, answerer.seed, **answerer.options) if batch else []
             mine = [(prompt.number, texts) for prompt, texts in zip(batch, completions, strict=True)]
             for part in distributed.gather(mine):

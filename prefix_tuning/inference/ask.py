@@ -35,7 +35,7 @@ class Answerer:
         """Prints the answer of the prefix in use; to compare, those of the base and of every prefix, each after its name."""
         self.printed = {}
         for name in self.model.names if compare else [self.model.active]:
-            with self.model.in_step():  # processes that share the base all generate the same; only main's is printed
+            with self.model.equal_passes():  # processes that share the base all generate the same; only main's is printed
                 self._print_answer(prompt, name, self._label(name) if compare else "")
 
     def _print_answer(self, prompt: str, name: str, label: str) -> None:

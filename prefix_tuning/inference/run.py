@@ -44,11 +44,11 @@ def infer(config: InferConfig) -> None:
                 from prefix_tuning.inference.chat import Chat  # its import of readline is for terminals only
 
                 Chat(answerer, config.max_length or MAX_LENGTH, config.compare).run()
-            elif config.input:
+            elif config.input and config.output:
                 answer_file(answerer, config.input, Path(config.output), config.batch_size, rows)
             elif config.score:
                 score(model, tokenizer, config.score, config.output)
-            else:
+            elif config.question:
                 ask(answerer, config.question, config.max_length, config.compare)
 
 

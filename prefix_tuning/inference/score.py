@@ -45,5 +45,5 @@ def _print_table(names: list[str], questions: list[str], figures: list[dict]) ->
     print(f"{'row':>6}{'labels':>8}{columns}  question")
     labels = [*((str(number), question) for number, question in enumerate(questions, start=1)), ("all", "")]
     for (number, question), line in zip(labels, figures, strict=True):
-        columns = (f"{line['loss'][name]:>{display_width(name) + 9}.4f}{line['perplexity'][name]:>12.5g}" for name in names)
-        print(f"{number:>6}{line['labels']:>8}{''.join(columns)}  {shorten(question, 60)}".rstrip())
+        cells = (f"{line['loss'][name]:>{display_width(name) + 9}.4f}{line['perplexity'][name]:>12.5g}" for name in names)
+        print(f"{number:>6}{line['labels']:>8}{''.join(cells)}  {shorten(question, 60)}".rstrip())

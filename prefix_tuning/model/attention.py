@@ -2,7 +2,7 @@
 
 Legend: R rows, T tokens of all rows (packed, batch.py), S tokens of the longest row, H heads, P prefix tokens, D head_dim.
 
-This is where prefix and text meet. For token i of a row, in each head:
+Prefix and text meet in two lines, `torch.cat` in `attend_padded` and in `_query_chunks`. For token i of a row, in each head:
 
     scores  = q_i . [K_prefix ; K_row]^T / sqrt(D) + bias_i           (P + S)
     context = softmax(scores) @ [V_prefix ; V_row]                    (D)
@@ -12,19 +12,20 @@ every token of the row; of the row's own tokens, those up to i are. Both share o
 text loses: if the prefix draws the share a of the attention, the text's part is what it would be without a prefix, times
 (1 - a).
 
-ALiBi (Press et al. 2022) is all that Bloom knows of positions: a key d positions back is penalised by slope_h * d, with one
-slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a power of two. The prefix occupies the positions 0 .. P-1
-and the row those from P on, so prefix token j is P + i - j positions behind token i:
+ALiBi (Press et al. 2022) is all that Bloom knows of positions: a key d positions before the query is penalised by slope_h
+* d, with one slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a power of two. The prefix occupies the
+positions 0 .. P-1 and the row those from P on, so prefix token j is P + i - j positions before token i:
 
-    bias_i = -slope_h * [P + i, ..., i + 1 | i, i - 1, ..., 0, -inf, ...]        prefix | row up to i, the future hidden
+    bias_i = [-slope_h * (P + i), ..., -slope_h * (i + 1) | -slope_h * i, ..., -slope_h, 0, -inf, ...]    prefix | row
 
 - Steep heads (h = 1: slope 0.7 for 16 heads) cannot see a prefix from a distance: 64 tokens on, they penalise it by 45
   nats. The flattest heads (slope 0.004) see it from everywhere. Learned keys can make up for some of that.
-- A prefix that is 5 tokens longer changes nothing between the tokens of a row, whose distances stay. What is new stands 5
-  tokens further in front.
+- With a prefix of P + 5 tokens, scores and biases between the tokens of a row do not change. Prefix token j is then
+  P + 5 + i - j positions before token i, so its penalty grows by 5 * slope_h. Attention weights change, because the new keys
+  are part of the same softmax.
 - A model with rotary positions has no such bias: queries and keys of the row are rotated by their position P + i, prefix
-  keys are learned as they are used, and the bias is the causal mask alone. With grouped heads, H of keys and values is
-  smaller.
+  keys are learned as they are after rotation, and the bias is the causal mask alone. With grouped heads, keys and values
+  have fewer heads than queries, and the prefix has that number as H.
 
 `attend` has two forms, equal but for rounding. `attend_padded` lays the rows out as a padded grid and calls torch once: few
 kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, no work
@@ -51,11 +52,12 @@ SHORT_ROW = 48  # tokens; for shorter rows, launching a row's kernels takes a CP
 def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
     """The bias of the formula above: (1, H, S, P + S), in dtype and on the device of `like`.
 
-    Bloom itself adds slope * key position: for one query that differs by a constant, which softmax cancels. Distances stay
-    small where bfloat16 is exact. One bias serves rows of any length: what pads a row is behind it, hidden as its future.
+    Bloom itself adds slope * key position: for one query that differs by a constant, which softmax cancels. Distances are
+    smaller than absolute positions, so rounding to bfloat16 loses less. One bias serves rows of any length: padding comes
+    after the row, where the causal mask hides it.
     """
     keys = torch.arange(prefix_length + max_length, device=like.device)
-    distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative behind it
+    distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative before it
     # transformers' table is slope * position; at position 1 it holds the slopes.
     slopes = build_alibi_tensor(torch.ones(1, 2, device=like.device), num_heads, torch.float32)[:, :, 1:]
     slopes = slopes.to(torch.promote_types(like.dtype, torch.float32))
@@ -95,8 +97,9 @@ def attend_rows(
 class AttendRows(torch.autograd.Function):
     """Flash attention (Dao et al. 2022), chunk by chunk.
 
-    Its backward pass recomputes the softmax from queries, keys and the log of the softmax's sum, so no (S, P + S) matrix is
-    kept. Gradients: qkv, unless it needs none, and prefix.
+    Its backward pass recomputes the softmax from queries, keys and the log of the softmax's sum, so no layer keeps a
+    matrix of (H, S, P + S) weights; the bias of that shape is one per batch. Gradients: qkv, unless it needs none, and
+    prefix.
     """
 
     @staticmethod

@@ -64,7 +64,7 @@ class Batch:
         return Batch(**{name: move(value) for name, value in vars(self).items()})
 
     def to_grid(self, packed: torch.Tensor) -> torch.Tensor:
-        """(T, ...) -> (R, S, ...), zeros behind the end of shorter rows."""
+        """(T, ...) -> (R, S, ...), zeros after the end of shorter rows."""
         if self.slots is not None:
             grid = packed.new_zeros(self.rows * self.max_length, *packed.shape[1:])
             packed = grid.index_copy(0, self.slots, packed)
@@ -79,7 +79,8 @@ class Batch:
 def pack(examples: list[Example], max_tokens: int) -> Iterator[Batch]:
     """Packs the examples into batches of up to `max_tokens` tokens, rows of similar length together.
 
-    A row longer than `max_tokens` is a batch of its own.
+    A row longer than `max_tokens` is a batch of its own. (Rows are cut at --max_length before, and those without a label
+    dropped: data/rows.py.)
     """
     rows: list[Example] = []
     tokens = 0
@@ -110,10 +111,11 @@ def _batch(rows: list[Example]) -> Batch:
     )
 
 
-# One token and no label: a pass whose loss is empty and whose gradient is exactly zero, for ranks that have no rows left.
+# With a sharded base, all ranks must run equally many passes: one with fewer batches adds this. It has no labels, so its
+# loss is empty and its gradient zero.
 EMPTY_BATCH = _batch([Example([0], [IGNORED])])
 
 
 def count_labels(examples: list[Example]) -> int:
-    """How many labels are predicted. A row's first token never is: nothing stands before it."""
+    """How many labels are predicted. A row's first token never is: no token comes before it."""
     return sum(label != IGNORED for example in examples for label in example.labels[1:])

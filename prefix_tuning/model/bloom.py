@@ -7,19 +7,23 @@ plain.py hands the prefix to transformers' own forward as `past_key_values`. Tha
 attention included, and logits for all of them. Training a prefix needs less, so `Bloom.label_losses` runs the same weights
 
 - over packed tokens: linear layers and layer norms see (T, E) without padding; only attention knows where rows begin;
-- in the last layer, behind its keys and values, at label positions only, and the head's logits at these N only: no other
-  position's output is part of the loss, and behind the last attention no position looks at another;
-- without logits that are kept: a (N, V) matrix is often the largest of all (FrozenHeadLoss).
+- after the attention of the last layer at the N label positions only: no other position's output is part of the loss, and
+  from there on no position reads another; on a CPU, that attention itself starts at a row's first label;
+- with logits at these N only, a slice of them at a time: a (N, V) matrix is often the largest tensor of all
+  (FrozenHeadLoss).
 
-Nothing of the base is trained, which takes three things: no parameter of it requires a gradient (base_model/loading.py), the
-optimizer gets the encoder's parameters only (training/state.py), and the gradient that leaves this file is that of `prefix`.
-Gradients still pass *through* the frozen layers, since layer l + 1 reads what the prefix changed in layer l.
+The base does not change: its parameters have requires_grad False (base_model/loading.py), the optimizer has the encoder's
+parameters only (training/state.py), and backward through this file yields a gradient for `prefix` alone. Gradients still
+pass *through* the frozen layers, since layer l + 1 reads what the prefix changed in layer l.
 
-Another family of models, with rotary positions and grouped heads say, needs its own `forward_packed` and bias
-(attention.py), and prefixes with the number of its key-value heads as H. Encoder, loop and files stay.
+Another family of models, with rotary positions and grouped heads say, needs a `forward_packed` and a bias of its own (see
+attention.py), its own way to layers and embeddings (`packed_hidden`, base_model/layers.py and sharding.py), and the
+number of key-value heads wherever a prefix's shape is derived from the base's configuration (training/start.py,
+base_model/identity.py, generation/prefix_bloom.py). The encoder, the loop and the file formats stay.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +83,7 @@ class Bloom(BloomForCausalLM):
         if prefix is None:
             prefix = hidden.new_empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
         bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
-        for layer, block in enumerate(body.h):
+        for layer, block in enumerate(cast(list[PackedBlock], body.h)):
             hidden = block.forward_packed(hidden, batch, bias, prefix[layer], only_labels=layer == len(body.h) - 1)
         return body.ln_f(hidden)
 
@@ -97,8 +101,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         loss_n = logsumexp(logits_n) - logits_n[label_n]        d loss_n / d logits_n = softmax(logits_n) - onehot(label_n)
 
     The weight is frozen, so the only gradient is that of `hidden`. It is computed in the forward pass, slice by slice,
-    while a slice's logits are at hand, and scaled in the backward pass: (N, V) logits never exist at once. The idea is
-    Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989). Raises ValueError if the weight requires a gradient.
+    while a slice's logits are at hand, and scaled in the backward pass: at most LABELS_AT_ONCE rows of logits exist at
+    once. The idea is Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989). Raises ValueError if the weight requires a
+    gradient.
     """
 
     LABELS_AT_ONCE = 256  # enough to keep the matmuls busy
@@ -132,7 +137,7 @@ def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tu
 
     prefixes: each (L, 2, H, P, D); shorter ones are padded on the left. cache: an empty one to fill; None: a new
     DynamicCache. A forward pass extends a cache in place, so each call needs a new one. The mask is (R, longest P), int64, 0
-    where a prefix is padded; the text's own mask belongs behind it.
+    where a prefix is padded; the text's own mask follows it.
     """
     longest = max(prefix.shape[3] for prefix in prefixes)
     mask = torch.tensor([[0] * (longest - prefix.shape[3]) + [1] * prefix.shape[3] for prefix in prefixes])

@@ -14,8 +14,8 @@ The language model stays frozen. Only these pairs are learned, so a prefix is a 
     (L, 2, H, P, D)        2 = key, value
 
 For bloom-1b4-zh (24 layers, hidden size 2048 = 16 heads x 128) and 10 virtual tokens that is 983,040 numbers, 3.9 MB.
-They are no embeddings of words: each layer has pairs of its own, which no input text could produce. That is why a prefix
-steers a model further than a prompt of the same length.
+They are no embeddings of words: each layer has pairs of its own, which in general no input text produces. That is why a
+prefix steers a model further than a prompt of the same length.
 
 Why is there an MLP? The pairs could be parameters by themselves (`prefix_projection=False`), but Li & Liang found that
 training them directly is unstable and sensitive to the learning rate (section 4.3 of the paper). So they are
@@ -91,6 +91,8 @@ class PrefixEncoder(nn.Module):
     It is saved with the weights but never trained.
     """
 
+    text_prefix: torch.Tensor | None
+
     def __init__(self, config: PrefixConfig):
         super().__init__()
         self.config = config
@@ -137,8 +139,8 @@ class PrefixEncoder(nn.Module):
         """Sets the starting point.
 
         random: nothing to do; torch's own initialisation of the layers above, as in PEFT.
-        zero:   all keys and values are 0. A zero key scores 0 and a zero value adds nothing, so the model starts close to
-                its untuned self.
+        zero:   all keys and values are 0. A zero key scores 0 before the bias, so it still takes a share of the softmax;
+                a zero value adds nothing.
         text:   `text_prefix` (L, 2, H, P, D), the keys and values that the frozen model computes for a text: the model
                 starts as if it had read that text.
 
@@ -147,11 +149,11 @@ class PrefixEncoder(nn.Module):
         if prefix_init == "random":
             return
         if self.config.prefix_projection:
-            nn.init.zeros_(self.transform[2].weight)
-            nn.init.zeros_(self.transform[2].bias)
-            if prefix_init == "text":
+            for parameter in self.transform[2].parameters():
+                nn.init.zeros_(parameter)
+            if text_prefix is not None:
                 self.text_prefix = flatten(text_prefix).clone()
-        elif prefix_init == "text":
+        elif text_prefix is not None:
             self.embedding.weight.copy_(flatten(text_prefix))
         else:
             nn.init.zeros_(self.embedding.weight)

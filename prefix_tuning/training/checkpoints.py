@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefix_tuning import distributed
 from prefix_tuning.errors import Interrupted
-from prefix_tuning.files.checkpoint_format import save_checkpoint
+from prefix_tuning.files.checkpoint_format import checkpoint_path, save_checkpoint
 from prefix_tuning.training.metrics import Metrics
 from prefix_tuning.training.state import TrainingState
 
@@ -36,11 +36,14 @@ class Checkpoints:
     def _write(self, state: TrainingState, metrics: Metrics) -> None:
         if distributed.is_main():
             numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
-            self.newest = save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.save_total_limit)
+            save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.save_total_limit)
+        self.newest = checkpoint_path(self.folder, state.progress.step)
 
     @contextmanager
     def saved_if_left(self, state: TrainingState, metrics: Metrics) -> Iterator[None]:
-        """Around what changes no weights: writes a checkpoint if a signal or an error ends it early."""
+        """Around what changes no weights: writes a checkpoint if a signal or an error ends it early. A signal ends it in
+        all ranks together.
+        """
         try:
             yield
         except BaseException as error:

@@ -62,7 +62,7 @@ class Evaluator:
             answers = answer_rows(self._prefixed, self.tokenizer, self.rows, prefix)
             self.answers["frozen base" if prefix is None else "with prefix"] = answers
             figures["eval_exact_match"] = exact_match(answers, self.rows)
-            line += f", exact match {figures['eval_exact_match']:.1%} of {len(self.rows)} held-out questions"
+            line += f", exact match {figures['eval_exact_match']:.1%} of {len(answers)} held-out questions"
         tqdm.write(line)
         return figures
 
@@ -72,7 +72,7 @@ class Evaluator:
 
     def show_answers(self) -> None:
         """Prints a handful of questions with the answers of the frozen base, if this run asked it, and the last ones."""
-        if not self.answers:
+        if self.rows is None or not self.answers:
             return
         for index in range(min(SHOWN_ANSWERS, len(self.rows))):
             row = self.rows[index]

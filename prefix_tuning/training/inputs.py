@@ -21,8 +21,9 @@ from prefix_tuning.training.settings import TrainConfig
 class Inputs(NamedTuple):
     """The frozen base, its tokenizer and its `fingerprint`, and the rows.
 
-    train_set: the tokenised training rows. eval_rows, eval_set: the held-out rows as texts and tokenised, if there are any.
-    max_tokens: of one forward pass. contents: a hash of what each setting names that a resume may rename but not change.
+    train_set: the tokenised training rows. eval_rows, eval_set: the held-out rows as texts and tokenised, if there are
+    any. max_tokens: of one forward pass. contents: for each setting whose name may change in a resume but not its data, a
+    hash of that data.
     """
 
     base: Bloom
@@ -43,18 +44,18 @@ def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     base, tokenizer = load_base(
         config.model_name_or_path, dtype, device, parts, config.gradient_checkpointing, config.torch_compile
     )
-    identity = fingerprint(base, tokenizer)
+    base_fingerprint = fingerprint(base, tokenizer)
     max_tokens = config.max_tokens_per_batch or suggested_max_tokens(base, gathers=parts is not None)
     with distributed.local_main_first():
         train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
         held_out = config.eval_dataset or config.dataset
         eval_set = eval_rows and tokenize_rows(held_out, eval_rows, tokenizer, config.max_length)
     contents = {
-        "model_name_or_path": {key: value for key, value in identity.items() if key != "name_or_path"},
+        "model_name_or_path": {key: value for key, value in base_fingerprint.items() if key != "name_or_path"},
         "dataset": digest(train_set),
         "eval_dataset": eval_set and [digest(eval_rows), digest(eval_set)],  # the texts too: answers are compared with them
     }
-    return Inputs(base, tokenizer, identity, train_set, eval_rows, eval_set, max_tokens, contents)
+    return Inputs(base, tokenizer, base_fingerprint, train_set, eval_rows, eval_set, max_tokens, contents)
 
 
 def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:

@@ -1,17 +1,20 @@
 """The training loop.
 
-plain.py is the same loop in its simplest form; this one departs from it in four ways, none of which changes a number
-beyond rounding. It runs the encoder once per step; it runs packed rows through the base (model/bloom.py); several
-processes share the rows of a step (steps.py); and it never waits for the device but to write figures, and for fp16's loss
-scale.
+plain.py is the same loop in its simplest form. This one gives the same numbers but for rounding, and departs from it so: the
+encoder runs once per step; packed rows go through the base (model/bloom.py); several processes share the rows of a step
+(steps.py); and the device is waited for only where a line of metrics, an evaluation or a checkpoint is due, and in fp16 at
+every step for the loss scale.
 
 Why the encoder may run once per step: its output, the prefix p = encoder(w), is the same for all rows, and the loss of a
 step is a sum over rows, so by the chain rule
 
     dloss/dw  =  sum_rows dloss_row/dp . dp/dw  =  (sum_rows dloss_row/dp) . dp/dw
 
-The sum is pulled out: gradients of all rows, batches and processes add up in p, 983,040 numbers for bloom-1b4-zh and 10
-virtual tokens, and go through the encoder's 205.6 M weights in one backward pass.
+dp/dw is a common factor: the gradients of all rows, batches and processes are first summed in dloss/dp, 983,040 numbers for
+bloom-1b4-zh and 10 virtual tokens, and go through the encoder's 205.6 M weights in one backward pass.
+
+The loss is the mean over all labels of the step, not a mean of the rows' means. So every label has the same weight, and the
+result does not depend on how rows are split into batches and processes. Trainer does the same.
 """
 
 import math
@@ -44,12 +47,13 @@ def fit(
         for step in steps:  # ends early once the ranks have agreed to stop for a signal
             if evaluator.out_of_patience(state):
                 break
-            state.advance(step, *optimizer_step(base, state, step))
+            prefix, loss, grad_norm = optimizer_step(base, state, step)
+            state.advance(step, prefix, loss, grad_norm)
             if not any(task.due(state) for task in (metrics, evaluator, checkpoints)):
                 continue
             if metrics.due(state):
                 metrics.write_interval(state)
-            state.check_finite()  # like the line above it waits for the device; nothing else here does
+            state.check_finite()
             with state.clock.stopped():  # evaluating and saving are not training time
                 if evaluator.due(state):
                     evaluate(state, evaluator, metrics, checkpoints)
@@ -58,7 +62,7 @@ def fit(
 
 
 def optimizer_step(base: Bloom, state: TrainingState, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One update of the encoder. All ranks call this together.
+    """One update of the encoder, at the rate that `state` has for it. All ranks call this together.
 
     Returns, on the device: the prefix (layers, 2, heads, tokens, head_dim) that the step began with, the mean loss in nats
     over the labels of all ranks, and the norm of the encoder's gradient before clipping.
@@ -71,8 +75,8 @@ def optimizer_step(base: Bloom, state: TrainingState, step: Step) -> tuple[torch
         part = base.label_losses(batch.to(leaf.device), leaf).sum() / step.labels
         scaler.scale(part).backward()  # fp16: times the loss scale, so that small gradients do not become zero
         loss += part.detach()
-    distributed.all_sum(leaf.grad, loss)  # the only tensors that ranks exchange in a step
-    prefix.backward(leaf.grad)  # once through the encoder: the sum of the chain rule pulled out
+    distributed.all_sum(leaf.grad, loss)  # all gradients that ranks exchange, in one all-reduce
+    prefix.backward(leaf.grad)  # one backward pass through the encoder, with the summed gradient
 
     scaler.unscale_(optimizer)  # fp16: gradients divided by the loss scale, before they are clipped
     grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), state.max_grad_norm or math.inf)
@@ -81,14 +85,16 @@ def optimizer_step(base: Bloom, state: TrainingState, step: Step) -> tuple[torch
     scale = scaler.get_scale()
     scaler.step(optimizer)  # fp16: skipped if a gradient overflowed,
     scaler.update()  # which lowers the scale
-    state.progress.updates += scaler.get_scale() >= scale
+    if scaler.get_scale() >= scale:
+        state.progress.updates += 1
     optimizer.zero_grad(set_to_none=True)
     return leaf.detach(), loss, grad_norm
 
 
 def evaluate(state: TrainingState, evaluator: Evaluator, metrics: Metrics, checkpoints: Checkpoints) -> None:
-    """Evaluates the current prefix. If that is cut short, it leaves a checkpoint from which a resumed run evaluates
-    again.
+    """Evaluates the current prefix. All ranks call this together.
+
+    If it is cut short, it leaves a checkpoint from which a resumed run evaluates again.
     """
     step = state.progress.step
     with checkpoints.saved_if_left(state, metrics):

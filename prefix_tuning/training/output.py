@@ -18,14 +18,14 @@ from prefix_tuning.training.resume import Resumed, clear_checkpoints, metrics_so
 from prefix_tuning.training.state import NotFinite, TrainingState
 from prefix_tuning.training.steps import Steps
 
-NAMES = ("model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint")
+PATH_SETTINGS = ("model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint")
 
 
 def describe_run(
     settings: dict, prefix_config: PrefixConfig, steps: Steps, dtype: torch.dtype, device: torch.device
 ) -> dict:
     """All that is needed to repeat a run, without any path of this machine. settings: those of the command, by name."""
-    settings = settings | {name: portable_name(settings[name]) for name in NAMES if settings[name] is not None}
+    settings = settings | {name: portable_name(settings[name]) for name in PATH_SETTINGS if settings[name] is not None}
     if settings["prefix_from"]:  # the shape is that of the earlier run
         shape = dataclasses.asdict(prefix_config)
         settings |= {"prefix_init": None, **{name: shape[name] for name in settings if name in shape}}
@@ -67,7 +67,10 @@ def save_output(output_dir: Path, encoder: PrefixEncoder, fingerprint: dict) -> 
 
 
 def save_good_prefix(output_dir: Path, error: NotFinite, shape: PrefixConfig, fingerprint: dict) -> str:
-    """Saves the last good prefix of a run whose loss is no longer finite, if there is one. Returns what to tell the user."""
+    """Saves the last good prefix of a run whose loss is no longer finite, if there is one.
+
+    All ranks call this together. Returns what to tell the user.
+    """
     kept = "there is no good prefix to keep"
     if error.good_prefix is not None:
         if distributed.is_main():

@@ -37,9 +37,7 @@ class Resumed(NamedTuple):
         return Progress(**self.numbers["progress"])
 
     def encoder(self) -> PrefixEncoder:
-        """The encoder with its weights, on the CPU. Raises UserError if the checkpoint does not hold exactly those of
-        one.
-        """
+        """The encoder with its weights, on the CPU. Raises UserError if they do not fit the recorded shape."""
         own = "encoder."
         weights = {name.removeprefix(own): tensor for name, tensor in self.tensors.items() if name.startswith(own)}
         try:
@@ -71,7 +69,7 @@ def find_resumed(output_dir: Path, where: str | None, overwrite: bool) -> Resume
             where = "latest"
         found = newest_checkpoint(where, output_dir) if where else None
         own = found and found[0].parent.samefile(output_dir)
-        if own and found[0].name not in [path.name for path in find_checkpoints(output_dir)]:
+        if found and own and found[0].name not in [path.name for path in find_checkpoints(output_dir)]:
             raise UserError(f"{found[0]}: rename it to checkpoint-STEP.safetensors to resume from it in its own folder")
         if not (restarted or overwrite or own):
             refuse_to_replace(output_dir, where)

@@ -65,7 +65,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
         print(f"{size}, {dtype} on {device}")
         if config.torch_compile and (first := next(iter(steps), None)):
             state.compile_seconds = compile_now(inputs.base, first.batches, state.encoder.bake())
-            print(f"compiled in {state.compile_seconds:.1f} s, which no figure below includes")
+            print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")
         evaluator = Evaluator(
             inputs.base,
             inputs.tokenizer,
@@ -102,11 +102,11 @@ def _run(
                 metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
             if evaluator.due(state):  # the run that is resumed was stopped during this evaluation
                 evaluate(state, evaluator, metrics, checkpoints)
-            bar = {"total": steps.total, "initial": progress.step, "unit": "step", "disable": not distributed.is_main()}
-            with tqdm(steps, desc="training", **bar) as metrics.bar:
+            shown = distributed.is_main()
+            with tqdm(steps, "training", steps.total, initial=progress.step, unit="step", disable=not shown) as metrics.bar:
                 fit(base, state, metrics.bar, metrics, evaluator, checkpoints)
             state.check_finite()
-            with checkpoints.saved_if_left(state, metrics):
+            with checkpoints.saved_if_left(state, metrics):  # if a signal ended the steps, this saves and raises
                 signals.stop_if_heard()
             if progress.step < steps.total:
                 print(f"step {progress.step}: no lower eval loss since step {progress.best_step}; stopping early")

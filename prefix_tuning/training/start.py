@@ -110,7 +110,7 @@ def make_encoder(config: TrainConfig, base: Bloom, tokenizer: PreTrainedTokenize
         return encoder
     encoder = PrefixEncoder(prefix_config_of(config, base))
     text = None
-    if config.prefix_init == "text":
+    if config.init_text:
         text = text_prefix(base, tokenizer, config.init_text, config.num_virtual_tokens).cpu()
     encoder.initialize(config.prefix_init, text)
     return encoder

@@ -1,9 +1,9 @@
 """All that changes while a run is training, and how it becomes a checkpoint and is restored.
 
-Whatever the next steps depend on is here and in every checkpoint, tensors by tensor and numbers by number, so that a
-resumed run continues with the same bits: weights, AdamW's moments, the loss scale, the place in the order of the rows,
-the sums of the current interval of metrics.jsonl, the best weights. The order of the rows needs no more than seed and
-epoch (steps.py), the learning rate no more than the number of updates, and nothing else is random (Bloom's dropout is 0).
+Whatever the next steps depend on is here and in every checkpoint (`tensors` and `numbers` below), so a resumed run
+continues with the same bits: weights, AdamW's moments, the loss scale, the place in the order of the rows, the sums of
+the current interval of metrics.jsonl, the best weights. The order of the rows depends on seed and epoch only (steps.py),
+the learning rate on the number of updates, and nothing else is random: `forward_packed` applies no dropout.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class NotFinite(Exception):
 
 @dataclass
 class Progress:
-    """The numbers of a run so far. Raises ValueError for one of another type."""
+    """The numbers of a run so far. Raises ValueError if one has the wrong type."""
 
     step: int = 0
     updates: int = 0  # of the weights: steps, without those that fp16 skipped
@@ -48,9 +48,9 @@ class Progress:
     evaluations_since_best: int = 0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if not isinstance(value := getattr(self, field.name), field.type):
-                raise ValueError(f"{field.name} is {value!r}, not of the type {field.type}")
+        for name, kind in type(self).__annotations__.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} is {value!r}, not of the type {kind}")
 
 
 class TrainingState:
@@ -108,7 +108,7 @@ class TrainingState:
         """Records an eval loss, and the weights if it is the lowest so far and they are to be kept."""
         progress = self.progress
         progress.evaluated_step, progress.evaluations_since_best = progress.step, progress.evaluations_since_best + 1
-        if progress.best_loss is None or loss < progress.best_loss:
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
             if keep_best:
                 self.best_weights = {name: tensor.cpu().clone() for name, tensor in self.encoder.state_dict().items()}
@@ -157,8 +157,10 @@ class TrainingState:
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         for part, found in parts.items():
-            if found and _kinds(found) != _kinds(expected[part]):
-                raise ValueError(f"the checkpoint's {part} is {_kinds(found)}, not {_kinds(expected[part])}")
+            if found and _shapes_and_dtypes(found) != _shapes_and_dtypes(expected[part]):
+                raise ValueError(
+                    f"the checkpoint's {part} is {_shapes_and_dtypes(found)}, not {_shapes_and_dtypes(expected[part])}"
+                )
         for name in self.FIGURES:
             setattr(self, name, parts["figures"][name].to(self.losses.device))
         self.best_weights = parts["best"]
@@ -168,7 +170,7 @@ class TrainingState:
         self.scaler.load_state_dict(numbers["scaler"])
 
 
-def _kinds(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+def _shapes_and_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
@@ -176,7 +178,8 @@ class Clock:
     """Counts seconds while it is `running` and not `stopped`, from those of an earlier part of the run on."""
 
     def __init__(self, seconds: float = 0.0):
-        self._seconds, self._since = seconds, None
+        self._seconds = seconds
+        self._since: float | None = None  # when it began to run
 
     def seconds(self) -> float:
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
@@ -211,8 +214,6 @@ def make_optimizer(encoder: PrefixEncoder, learning_rate: float, weight_decay: f
 
 def make_schedule(name: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
     """The learning rate as a function of the updates that are done. name: one of transformers' `get_scheduler`."""
-    unused = torch.optim.SGD(
-        [torch.zeros(())], lr=learning_rate
-    )  # get_scheduler wants an optimizer; only its lambda is used
+    unused = torch.optim.SGD([torch.zeros(())], lr=learning_rate)  # only the scheduler's lambda is used
     (factor,) = get_scheduler(name, unused, warmup_steps, total_steps).lr_lambdas
     return lambda updates: learning_rate * factor(updates)

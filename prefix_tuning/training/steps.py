@@ -1,4 +1,7 @@
-"""Which rows make up each optimizer step, in which order, and this rank's share of them as packed batches."""
+"""Which rows make up each optimizer step, in which order, and this rank's share of them as packed batches.
+
+plain.py runs each row by itself, in the same order.
+"""
 
 import itertools
 import math
@@ -27,7 +30,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Steps:
-    """The steps of a run after step `done`, whose last row was the one before `row` of `epoch`.
+    """The steps of a run after step `done`. The next one starts at position `row` in the order of `epoch`.
 
     train_set: the tokenised rows. seed: decides the order of the rows, a new one for each epoch; None: as they are.
     max_tokens: of one forward pass. equal_passes: all ranks run equally many passes, as a sharded base wants it.
@@ -54,8 +57,8 @@ class Steps:
         for number, (indices, next_epoch, next_row) in enumerate(self._order(), start=self.done + 1):
             examples = take(self.train_set, distributed.share(indices))
             batches = list(pack(examples, self.max_tokens))
-            tokens = sum(len(example.input_ids) for example in examples)
-            own = (count_labels(examples), tokens, len(batches), signals.heard())
+            own_tokens = sum(len(example.input_ids) for example in examples)
+            own = (count_labels(examples), own_tokens, len(batches), signals.heard())
             labels, tokens, passes, heard = zip(*distributed.gather_numbers(own), strict=True)
             if any(heard):
                 return

@@ -2,14 +2,19 @@ import pytest
 import torch
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from prefix_tuning.files.checkpoint_format import (
+    checkpoint_path,
+    find_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 
 
 def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor(2.5), "c": torch.arange(5, dtype=torch.uint8)}
     for step in (2, 10, 9, 100):
-        written = save_checkpoint(tmp_path, step, tensors | {"a": tensors["a"] + step}, {"step": step}, keep=2)
-        assert written == tmp_path / f"checkpoint-{step}.safetensors"
+        save_checkpoint(tmp_path, step, tensors | {"a": tensors["a"] + step}, {"step": step}, keep=2)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-10.safetensors", "checkpoint-100.safetensors"]
     path, found, state = newest_checkpoint("latest", tmp_path)
     assert path.name == "checkpoint-100.safetensors" and state == {"step": 100}
@@ -23,8 +28,9 @@ def test_checkpoints_come_back_and_only_the_newest_stay(tmp_path):
         newest_checkpoint(str(tmp_path / "nowhere"), tmp_path)
     with pytest.raises(UserError, match="gone: no such file"):
         load_checkpoint(tmp_path / "gone")
+    save_checkpoint(tmp_path, 1, tensors, [], keep=None)
     with pytest.raises(UserError, match="no checkpoint of this program"):
-        load_checkpoint(save_checkpoint(tmp_path, 1, tensors, [], keep=None))
+        load_checkpoint(checkpoint_path(tmp_path, 1))
 
 
 def test_every_damage_to_a_checkpoint_is_noticed(tmp_path, capsys):

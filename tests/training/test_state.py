@@ -122,6 +122,14 @@ def test_the_lowest_loss_is_the_best_and_only_then_weights_are_kept():
     assert not torch.equal(state.encoder.state_dict()["embedding.weight"], kept["embedding.weight"])
 
 
+def test_an_eval_loss_that_is_no_number_is_never_the_best():
+    state = new_state()
+    for number, loss in enumerate((math.nan, math.inf, 4.0, math.nan), start=1):
+        state.progress.step = number
+        state.note_evaluation(loss, keep_best=True)
+    assert (state.progress.best_loss, state.progress.best_step, state.progress.evaluations_since_best) == (4.0, 3, 1)
+
+
 def test_what_is_not_finite_is_named_by_its_step_with_the_prefix_before():
     state = new_state()
     state.check_finite()
