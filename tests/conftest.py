@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ def _private_cache(tmp_path_factory, monkeypatch):
     """datasets caches under a folder of this test session, not in the user's home."""
     folder = tmp_path_factory.getbasetemp() / "datasets-cache"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
+
+
+@pytest.fixture
+def curves():
+    """Runs of a test that uses this draw their curves."""
+
+
+@pytest.fixture(autouse=True)
+def _few_curves(request, monkeypatch):
+    """In all other tests matplotlib is not installed: drawing takes as long as such a short run itself."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +73,10 @@ def tuned(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(tmp_path, tokenizer, rows_file):
+def settings(random_base, tmp_path, rows_file):
     """11 steps, one and a half epochs, with evaluations and checkpoints at steps that do not coincide."""
-    random_bloom().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
     return {
-        "model_name_or_path": str(tmp_path / "base"),
+        "model_name_or_path": random_base,
         "dataset": str(rows_file),
         "eval_dataset": str(rows_file),
         "output_dir": str(tmp_path / "out"),
@@ -132,7 +143,7 @@ def small_pass_settings(settings):
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory, tokenizer):
     """A folder with a small random Bloom and the bundled tokenizer."""
-    folder = tmp_path_factory.mktemp("random-base")
+    folder = tmp_path_factory.mktemp("random") / "base"
     random_bloom().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -7,6 +7,7 @@ modules are imported) needs a real process: `start_process` of helpers.py.
 
 import os
 import resource
+import runpy
 import signal
 import sys
 import tempfile
@@ -15,13 +16,9 @@ from pathlib import Path
 
 import torch
 from helpers import ROOT, at_end, forks
-from processes import check
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from prefix_tuning.cli import infer_command, train_command
-
-PROGRAMS = {"train.py": train_command, "infer.py": infer_command, "processes.py": check}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # that torchrun handles
 
 
@@ -33,7 +30,7 @@ def become(program, flags, outputs, cwd=ROOT, limit=None):
     sys.argv = [str(ROOT / program), *flags]
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    PROGRAMS[program]()
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Fork:

@@ -20,6 +20,7 @@ from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.training.steps import Steps
 
 CPU = torch.device("cpu")
+folder = sys.argv[1]
 
 
 def step_loss(model, batches, labels):
@@ -27,35 +28,33 @@ def step_loss(model, batches, labels):
     return lambda leaf: sum(model.label_losses(batch, leaf).sum() for batch in batches) / labels
 
 
-def check():
-    folder = sys.argv[1]
-    with distributed.processes(CPU):
-        plain = Bloom.from_pretrained(folder).requires_grad_(False).eval()
-        models = [(plain, 1e-6)]
-        for parts, checkpointing in ((4, False), (4, True), (2, True)):
-            sharded = load_sharded(folder, AutoConfig.from_pretrained(folder), torch.float32, CPU, parts)
-            wrap_layers(sharded, checkpointing, torch_compile=False)
-            assert fingerprint(sharded, None) == fingerprint(plain, None)
-            held = sum(parameter.to_local().numel() for parameter in sharded.parameters())
-            assert held < 1.05 * plain.num_parameters() / parts
-            models.append((sharded, 1e-5))
+with distributed.processes(CPU):
+    plain = Bloom.from_pretrained(folder).requires_grad_(False).eval()
+    models = [(plain, 1e-6)]
+    for parts, checkpointing in ((4, False), (4, True), (2, True)):
+        sharded = load_sharded(folder, AutoConfig.from_pretrained(folder), torch.float32, CPU, parts)
+        wrap_layers(sharded, checkpointing, torch_compile=False)
+        assert fingerprint(sharded, None) == fingerprint(plain, None)
+        held = sum(parameter.to_local().numel() for parameter in sharded.parameters())
+        assert held < 1.05 * plain.num_parameters() / parts
+        models.append((sharded, 1e-5))
 
-        examples = examples_of([5, 60, 3, 21, 8, 33, 70, 2])
-        shape = plain.config
-        torch.manual_seed(0)
-        prefix = torch.randn(shape.n_layer, 2, shape.n_head, 4, shape.hidden_size // shape.n_head)
-        # Rows of one process may need more passes than those of another, or none at all.
-        for used in (examples, examples[:1]):
-            rows = Dataset.from_list([vars(example) for example in used])
-            expected_loss, expected = loss_and_gradient(step_loss(plain, pack(used, 1000), count_labels(used)), prefix)
-            for model, tolerance in models:
-                (step,) = Steps(rows, rows_per_step=len(used), total=1, max_tokens=40, equal_passes=model is not plain)
-                assert step.labels == count_labels(used)
-                loss, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(prefix)
-                if step.batches:
-                    part, gradient = loss_and_gradient(step_loss(model, step.batches, step.labels), prefix)
-                    loss += part
-                distributed.all_sum(loss)
-                distributed.all_sum(gradient)
-                assert abs(loss - expected_loss) <= tolerance * expected_loss, (loss, expected_loss)
-                assert (gradient - expected).abs().max() <= tolerance * expected.abs().max()
+    examples = examples_of([5, 60, 3, 21, 8, 33, 70, 2])
+    shape = plain.config
+    torch.manual_seed(0)
+    prefix = torch.randn(shape.n_layer, 2, shape.n_head, 4, shape.hidden_size // shape.n_head)
+    # Rows of one process may need more passes than those of another, or none at all.
+    for used in (examples, examples[:1]):
+        rows = Dataset.from_list([vars(example) for example in used])
+        expected_loss, expected = loss_and_gradient(step_loss(plain, pack(used, 1000), count_labels(used)), prefix)
+        for model, tolerance in models:
+            (step,) = Steps(rows, rows_per_step=len(used), total=1, max_tokens=40, equal_passes=model is not plain)
+            assert step.labels == count_labels(used)
+            loss, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(prefix)
+            if step.batches:
+                part, gradient = loss_and_gradient(step_loss(model, step.batches, step.labels), prefix)
+                loss += part
+            distributed.all_sum(loss)
+            distributed.all_sum(gradient)
+            assert abs(loss - expected_loss) <= tolerance * expected_loss, (loss, expected_loss)
+            assert (gradient - expected).abs().max() <= tolerance * expected.abs().max()

@@ -90,7 +90,7 @@ def test_two_processes_train_as_one_with_as_many_rows(alone, tmp_path):
 
 def test_gradients_are_those_of_one_process(tmp_path):
     random_bloom(vocab_size=4099).save_pretrained(tmp_path)  # no number of processes divides a prime
-    code, _, err = torchrun_forks(4, "processes.py", tmp_path)
+    code, _, err = torchrun_forks(4, "tests/processes.py", tmp_path)
     assert code == 0, err
 
 
