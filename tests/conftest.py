@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 pytest.register_assert_rewrite("helpers")  # before it is imported
 
 import torch
-from helpers import at_end, random_bloom, random_prefix, run_script
+from helpers import at_end, random_bloom, random_prefix
 from transformers import AutoTokenizer
 
 from prefix_tuning import PrefixBloom, bundled, load_prefix
@@ -24,6 +26,18 @@ def _private_cache(tmp_path_factory, monkeypatch):
     """datasets caches under a folder of this test session, not in the user's home."""
     folder = tmp_path_factory.getbasetemp() / "datasets-cache"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
+
+
+@pytest.fixture
+def curves():
+    """Runs of a test that uses this draw their curves."""
+
+
+@pytest.fixture(autouse=True)
+def _few_curves(request, monkeypatch):
+    """In all other tests matplotlib is not installed: drawing takes as long as such a short run itself."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture(autouse=True)
@@ -53,17 +67,16 @@ def tuned(tmp_path_factory):
     for style, tokens in (("short", 16), ("sentence", 10)):
         folders[style] = tmp_path_factory.mktemp("tuned") / style
         flags = f"--dataset bundled:{style} --eval_fraction 0 --max_steps 60 --num_virtual_tokens {tokens}"
+        flags += " --per_device_train_batch_size 16"
         train(parse_train_config([*flags.split(), "--output_dir", str(folders[style])]))
     return folders
 
 
 @pytest.fixture
-def settings(tmp_path, tokenizer, rows_file):
+def settings(random_base, tmp_path, rows_file):
     """11 steps, one and a half epochs, with evaluations and checkpoints at steps that do not coincide."""
-    random_bloom().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
     return {
-        "model_name_or_path": str(tmp_path / "base"),
+        "model_name_or_path": random_base,
         "dataset": str(rows_file),
         "eval_dataset": str(rows_file),
         "output_dir": str(tmp_path / "out"),
@@ -80,11 +93,10 @@ def settings(tmp_path, tokenizer, rows_file):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A prefix after a few steps on the demo, made from a folder that is not the checkout."""
+def trained(tuned, tmp_path_factory):
+    """A folder that is not the checkout, with a prefix where `python train.py` leaves it."""
     folder = tmp_path_factory.mktemp("trained")
-    result = run_script("train.py", "--max_steps", "30", "--eval_exact_match", "false", cwd=folder)
-    assert result.returncode == 0, result.stderr
+    shutil.copytree(tuned["short"], folder / "chatbot")
     return folder
 
 
@@ -131,7 +143,7 @@ def small_pass_settings(settings):
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory, tokenizer):
     """A folder with a small random Bloom and the bundled tokenizer."""
-    folder = tmp_path_factory.mktemp("random-base")
+    folder = tmp_path_factory.mktemp("random") / "base"
     random_bloom().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -40,7 +41,8 @@ from prefix_tuning.training.start import make_encoder
 from prefix_tuning.training.state import TrainingState, make_optimizer, make_schedule
 from prefix_tuning.training.steps import Step
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 REAL_ROWS = ROOT.parent / "shared" / "data" / "alpaca_zh"
 needs_real_rows = pytest.mark.skipif(not REAL_ROWS.exists(), reason="the alpaca_zh rows are not on this machine")
 at_end = contextlib.ExitStack()  # what ends the processes of a test
@@ -156,11 +158,19 @@ def run_quietly(settings: dict) -> None:
         train(TrainConfig(**settings))
 
 
-def start_run(settings: dict) -> multiprocessing.Process:
-    """A process that runs a training; forked from one that has the imports behind it."""
+def forks():
+    """multiprocessing's functions, whose processes are forked from one that has the imports behind it."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["prefix_tuning.training.run"])
-    process = processes.Process(target=run_quietly, args=(settings,))
+    processes.set_forkserver_preload(["helpers", "forks"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return processes
+
+
+def start_run(settings: dict) -> multiprocessing.Process:
+    """A process that runs a training."""
+    process = forks().Process(target=run_quietly, args=(settings,))
     process.start()
     return process
 
@@ -180,6 +190,7 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
         with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
             if json.loads((folder / METRICS_FILE).read_text("utf-8").splitlines()[-1])["step"] >= step:
                 return
+        time.sleep(0.005)
 
 
 QUESTIONS = ["法国的首都是哪里？", "3加5等于多少？", "请把“苹果”翻译成英文，谢谢！", "？"]

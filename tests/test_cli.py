@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, run_script
+from forks import Fork
+from helpers import ROOT, run_script, start_process
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config, parse_train_config
@@ -15,11 +16,12 @@ from prefix_tuning.training.settings import TrainConfig
 
 
 def fails_with(message, script, *flags, cwd=ROOT):
-    result = run_script(script, *flags, cwd=cwd)
-    lines = result.stderr.strip().splitlines()
-    assert result.returncode == 2, result.stderr
-    assert lines[-1].startswith("error: ") and message in lines[-1], result.stderr
-    assert "Traceback" not in result.stderr
+    program = Fork(script, *flags, cwd=cwd)
+    _, errors = program.communicate()
+    last = errors.strip().splitlines()[-1]
+    assert program.returncode == 2, errors
+    assert last.startswith("error: ") and message in last, errors
+    assert "Traceback" not in errors
 
 
 def test_the_demos_settings_are_printed_and_flags_override_them(capsys):
@@ -95,6 +97,11 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path):
 
 def test_closed_streams_are_no_error(trained):
     command = f"{sys.executable} {ROOT / 'infer.py'}"
-    for flags in ("--chat <&-", "--compare 法国的首都是哪里？ >&-"):
-        result = subprocess.run(f"{command} {flags}", shell=True, cwd=trained, capture_output=True, text=True)
-        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    programs = [
+        start_process(f"{command} {flags}", shell=True, cwd=trained, **pipes)
+        for flags in ("--chat <&-", "--compare 法国的首都是哪里？ >&-")
+    ]
+    for program in programs:
+        _, errors = program.communicate()
+        assert program.returncode == 0 and "Traceback" not in errors, errors

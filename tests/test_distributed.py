@@ -1,17 +1,18 @@
 """Several processes as one, on this machine with gloo."""
 
 import json
+import multiprocessing
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
-import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from forks import torchrun_forks
 from helpers import (
     ROOT,
     assert_same_run,
@@ -20,7 +21,6 @@ from helpers import (
     start_process,
     torchrun,
     wait_for_step,
-    worker,
 )
 from safetensors.torch import load_file
 from transformers import BloomForCausalLM
@@ -38,31 +38,26 @@ FLAGS = {
 }  # fmt: skip
 
 
-def start(script, processes, flags, *more, restarts=0):
-    """Starts train.py, infer.py or another program under torchrun, or without for one process."""
-    command = [*(torchrun(processes, restarts) if processes > 1 else [sys.executable]), str(ROOT / script)]
-    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return start_process(
-        [*command, *more], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+def as_flags(flags):
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
-def run(script, processes, flags, *more, **options):
-    process = start(script, processes, flags, *more, **options)
-    out, err = process.communicate()
-    return process.returncode, out, err
+def start(script, flags):
+    """Starts train.py or infer.py as two processes with torchrun as users have it."""
+    command = [*torchrun(2), str(ROOT / script), *as_flags(flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return start_process(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def train(processes, flags, *more, **options):
-    code, out, err = run("train.py", processes, flags, *more, **options)
+def train(processes, flags):
+    code, out, err = torchrun_forks(processes, "train.py", *as_flags(flags))
     assert code == 0, err
     return out
 
 
 def train_here(flags):
     """A run of one process, which saves the start of another."""
-    training.train(parse_train_config([part for name, value in flags.items() for part in (f"--{name}", str(value))]))
+    training.train(parse_train_config(as_flags(flags)))
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -76,7 +71,7 @@ def alone(tmp_path_factory, rows_file):
     """A run of one process with four times the accumulation: 8 rows a step."""
     flags = FLAGS | {"dataset": rows_file, "gradient_accumulation_steps": 4}
     folder = tmp_path_factory.mktemp("alone") / "out"
-    train(1, flags | {"output_dir": folder})
+    train_here(flags | {"output_dir": folder})
     return flags, folder
 
 
@@ -95,10 +90,8 @@ def test_two_processes_train_as_one_with_as_many_rows(alone, tmp_path):
 
 def test_gradients_are_those_of_one_process(tmp_path):
     random_bloom(vocab_size=4099).save_pretrained(tmp_path)  # no number of processes divides a prime
-    command = [*torchrun(4), str(ROOT / "tests" / "processes.py"), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, _, err = torchrun_forks(4, "tests/processes.py", tmp_path)
+    assert code == 0, err
 
 
 def test_steps_with_fewer_rows_than_processes_and_rows_without_labels(tmp_path, tokenizer):
@@ -121,12 +114,19 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
     whole = flags | {"output_dir": tmp_path / "whole"}
     train(2, whole)
     killed = flags | {"output_dir": tmp_path / "killed"}
-    process = start("train.py", 2, killed, restarts=1)  # no attempt is wasted
-    while not find_checkpoints(tmp_path / "killed") and process.poll() is None:
-        select.select([], [], [], 0.02)
-    os.kill(worker(process, 1), signal.SIGKILL)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    ended = threading.Event()
+
+    def kill_the_second():
+        while not find_checkpoints(tmp_path / "killed") and not ended.wait(0.01):
+            pass
+        max(multiprocessing.active_children(), key=lambda process: process.pid).kill()
+
+    thread = threading.Thread(target=kill_the_second)
+    thread.start()
+    code, out, err = torchrun_forks(2, "train.py", *as_flags(killed), restarts=1)  # no attempt is wasted
+    ended.set()
+    thread.join()
+    assert code == 0, err
     assert "resuming after step" in out
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
@@ -153,7 +153,7 @@ def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_
     (tmp_path / "eval.jsonl").write_text("".join(rows), "utf-8")
     flags = {name: value for name, value in alone[0].items() if name != "eval_fraction"}
     flags |= {"gradient_accumulation_steps": 1, "max_steps": 100_000, "save_steps": 0, "eval_steps": 2}
-    process = start("train.py", 2, flags | {"eval_dataset": tmp_path / "eval.jsonl", "output_dir": tmp_path / "out"})
+    process = start("train.py", flags | {"eval_dataset": tmp_path / "eval.jsonl", "output_dir": tmp_path / "out"})
     wait_for_step(process, tmp_path / "out", 2)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     _, err = process.communicate(timeout=600)
@@ -167,29 +167,22 @@ def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_
 def test_a_finished_run_is_refused_once_per_attempt_and_stays(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "training_config.json").write_text('{"ran_with": {"job": "another"}}')
-    code, out, err = run("train.py", 2, {"output_dir": tmp_path}, restarts=1)
+    code, out, err = torchrun_forks(2, "train.py", "--output_dir", tmp_path, restarts=1)
     assert code != 0 and err.count("holds a prefix already") == 2 and "bundled demo's own settings" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "training_config.json"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_that_one_process_has_is_what_is_seen(tmp_path, rows_file, rank):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, sys\n"
-        "from prefix_tuning.cli import train_command\n"
-        f"if os.environ['RANK'] == '{rank}':\n"
-        "    sys.argv += ['--dataset', 'gone.jsonl']\n"
-        "train_command()\n"
-    )
-    code, _, err = run(program, 2, {"dataset": rows_file, "max_steps": 1, "output_dir": tmp_path / "out"})
+    flags = {"dataset": rows_file, "max_steps": 1, "output_dir": tmp_path / "out"}
+    code, _, err = torchrun_forks(2, "train.py", *as_flags(flags), more={str(rank): ["--dataset", "gone.jsonl"]})
     said = [line for line in re.split(r"[\n\r]", err) if "error: " in line.lower()]
     assert code != 0 and said[0].endswith(f"{'process 1: ' if rank else ''}error: gone.jsonl: no such file"), err
     assert "gloo" not in err and "another process" not in err
     assert int(re.search(r"Root Cause.*?rank +: (\d)", err, re.DOTALL)[1]) == rank
 
 
-def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned):
+def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned, capsys):
     base = BloomForCausalLM.from_pretrained(bundled.resolve(bundled.MODEL))
     shutil.copytree(bundled.resolve(bundled.MODEL), tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(base.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
@@ -197,25 +190,30 @@ def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     flags = {"input": tmp_path / "rows.jsonl", "prefix": tuned["short"], "batch_size": 2, "max_new_tokens": 8}
     flags |= {"do_sample": True, "temperature": 2.0}
-    for processes, name in ((1, "one"), (2, "two")):
-        own = {"output": tmp_path / f"{name}.jsonl", "model_name_or_path": tmp_path / "pickled"}
-        code, _, err = run("infer.py", processes, flags | own)
-        assert code == 0 and err.count("pickled .bin file") == 1, err
-    whole = (tmp_path / "one.jsonl").read_bytes()
-    assert (tmp_path / "two.jsonl").read_bytes() == whole
+    named = {name: tmp_path / f"{name}.jsonl" for name in ("one", "two")}
+    flags |= {"model_name_or_path": tmp_path / "pickled"}
+    infer(parse_infer_config(as_flags(flags | {"output": named["one"]})))
+    assert capsys.readouterr().err.count("pickled .bin file") == 1
+    process = start("infer.py", flags | {"output": named["two"]})
+    _, err = process.communicate()
+    assert process.returncode == 0 and err.count("pickled .bin file") == 1, err
+    whole = named["one"].read_bytes()
+    assert named["two"].read_bytes() == whole
     assert len({json.loads(line)["response"] for line in whole.splitlines()}) > 14  # the same question, other draws
-    (tmp_path / "two.jsonl").write_bytes(whole[: len(whole) // 3])
-    code, _, err = run("infer.py", 2, flags | {"output": tmp_path / "two.jsonl"}, "--resume", "--shard_base")
-    assert code == 0 and (tmp_path / "two.jsonl").read_bytes() == whole, err
+    named["two"].write_bytes(whole[: len(whole) // 3])
+    flags |= {"model_name_or_path": bundled.MODEL, "output": named["two"]}
+    code, _, err = torchrun_forks(2, "infer.py", *as_flags(flags), "--resume", "--shard_base")
+    assert code == 0 and named["two"].read_bytes() == whole, err
 
 
 def test_scores_by_processes_that_share_the_base_are_written_once(tmp_path, tuned):
     rows = [{"instruction": f"{a}加1等于多少？", "output": str(a + 1)} for a in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     flags = {"score": tmp_path / "rows.jsonl", "prefix": f"short={tuned['short']}"}
-    code, out, err = run("infer.py", 2, flags | {"output": tmp_path / "two.json"}, "--shard_base")
+    flags_of_two = as_flags(flags | {"output": tmp_path / "two.json"})
+    code, out, err = torchrun_forks(2, "infer.py", *flags_of_two, "--shard_base")
     assert code == 0 and out.count("perplexity") == 2 and err.count("short: 100%") == 1, err
-    infer(parse_infer_config([f"--{name}={value}" for name, value in (flags | {"output": tmp_path / "one.json"}).items()]))
+    infer(parse_infer_config(as_flags(flags | {"output": tmp_path / "one.json"})))
     two, one = (json.loads((tmp_path / f"{name}.json").read_text("utf-8")) for name in ("two", "one"))
     assert two["all"]["loss"] == pytest.approx(one["all"]["loss"], rel=1e-5)
     assert [row["instruction"] for row in two["rows"]] == [row["instruction"] for row in one["rows"]]

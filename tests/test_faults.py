@@ -7,13 +7,12 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, UNEVALUATED, assert_same_run, seconds_of_a_run, start_process, start_run, wait_for_step
+from forks import Fork
+from helpers import UNEVALUATED, assert_same_run, seconds_of_a_run, start_run, wait_for_step
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints
@@ -50,35 +49,34 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(setti
         shutil.rmtree(killed["output_dir"])
 
 
-def command(settings: dict, **options) -> subprocess.Popen:
-    flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
-    arguments = [sys.executable, str(ROOT / "train.py"), *flags]
-    return start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def train_py(settings: dict, **options) -> Fork:
+    return Fork("train.py", *(f"--{name}={value}" for name, value in settings.items() if value is not None), **options)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(settings, tmp_path, number):
-    settings |= UNEVALUATED | {"logging_steps": 1, "save_steps": 0, "num_train_epochs": 30}
-    stopped = settings | {"output_dir": str(tmp_path / "stopped")}
-    process = command(stopped)
+    settings |= UNEVALUATED | {"logging_steps": 1, "save_steps": 0, "lr_scheduler_type": "constant_with_warmup"}
+    stopped_in = {"output_dir": str(tmp_path / "stopped")}
+    process = train_py(settings | stopped_in | {"num_train_epochs": 1000})  # it does not end before the signal
     wait_for_step(process, tmp_path / "stopped", 3)
     process.send_signal(number)
     _, errors = process.communicate()
     (checkpoint,) = find_checkpoints(tmp_path / "stopped")
     assert process.returncode == 128 + number
-    step = checkpoint.stem.removeprefix("checkpoint-")
+    step = int(checkpoint.stem.removeprefix("checkpoint-"))
     last = errors.splitlines()[-1]
     assert last.startswith(f"{number.name}: stopped after step {step}; ") and "--resume_from_checkpoint latest" in last
     assert "Traceback" not in errors
-    train(TrainConfig(**stopped | {"resume_from_checkpoint": "latest"}))
+    settings["max_steps"] = step + 5
+    train(TrainConfig(**settings | stopped_in | {"resume_from_checkpoint": "latest"}))
     train(TrainConfig(**settings))
-    assert_same_run(stopped["output_dir"], settings["output_dir"])
+    assert_same_run(tmp_path / "stopped", settings["output_dir"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads from /proc which signals a process catches")
 def test_a_second_signal_stops_at_once(settings, tmp_path):
     settings |= UNEVALUATED | {"logging_steps": 1, "num_train_epochs": 99, "save_steps": 0}
-    process = command(settings | {"per_device_train_batch_size": 40, "max_tokens_per_batch": 1})  # a slow step
+    process = train_py(settings | {"per_device_train_batch_size": 40, "max_tokens_per_batch": 1})  # a slow step
     wait_for_step(process, tmp_path / "out", 1)
     process.send_signal(signal.SIGINT)
     caught = True
@@ -96,11 +94,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(settings, tmp_path)
     limited = settings | {"output_dir": str(tmp_path / "limited")}
     train(TrainConfig(**limited | {"num_train_epochs": 1}))
     kept = {path.name: path.read_bytes() for path in find_checkpoints(tmp_path / "limited")}
-
-    def no_file_may_grow_beyond_20_kb():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    process = command(limited | {"resume_from_checkpoint": "latest"}, preexec_fn=no_file_may_grow_beyond_20_kb)
+    process = train_py(limited | {"resume_from_checkpoint": "latest"}, limit=20_000)
     _, errors = process.communicate()
     assert process.returncode == 2 and "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("error: ") and "checkpoint-8.safetensors: cannot be written" in errors

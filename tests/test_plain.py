@@ -4,13 +4,12 @@ import ast
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from forks import Fork
 from helpers import metrics_of, relative
 from transformers.models.bloom import modeling_bloom
 
@@ -142,8 +141,9 @@ def test_a_base_in_bfloat16_trains_nearly_as_in_float32(base, rows, tokenizer):
 
 
 def test_the_page_runs_and_prints_losses_and_three_answers(tmp_path, rows_file):
-    command = [sys.executable, "-m", "prefix_tuning.plain", str(rows_file), bundled.resolve(bundled.MODEL)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert re.search(r"step 5 of 5: loss \d+\.\d+, gradient norm \d+\.\d+", result.stdout)
-    assert result.stdout.count("frozen base  ") == result.stdout.count("with prefix  ") == 3
+    program = Fork("prefix_tuning/plain.py", rows_file, bundled.resolve(bundled.MODEL), cwd=tmp_path)
+    out, err = program.communicate()
+    assert program.returncode == 0, err
+    assert re.search(r"step 5 of 5: loss \d+\.\d+, gradient norm \d+\.\d+", out)
+    assert out.count("frozen base  ") == out.count("with prefix  ") == 3
     assert (tmp_path / plain.OUTPUT).exists()

@@ -165,11 +165,16 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
         assert all(isinstance(text, str) and text.encode("utf-8") is not None for text in found.values())
 
 
+@pytest.fixture(scope="module")
+def shape():
+    return prefix_config(random_bloom(), projection=False)
+
+
 @settings(fuzz, max_examples=200)
 @given(chosen=st.data())
-def test_any_state_of_a_checkpoint(tmp_path, chosen):
+def test_any_state_of_a_checkpoint(shape, tmp_path, chosen):
     """With a right checksum, as only somebody who means harm would write it."""
-    encoder = PrefixEncoder(prefix_config(random_bloom(), projection=False))
+    encoder = PrefixEncoder(shape)
     path = str(tmp_path / "checkpoint-1.safetensors")
     (tmp_path / "out").mkdir(exist_ok=True)
     state = training_state(encoder)
@@ -261,7 +266,7 @@ HURTING = [
     "a\r\nb\rc",
     "</s><pad><s><unk>",
     "Human: x\n\nAssistant: y",
-    "长" * 1_000_000,
+    "长" * 333_333,  # a million characters in the row
 ]
 
 

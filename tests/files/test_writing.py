@@ -1,11 +1,10 @@
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, start_process
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -93,11 +92,12 @@ save_checkpoint(folder, 1, encoder.state_dict(), {"progress": {"step": 1}}, keep
 
 def test_the_same_content_is_the_same_bytes_in_another_process(tmp_path):
     """safetensors alone would write the metadata in an order that differs from process to process."""
-    folders = [tmp_path / name for name in "abc"]
+    folders, processes = [tmp_path / name for name in "abc"], []
     for seed, folder in enumerate(folders):
         folder.mkdir()
         environment = os.environ | {"PYTHONHASHSEED": str(seed)}
-        subprocess.run([sys.executable, "-c", SAVE, folder], cwd=ROOT, env=environment, check=True)
+        processes.append(start_process([sys.executable, "-c", SAVE, folder], cwd=ROOT, env=environment))
+    assert [process.wait() for process in processes] == [0, 0, 0]
     first, *others = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert len(first) == 4 and all(other == first for other in others)
 

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, metrics_of
+from forks import Fork
+from helpers import ROOT, metrics_of, start_process
 from peft import PeftConfig
 
 from prefix_tuning.cli import parse_train_config
@@ -20,6 +21,7 @@ from prefix_tuning.training.report import plot_curves, write_card
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("curves")
 FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--eval_fraction", "0.2"]
 
 
@@ -150,44 +152,51 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub():
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.created, server.files, server.broken = f"http://127.0.0.1:{server.server_port}", [], {}, False
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hubs():
+    """One that takes what it is sent, and one that is full."""
+    servers = []
+    for broken in (False, True):
+        server = HTTPServer(("127.0.0.1", 0), Hub)
+        server.url, server.created, server.files, server.broken = f"http://127.0.0.1:{server.server_port}", [], {}, broken
+        threading.Thread(target=server.serve_forever).start()
+        servers.append(server)
+    yield servers
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def push(folder, rows_file, **environment):
     flags = [*FLAGS, "--dataset", str(rows_file), "--output_dir", str(folder), "--push_to_hub", "prefix"]
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | environment
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return start_process([sys.executable, str(ROOT / "train.py"), *flags], cwd=ROOT, env=environment, **pipes)
 
 
-def test_a_finished_run_is_pushed_to_the_hub_without_its_checkpoints(hub, tmp_path, rows_file):
-    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
-    result = push(tmp_path / "out", rows_file, **online)
-    assert result.returncode == 0, result.stderr
-    assert hub.created == ["prefix"] and "uploaded to the hub: me/prefix" in result.stdout
+def test_a_finished_run_is_pushed_to_the_hub_without_its_checkpoints(hubs, tmp_path, rows_file):
+    hub, broken = hubs
+    online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
+    process = push(tmp_path / "out", rows_file, HF_ENDPOINT=hub.url, **online)
+    other = push(tmp_path / "again", rows_file, HF_ENDPOINT=broken.url, **online)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert hub.created == ["prefix"] and "uploaded to the hub: me/prefix" in out
     local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert {name for name in local if name.startswith("checkpoint")}
     assert hub.files == {name: content for name, content in local.items() if not name.startswith("checkpoint")}
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "prefix_encoder.safetensors"} <= set(hub.files)
-    hub.broken = True
-    result = push(tmp_path / "again", rows_file, **online)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert f"try again with `hf upload me/prefix {tmp_path / 'again'}`" in result.stderr.strip().splitlines()[-1]
+    _, err = other.communicate()
+    assert other.returncode == 2 and "Traceback" not in err
+    assert f"try again with `hf upload me/prefix {tmp_path / 'again'}`" in err.strip().splitlines()[-1]
     assert (tmp_path / "again" / "adapter_model.safetensors").exists()
 
 
 def test_a_push_that_cannot_be_is_refused_before_the_training(tmp_path, rows_file):
-    result = push(tmp_path / "out", rows_file, HF_HUB_OFFLINE="1", HF_TOKEN="hf_test")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    line = result.stderr.strip().splitlines()[-1]
+    flags = [*FLAGS, "--dataset", rows_file, "--output_dir", tmp_path / "out", "--push_to_hub", "prefix"]
+    program = Fork("train.py", *flags)  # offline, as these tests are
+    _, err = program.communicate()
+    assert program.returncode == 2 and "Traceback" not in err
+    line = err.strip().splitlines()[-1]
     assert line.startswith("error: --push_to_hub prefix: ") and "offline" in line.lower()
     assert not (tmp_path / "out").exists()
 

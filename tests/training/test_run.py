@@ -3,7 +3,6 @@ import errno
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -14,6 +13,7 @@ from helpers import (
     LATEST,
     REAL_ROWS,
     contents,
+    forks,
     initial_encoder,
     metrics_of,
     needs_real_rows,
@@ -147,6 +147,7 @@ def test_the_same_seed_gives_the_same_bits(quick_settings, tmp_path):
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.usefixtures("curves")
 def test_metrics_and_files(quick_settings, rows_file, tmp_path, random_base):
     config = TrainConfig(
         **quick_settings
@@ -230,7 +231,7 @@ def test_real_rows_on_the_bundled_base(tmp_path):
                 device="cpu",
                 prefix_init="zero",
                 learning_rate=5e-3,
-                max_steps=40,
+                max_steps=12,
             )
         )
     base, *_, last = [line["eval_loss"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line]
@@ -285,7 +286,7 @@ def test_a_signal_during_the_last_files_lets_them_be_written(small_pass_settings
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs to know its own size")
 def test_a_cpu_without_memory_says_what_to_change(tmp_path):
-    processes = multiprocessing.get_context("forkserver")
+    processes = forks()
     ours, theirs = processes.Pipe()
     options = {"dataset": "bundled:sentence", "output_dir": str(tmp_path / "out"), "device": "cpu", "max_steps": 4}
     rows = {"per_device_train_batch_size": 3000, "gradient_accumulation_steps": 1, "max_tokens_per_batch": 10**6}

@@ -1,0 +1,118 @@
+"""Programs as users start them, but in processes forked from one that has imported torch and transformers already.
+
+Those imports take each new process five seconds of a processor. A fork has its own arguments, folder, stdout, stderr, signal
+handlers and exit code. What a test says about the start and the end of Python itself (closed streams, locales, Ctrl-C while
+modules are imported) needs a real process: `start_process` of helpers.py.
+"""
+
+import os
+import resource
+import runpy
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from helpers import ROOT, at_end, forks
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # that torchrun handles
+
+
+def become(program, flags, outputs, cwd=ROOT, limit=None):
+    """What a fork does: it runs the program, its stdout and stderr in these files, none of which may exceed the limit."""
+    for stream, output in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream.fileno())
+    os.chdir(cwd)
+    sys.argv = [str(ROOT / program), *flags]
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class Fork:
+    """A program that runs, with the methods of subprocess.Popen that tests use. It ends with the test at the latest.
+
+    limit: no file may grow beyond so many bytes.
+    """
+
+    def __init__(self, program, *flags, cwd=ROOT, limit=None):
+        self._files = outputs()
+        arguments = program, [str(flag) for flag in flags], [file.name for file in self._files], cwd, limit
+        self._process = forks().Process(target=become, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+        at_end.callback(self._end)
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self):
+        """Waits until the program ends; returns its stdout and stderr."""
+        self._process.join()
+        return texts(self._files)
+
+    def _end(self):
+        self._process.terminate()
+        self._process.join()
+
+
+def outputs():
+    return [tempfile.NamedTemporaryFile(prefix=name) for name in ("stdout", "stderr")]
+
+
+def texts(files):
+    return [Path(file.name).read_text("utf-8") for file in files]
+
+
+def become_worker(program, flags, outputs, more):
+    """What each process of `torchrun_forks` does. more: flags of single processes, by rank."""
+    torch.set_num_threads(1)  # as torchrun has it
+    become(program, [*flags, *more.get(os.environ["RANK"], [])], outputs)
+
+
+@contextmanager
+def handlers_kept():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def torchrun_forks(processes, program, *flags, restarts=0, more=None):
+    """Runs the program in so many processes, which torchrun's agent starts, watches and restarts as for a user.
+
+    Returns the exit code of torchrun, and all that the processes wrote to stdout and to stderr.
+    """
+    files, code = outputs(), 0
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        max_restarts=restarts,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=Path(files[0].name).name,
+        start_method="forkserver",
+    )
+    forks()
+    with handlers_kept():
+        try:
+            elastic_launch(config, become_worker)(program, [str(f) for f in flags], [f.name for f in files], more or {})
+        except ChildFailedError as error:
+            code = error.get_first_failure()[1].exitcode
+            with open(files[1].name, "a", encoding="utf-8") as err:
+                err.write(str(error))
+    return code, *texts(files)
