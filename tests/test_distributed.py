@@ -110,7 +110,7 @@ def test_steps_with_fewer_rows_than_processes_and_rows_without_labels(tmp_path, 
 
 
 def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
-    flags = alone[0] | {"gradient_accumulation_steps": 2, "max_steps": 80, "eval_steps": 1000, "save_steps": 1}
+    flags = alone[0] | {"gradient_accumulation_steps": 2, "max_steps": 50, "eval_steps": 1000, "save_steps": 1}
     whole = flags | {"output_dir": tmp_path / "whole"}
     train(2, whole)
     killed = flags | {"output_dir": tmp_path / "killed"}

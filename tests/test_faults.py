@@ -38,7 +38,7 @@ def kill_until_done(settings: dict, chance: random.Random, lifetime: float) -> i
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(settings, tmp_path):
-    settings["num_train_epochs"] = 6
+    settings["num_train_epochs"] = 3
     seconds_of_a_run(settings | {"max_steps": 1, "output_dir": str(tmp_path / "first")})  # imports, caches
     lifetime = seconds_of_a_run(settings)
     chance, kills = random.Random(0), 0

@@ -29,11 +29,13 @@ from prefix_tuning.training.steps import Steps
 PAGE = Path(plain.__file__)
 
 
-@pytest.fixture(autouse=True)
-def _page(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _page():
     """Four epochs over 40 rows in steps of 8: 20 steps, on the CPU."""
-    monkeypatch.setattr(plain, "EPOCHS", 4)
-    monkeypatch.setattr(plain, "DEVICE", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "EPOCHS", 4)
+        patch.setattr(plain, "DEVICE", "cpu")
+        yield
 
 
 @pytest.fixture
@@ -41,9 +43,14 @@ def base():
     return Bloom.from_pretrained(bundled.resolve(bundled.MODEL)).requires_grad_(False).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(rows_file):
     return [json.loads(line) for line in rows_file.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def examples(rows, tokenizer):
+    return [plain.tokenize(row, tokenizer) for row in rows]
 
 
 def flags(rows_file, output_dir):
@@ -68,6 +75,14 @@ def new_encoder(base):
     return plain.new_encoder(base)
 
 
+@pytest.fixture(scope="module")
+def tuned_page(examples):
+    """The page's training: its encoder, and the loss and the gradient norm of each step."""
+    base = Bloom.from_pretrained(bundled.resolve(bundled.MODEL)).requires_grad_(False).eval()
+    encoder = new_encoder(base)
+    return encoder, plain.train(base, encoder, examples)
+
+
 def test_it_is_a_page():
     """150 lines at most, no class, and nothing of this program but the encoder."""
     text = PAGE.read_text("utf-8")
@@ -85,9 +100,8 @@ def test_tokens_and_labels_are_the_products(rows, rows_file, tokenizer):
         assert (ids[0].tolist(), labels[0].tolist()) == (example.input_ids, example.labels)
 
 
-def test_twenty_steps_of_train_py_are_those_of_the_page(base, rows, rows_file, tokenizer, tmp_path):
-    encoder = new_encoder(base)
-    page = plain.train(base, encoder, [plain.tokenize(row, tokenizer) for row in rows])
+def test_twenty_steps_of_train_py_are_those_of_the_page(tuned_page, base, rows, rows_file, tokenizer, tmp_path):
+    encoder, page = tuned_page
     train(flags(rows_file, tmp_path / "out"))
     product = [(line["loss"], line["grad_norm"]) for line in metrics_of(tmp_path / "out") if "loss" in line]
     assert len(page) == len(product) == 20
@@ -106,12 +120,11 @@ def test_twenty_steps_of_train_py_are_those_of_the_page(base, rows, rows_file, t
     assert alone[:5] == [plain.answer(base, tokenizer, row) for row in rows[:5]] and alone != ours
 
 
-def test_in_float64_the_final_prefix_is_the_same(base, rows, tokenizer, monkeypatch):
+def test_in_float64_the_final_prefix_is_the_same(base, examples, monkeypatch):
     # transformers computes this softmax in float32, whatever the model's type is.
     monkeypatch.setattr(modeling_bloom.F, "softmax", lambda scores, dim, dtype: scores.softmax(dim))
     base, page = base.double(), new_encoder(base).double()
     product = copy.deepcopy(page)
-    examples = [plain.tokenize(row, tokenizer) for row in rows]
     history = plain.train(base, page, examples)
 
     columns = {
@@ -129,14 +142,11 @@ def test_in_float64_the_final_prefix_is_the_same(base, rows, tokenizer, monkeypa
     assert relative(product.bake(), page.bake()) < 1e-7
 
 
-def test_a_base_in_bfloat16_trains_nearly_as_in_float32(base, rows, tokenizer):
-    histories = []
-    for dtype in (torch.float32, torch.bfloat16):
-        encoder = new_encoder(base)
-        examples = [plain.tokenize(row, tokenizer) for row in rows]
-        histories.append(plain.train(copy.deepcopy(base).to(dtype), encoder, examples))
-        assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
-    for (loss, _), (other, _) in zip(*histories, strict=True):
+def test_a_base_in_bfloat16_trains_nearly_as_in_float32(tuned_page, base, examples):
+    encoder = new_encoder(base)
+    history = plain.train(base.bfloat16(), encoder, examples)
+    assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
+    for (loss, _), (other, _) in zip(tuned_page[1], history, strict=True):
         assert other == pytest.approx(loss, rel=0.05)
 
 

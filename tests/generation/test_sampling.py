@@ -20,7 +20,7 @@ def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_m
 )
 def test_what_is_drawn_for_a_prompt_depends_on_its_number_and_the_seed_alone(tuned_model, tokenizer, mixed, options):
     prompts, names = ([*part[:14], *part[:4]] for part in mixed)  # the last ones are asked for the second time
-    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 2.0, **options}
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0, **options}
 
     def answers(numbers, seed, batch_size):
         asked = [prompts[number] for number in numbers], [names[number] for number in numbers]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FRANCE, ROOT, at_end
+from helpers import FRANCE, ROOT
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config
@@ -29,7 +29,6 @@ class Terminal:
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, "infer.py", *map(str, flags)])
         self.seen, self.exit_code = "", None
-        at_end.callback(self.kill)
 
     def wait_for(self, text, seconds=600):
         """Reads until `text` comes, and returns what came up to its end."""
@@ -79,8 +78,22 @@ def endless(tmp_path_factory):
     return folder
 
 
-def test_a_chat(prefixes):
-    terminal = Terminal("--chat", *prefixes, env={"LC_ALL": "xx_XX.UTF-8", "PYTHONUTF8": "0"})  # no such locale: ASCII
+@pytest.fixture(scope="module")
+def terminals(prefixes, endless):
+    """Two chats, which start at the same time: without a locale, and with a base whose answers do not end."""
+    flags = ["--chat", *prefixes]
+    long = ["--model_name_or_path", endless, "--max_new_tokens", 100_000, "--max_length", 200_000]
+    started = [
+        Terminal(*flags, env={"LC_ALL": "xx_XX.UTF-8", "PYTHONUTF8": "0"}),  # no such locale: ASCII
+        Terminal(*flags, *long, env={"NO_COLOR": "1"}),
+    ]
+    yield started
+    for terminal in started:
+        terminal.kill()
+
+
+def test_a_chat(terminals):
+    terminal, _ = terminals
     assert "base, short, sentence: answering with short" in terminal.wait_for("> ")
     assert "巴黎" in terminal.ask(FRANCE)
     assert "the conversation is forgotten" in terminal.ask("/reset")
@@ -113,9 +126,8 @@ def test_a_chat(prefixes):
     assert terminal.ends_with() == 0
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(prefixes, endless):
-    flags = ["--chat", *prefixes, "--model_name_or_path", endless, "--max_new_tokens", 100_000, "--max_length", 200_000]
-    terminal = Terminal(*flags, env={"NO_COLOR": "1"})
+def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(terminals):
+    _, terminal = terminals
     terminal.wait_for("> ")
     terminal.send(FRANCE + "\r")
     terminal.wait_for("巴黎")
