@@ -148,6 +148,7 @@ class PrefixEncoder(nn.Module):
         """
         if prefix_init == "random":
             return
+        assert (text_prefix is not None) == (prefix_init == "text")
         if self.config.prefix_projection:
             for parameter in self.transform[2].parameters():
                 nn.init.zeros_(parameter)

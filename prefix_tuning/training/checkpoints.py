@@ -32,12 +32,13 @@ class Checkpoints:
         """Writes a checkpoint. All ranks call this together; main writes."""
         distributed.check_equal(list(state.encoder.parameters()), "weights")
         self._write(state, metrics)
+        self.newest = checkpoint_path(self.folder, state.progress.step)  # in all ranks: each may have to say how to resume
 
     def _write(self, state: TrainingState, metrics: Metrics) -> None:
         if distributed.is_main():
             numbers = {"run": self.run, "metrics_bytes": metrics.flushed_bytes(), **state.numbers()}
             save_checkpoint(self.folder, state.progress.step, state.tensors(), numbers, self.save_total_limit)
-        self.newest = checkpoint_path(self.folder, state.progress.step)
+            self.newest = checkpoint_path(self.folder, state.progress.step)
 
     @contextmanager
     def saved_if_left(self, state: TrainingState, metrics: Metrics) -> Iterator[None]:

@@ -1,13 +1,16 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
-from helpers import metrics_without_timings
+from helpers import metrics_without_timings, prefix_config, random_bloom, training_state
 from safetensors.torch import load_file
 
-from prefix_tuning import bundled
+from prefix_tuning import bundled, distributed
 from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import CARD_FILE, ENCODER_FILE
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.checkpoints import Checkpoints
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -41,3 +44,17 @@ def test_a_tie_is_no_improvement(small_pass_settings):
     assert [line["step"] for line in lines if "loss" in line] == [3, 6]
     card = (Path(small_pass_settings["output_dir"]) / CARD_FILE).read_text("utf-8")
     assert "this prefix, step 2 |" in card
+
+
+def test_a_rank_names_a_checkpoint_that_was_written(tmp_path, monkeypatch):
+    """One that is not main writes none: what it fails at alone leaves the newest one that all have saved."""
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    state, checkpoints = training_state(PrefixEncoder(prefix_config(random_bloom()))), Checkpoints(tmp_path, {}, None)
+    for step in (3, 5):
+        state.progress.step = step
+        with pytest.raises(MemoryError), checkpoints.saved_if_left(state, None):
+            raise MemoryError
+        assert checkpoints.newest == (None if step == 3 else tmp_path / "checkpoint-4.safetensors")
+        state.progress.step += 1
+        checkpoints.save(state, None)
+        assert f"checkpoint-{step + 1}.safetensors is intact" in checkpoints.how_to_resume()
