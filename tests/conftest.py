@@ -3,12 +3,14 @@
 import json
 import random
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 pytest.register_assert_rewrite("helpers")  # before it is imported
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so its children
 
 import torch
 from helpers import at_end, random_bloom, random_prefix

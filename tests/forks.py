@@ -54,6 +54,9 @@ class Fork:
     def poll(self):
         return self._process.exitcode
 
+    def wait(self, timeout):
+        self._process.join(timeout)
+
     def send_signal(self, number):
         os.kill(self.pid, number)
 

@@ -184,13 +184,21 @@ def seconds_of_a_run(settings: dict) -> float:
     return time.perf_counter() - started
 
 
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+def wait_until(done, process) -> None:
+    """Returns once done() is true, or the process (Popen or Fork) has ended."""
+    while process.poll() is None and not done():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.005)
+
+
+def wait_for_step(process, folder: Path, step: int) -> None:
     """Returns as soon as the process has logged `step`."""
-    while process.poll() is None:
+
+    def logged():
         with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
-            if json.loads((folder / METRICS_FILE).read_text("utf-8").splitlines()[-1])["step"] >= step:
-                return
-        time.sleep(0.005)
+            return json.loads((folder / METRICS_FILE).read_text("utf-8").splitlines()[-1])["step"] >= step
+
+    wait_until(logged, process)
 
 
 QUESTIONS = ["法国的首都是哪里？", "3加5等于多少？", "请把“苹果”翻译成英文，谢谢！", "？"]
@@ -262,7 +270,8 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
         return evaluate_loss(*arguments)
 
     def count(*arguments, **options):
-        calls[-1:] = [call_count + 1 for call_count in calls[-1:]]
+        if calls:  # not so in the steps before the first evaluation of a resumed run
+            calls[-1] += 1
         if len(calls) == evaluations and calls[-1] == call:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)

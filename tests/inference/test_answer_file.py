@@ -2,11 +2,10 @@ import datetime
 import json
 import re
 import signal
-import time
 
 import pytest
 from forks import Fork
-from helpers import questions, refuses, run_infer, write_rows
+from helpers import questions, refuses, run_infer, wait_until, write_rows
 
 
 def read_lines(path):
@@ -91,8 +90,7 @@ def test_a_killed_run_can_be_resumed(tmp_path, prefixes):
     source, output = write_rows(tmp_path / "rows.jsonl", questions(600)), tmp_path / "answers.jsonl"
     flags = ["--input", source, "--output", output, *prefixes, "--batch_size", 1, "--max_new_tokens", 16]
     program = Fork("infer.py", *flags)
-    while program.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 20):
-        time.sleep(0.005)
+    wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") >= 20, program)
     program.send_signal(signal.SIGKILL)
     program.communicate()
     killed = output.read_bytes().count(b"\n")
