@@ -1,4 +1,3 @@
-import os
 import signal
 import sys
 
@@ -16,7 +15,7 @@ def test_two_signals_at_once_are_one(job, monkeypatch, capfd):
     with signals.listening("stops"):
         signal.pthread_sigmask(signal.SIG_BLOCK, both)
         for number in both:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
         heard = signals.heard()
     assert heard in both and not signals.heard() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -28,7 +27,7 @@ def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with signals.listening("stops"):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert not signals.heard()
     finally:
         signal.signal(signal.SIGINT, before)
