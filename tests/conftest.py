@@ -1,6 +1,7 @@
 """Fixtures that several test files use. No network, seeds fixed."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.register_assert_rewrite("helpers")  # before it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each of pytest's processes, and of those that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so its children
 
 import torch

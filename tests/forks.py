@@ -22,10 +22,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # that torchrun handles
 
 
-def become(program, flags, outputs, cwd=ROOT, limit=None):
+def become(program, flags, outputs, cwd=ROOT, limit=None, stdin=None):
     """What a fork does: it runs the program, its stdout and stderr in these files, none of which may exceed the limit."""
     for stream, output in zip((sys.stdout, sys.stderr), outputs, strict=True):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream.fileno())
+    if stdin is not None:
+        sys.stdin = open(stdin, encoding="utf-8")
     os.chdir(cwd)
     sys.argv = [str(ROOT / program), *flags]
     if limit is not None:
@@ -36,12 +38,12 @@ def become(program, flags, outputs, cwd=ROOT, limit=None):
 class Fork:
     """A program that runs, with the methods of subprocess.Popen that tests use. It ends with the test at the latest.
 
-    limit: no file may grow beyond so many bytes.
+    limit: no file may grow beyond so many bytes. stdin: a file.
     """
 
-    def __init__(self, program, *flags, cwd=ROOT, limit=None):
+    def __init__(self, program, *flags, cwd=ROOT, limit=None, stdin=None):
         self._files = outputs()
-        arguments = program, [str(flag) for flag in flags], [file.name for file in self._files], cwd, limit
+        arguments = program, [str(flag) for flag in flags], [file.name for file in self._files], cwd, limit, stdin
         self._process = forks().Process(target=become, args=arguments)
         self._process.start()
         self.pid = self._process.pid

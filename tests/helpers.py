@@ -161,7 +161,7 @@ def run_quietly(settings: dict) -> None:
 def forks():
     """multiprocessing's functions, whose processes are forked from one that has the imports behind it."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["helpers", "forks"])
+    processes.set_forkserver_preload(["helpers", "forks", "matplotlib.figure"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HERE)]), prepend=os.pathsep)
         forkserver.ensure_running()
@@ -273,7 +273,7 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
         if calls:  # not so in the steps before the first evaluation of a resumed run
             calls[-1] += 1
         if len(calls) == evaluations and calls[-1] == call:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="SIGINT: stopped after step") as stop:

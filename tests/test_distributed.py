@@ -42,9 +42,9 @@ def as_flags(flags):
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
-def start(script, flags):
-    """Starts train.py or infer.py as two processes with torchrun as users have it."""
-    command = [*torchrun(2), str(ROOT / script), *as_flags(flags)]
+def start(flags):
+    """Starts train.py as two processes with torchrun as users have it."""
+    command = [*torchrun(2), str(ROOT / "train.py"), *as_flags(flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return start_process(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -153,7 +153,7 @@ def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_
     (tmp_path / "eval.jsonl").write_text("".join(rows), "utf-8")
     flags = {name: value for name, value in alone[0].items() if name != "eval_fraction"}
     flags |= {"gradient_accumulation_steps": 1, "max_steps": 100_000, "save_steps": 0, "eval_steps": 2}
-    process = start("train.py", flags | {"eval_dataset": tmp_path / "eval.jsonl", "output_dir": tmp_path / "out"})
+    process = start(flags | {"eval_dataset": tmp_path / "eval.jsonl", "output_dir": tmp_path / "out"})
     wait_for_step(process, tmp_path / "out", 2)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     _, err = process.communicate(timeout=600)
@@ -194,9 +194,8 @@ def test_a_file_is_answered_by_several_processes_in_one_order(tmp_path, tuned, c
     flags |= {"model_name_or_path": tmp_path / "pickled"}
     infer(parse_infer_config(as_flags(flags | {"output": named["one"]})))
     assert capsys.readouterr().err.count("pickled .bin file") == 1
-    process = start("infer.py", flags | {"output": named["two"]})
-    _, err = process.communicate()
-    assert process.returncode == 0 and err.count("pickled .bin file") == 1, err
+    code, _, err = torchrun_forks(2, "infer.py", *as_flags(flags | {"output": named["two"]}))
+    assert code == 0 and err.count("pickled .bin file") == 1, err
     whole = named["one"].read_bytes()
     assert named["two"].read_bytes() == whole
     assert len({json.loads(line)["response"] for line in whole.splitlines()}) > 14  # the same question, other draws

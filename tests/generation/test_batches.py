@@ -1,5 +1,4 @@
 import copy
-import os
 import signal
 
 import pytest
@@ -88,7 +87,7 @@ def test_a_signal_ends_the_batch_and_no_other_begins(tuned_model, tokenizer, mix
     def interrupt(*_):
         passes.append(1)
         if len(passes) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     hook = tuned_model.lm_head.register_forward_hook(interrupt)
     try:

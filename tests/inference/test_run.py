@@ -49,17 +49,18 @@ def test_a_prefix_for_another_base_is_refused(trained, tmp_path, monkeypatch):
 
 
 def test_in_a_pipe_there_are_answers_only(tmp_path, tuned, prefixes):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     infer = [sys.executable, str(ROOT / "infer.py")]
     without_locale = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
     asked = start_process([*infer, FRANCE, *prefixes], env=without_locale, **pipes)
-    chat = start_process([*infer, "--chat", *prefixes], **pipes)
+    (tmp_path / "lines").write_text(f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n/compare\n{FRANCE}\n", "utf-8")
+    chat = Fork("infer.py", "--chat", *prefixes, stdin=tmp_path / "lines")
     # A table of more than the 64 KiB that a pipe holds: 300 rows under the widest name.
     source, wide = write_rows(tmp_path / "rows.jsonl", questions(300)), f"{'x' * 200}={tuned['short']}"
     head = f"set -o pipefail; {shlex.join([*infer, '--score', str(source), '--prefix', wide])} | head -1"
     table = start_process(["bash", "-c", head], **pipes)
     assert asked.communicate()[0] == "巴黎\n" and asked.returncode == 0
-    out, err = chat.communicate(f"{FRANCE}\n/prefix base\n/reset\n{FRANCE}\n/compare\n{FRANCE}\n")
+    out, err = chat.communicate()
     short, base, *compared = out.splitlines()
     assert short == "巴黎" and base and [line.split()[0] for line in compared] == ["base", "short", "sentence"]
     assert "answering with base" in err and chat.returncode == 0

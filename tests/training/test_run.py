@@ -275,7 +275,7 @@ def test_a_folder_has_one_run_at_a_time(small_pass_settings, monkeypatch, capsys
 def test_a_signal_during_the_last_files_lets_them_be_written(small_pass_settings, monkeypatch):
     def write_card(folder):
         real(folder)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     real = run.write_card
     monkeypatch.setattr(run, "write_card", write_card)

@@ -1,6 +1,5 @@
 import itertools
 import math
-import os
 import signal
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def test_a_signal_ends_the_steps_before_the_next_one():
         for step in Steps(rows_of(10), rows_per_step=4, total=7, max_tokens=100):
             numbers.append(step.number)
             if step.number == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
     assert numbers == [1, 2, 3]
 
 
