@@ -27,7 +27,7 @@ def become(program, flags, outputs, cwd=ROOT, limit=None, stdin=None):
     for stream, output in zip((sys.stdout, sys.stderr), outputs, strict=True):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream.fileno())
     if stdin is not None:
-        sys.stdin = open(stdin, encoding="utf-8")
+        sys.stdin = open(stdin, encoding="utf-8")  # noqa: SIM115 (open until the fork ends)
     os.chdir(cwd)
     sys.argv = [str(ROOT / program), *flags]
     if limit is not None:
