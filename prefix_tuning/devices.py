@@ -40,15 +40,32 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The compute type for a --precision flag: the one place where it is decided. Raises UserError for fp16 off CUDA."""
+    """The compute type for a --precision flag: the one place where it is decided. Raises UserError for fp16 off CUDA.
+
+    auto: bfloat16 where the device multiplies it in hardware; else float16 on CUDA, float32 elsewhere. It depends on the
+    device alone, so a resumed run decides alike.
+    """
     if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        ampere_or_later = torch.cuda.get_device_properties(device).major >= 8  # the first with bf16 units
-        return torch.bfloat16 if ampere_or_later else torch.float16
+        if has_bf16_units(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
     if precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs CUDA; use fp32 (or auto) here")
     return PRECISIONS[precision]
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones. Known of CUDA and of x86 CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).major >= 8  # Ampere or later
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def described(dtype: torch.dtype, precision: str, device: torch.device) -> str:
+    """What a run computes in, and if that was chosen by --precision auto, why."""
+    reason = f", which has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 units"
+    return f"{dtype} on {device}{reason if precision == 'auto' and device.type != 'mps' else ''}"
 
 
 def make_reproducible(device: torch.device) -> None:
@@ -64,11 +81,13 @@ def make_reproducible(device: torch.device) -> None:
 def held_per_token(model: BloomForCausalLM) -> int:
     """Bytes that a forward pass keeps per token for its backward pass.
 
-    A layer keeps about ten numbers per token and hidden unit: the input of the GELU (four), query, key and value (three),
-    the result of attention, and the inputs of the two layer norms. Not counted: the bias and a slice of logits, once per
-    pass.
+    A layer keeps about ten numbers per token and hidden unit: the input of the GELU (four), the inputs of the two layer
+    norms, and of attention, which is float32 on a CPU, query, key, value and result. Not counted: the bias and a slice of
+    logits, once per pass.
     """
-    return 10 * model.config.hidden_size * model.config.n_layer * model.dtype.itemsize
+    size = model.dtype.itemsize
+    in_attention = max(size, 4) if model.device.type == "cpu" else size
+    return (6 * size + 4 * in_attention) * model.config.hidden_size * model.config.n_layer
 
 
 def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:

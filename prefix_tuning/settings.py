@@ -77,8 +77,8 @@ class BaseArguments:
     model_name_or_path: str | None = content_flag(None, "The base, if it is not at the name that the prefix records.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = same_flag(
         "auto",
-        "Compute type of the base. auto: bf16 on CUDA that has it, fp16 on CUDA that has not, fp32 elsewhere. In training, "
-        "encoder and optimizer are always fp32, and with fp16 the loss is scaled.",
+        "Compute type of the base. auto: bf16 on CUDA or a CPU that has units for it, else fp16 on CUDA, fp32 elsewhere. In "
+        "training, encoder and optimizer are always fp32, and with fp16 the loss is scaled.",
     )
     device: str = new_flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
     shard_base: bool = new_flag(

@@ -72,7 +72,7 @@ def tuned(tmp_path_factory):
     for style, tokens in (("short", 16), ("sentence", 10)):
         folders[style] = tmp_path_factory.mktemp("tuned") / style
         flags = f"--dataset bundled:{style} --eval_fraction 0 --max_steps 60 --num_virtual_tokens {tokens}"
-        flags += " --per_device_train_batch_size 16"
+        flags += " --per_device_train_batch_size 16 --precision fp32"
         train(parse_train_config([*flags.split(), "--output_dir", str(folders[style])]))
     return folders
 
@@ -86,6 +86,7 @@ def settings(random_base, tmp_path, rows_file):
         "eval_dataset": str(rows_file),
         "output_dir": str(tmp_path / "out"),
         "device": "cpu",
+        "precision": "fp32",
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 3,
         "num_train_epochs": 1.5,
@@ -162,6 +163,7 @@ def quick_settings(random_base, rows_file, tmp_path):
         "dataset": str(rows_file),
         "output_dir": str(tmp_path / "out"),
         "device": "cpu",
+        "precision": "fp32",
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 3,
         "max_steps": 3,

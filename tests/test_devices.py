@@ -4,13 +4,20 @@ import pytest
 import torch
 from helpers import random_bloom
 
-from prefix_tuning.devices import held_per_token, is_out_of_memory, resolve_device, resolve_dtype, suggested_max_tokens
+from prefix_tuning.devices import (
+    described,
+    held_per_token,
+    is_out_of_memory,
+    resolve_device,
+    resolve_dtype,
+    suggested_max_tokens,
+)
 from prefix_tuning.errors import UserError
 
 
 def test_device_and_precision():
     cpu = torch.device("cpu")
-    assert resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("fp32", cpu) == torch.float32
     assert resolve_dtype("bf16", cpu) == torch.bfloat16
     with pytest.raises(UserError, match="fp16 needs CUDA"):
         resolve_dtype("fp16", cpu)
@@ -57,9 +64,19 @@ def test_on_cuda_the_precision_is_what_the_device_has_units_for(monkeypatch):
     assert resolve_dtype("fp32", cuda) == torch.float32
 
 
+@pytest.mark.parametrize("units", [{}, {"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False}])
+def test_on_a_cpu_bfloat16_is_chosen_where_there_are_units_for_it(monkeypatch, units):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **units})
+    cpu, dtype = torch.device("cpu"), torch.bfloat16 if units else torch.float32
+    assert resolve_dtype("auto", cpu) == dtype and resolve_dtype("auto", torch.device("mps")) == torch.float32
+    assert described(dtype, "auto", cpu) == f"{dtype} on cpu, which has {'' if units else 'no '}bfloat16 units"
+    assert described(torch.float32, "fp32", cpu) == "torch.float32 on cpu"
+
+
 def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
     model = random_bloom()
-    assert held_per_token(model) == 10 * 48 * 3 * 4 and held_per_token(model.bfloat16()) == 10 * 48 * 3 * 2
+    assert held_per_token(model) == 10 * 48 * 3 * 4
+    assert held_per_token(model.bfloat16()) == (6 * 2 + 4 * 4) * 48 * 3  # attention is float32 there
     assert suggested_max_tokens(model, gathers=False) == 640
     model = random_bloom()
     model.config.n_layer = 1000  # a deep one, as far as its configuration is asked

@@ -35,6 +35,7 @@ from prefix_tuning.training import run as training
 FLAGS = {
     "eval_fraction": 0.2, "eval_exact_match": True, "max_steps": 6, "logging_steps": 1, "eval_steps": 3, "save_steps": 2,
     "per_device_train_batch_size": 2, "num_virtual_tokens": 4, "learning_rate": 5e-3, "encoder_hidden_size": 24,
+    "precision": "fp32",
 }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def test_steps_with_fewer_rows_than_processes_and_rows_without_labels(tmp_path, 
     rows += [{"instruction": "a", "output": "b"}] * 2
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     flags = {
-        **{name: FLAGS[name] for name in ("logging_steps", "num_virtual_tokens", "learning_rate")},
+        **{name: FLAGS[name] for name in ("logging_steps", "num_virtual_tokens", "learning_rate", "precision")},
         "dataset": tmp_path / "rows.jsonl", "max_length": 40, "num_train_epochs": 2, "shuffle": False,
     }  # fmt: skip
     train_here(flags | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 3})

@@ -59,6 +59,7 @@ def flags(rows_file, output_dir):
         dataset=str(rows_file),
         output_dir=str(output_dir),
         device="cpu",
+        precision="fp32",
         num_virtual_tokens=plain.NUM_VIRTUAL_TOKENS,
         max_length=plain.MAX_LENGTH,
         num_train_epochs=plain.EPOCHS,

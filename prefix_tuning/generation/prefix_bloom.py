@@ -77,6 +77,9 @@ class PrefixBloom(Bloom):
         add_packed_forward(self)
         for block in self.transformer.h:
             block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))  # Bloom's GELU in one kernel instead of eight
+        # `generate` wants the logits of a slice of positions. Unless that is contiguous, F.linear copies the head's weights
+        # for each row (bfloat16), or reads them again for each (float32).
+        self.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
     @property
     def names(self) -> list[str]:

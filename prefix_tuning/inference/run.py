@@ -1,5 +1,6 @@
 """What infer.py does: the model with its prefixes is loaded, and one of four tasks carried out."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from prefix_tuning.base_model.identity import base_of
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.rows import read_questions
-from prefix_tuning.devices import out_of_memory_explained, resolve_device, resolve_dtype
+from prefix_tuning.devices import described, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
@@ -58,7 +59,10 @@ def open_model(config: InferConfig, device: torch.device, parts: int | None) -> 
     prefixes = {name: load_prefix(folder) for name, folder in folders.items()}
     first = next(iter(prefixes))
     base_name = config.model_name_or_path or base_of(folders[first], prefixes[first].recorded_base["name_or_path"])
-    base, tokenizer = load_base(base_name, resolve_dtype(config.precision, device), device, parts)
+    dtype = resolve_dtype(config.precision, device)
+    if distributed.is_main():
+        print(described(dtype, config.precision, device), file=sys.stderr)
+    base, tokenizer = load_base(base_name, dtype, device, parts)
     model = PrefixBloom(base, tokenizer)
     for name, prefix in prefixes.items():
         model.attach(name, prefix, config.force)

@@ -50,7 +50,8 @@ SHORT_ROW = 48  # tokens; for shorter rows, launching a row's kernels takes a CP
 
 
 def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
-    """The bias of the formula above: (1, H, S, P + S), in dtype and on the device of `like`.
+    """The bias of the formula above: (1, H, S, P + S), on the device of `like`. Its dtype is that of attention: that of
+    `like`, but at least float32 on a CPU.
 
     Bloom itself adds slope * key position: for one query that differs by a constant, which softmax cancels. Distances are
     smaller than absolute positions, so rounding to bfloat16 loses less. One bias serves rows of any length: padding comes
@@ -60,8 +61,10 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
     distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative before it
     # transformers' table is slope * position; at position 1 it holds the slopes.
     slopes = build_alibi_tensor(torch.ones(1, 2, device=like.device), num_heads, torch.float32)[:, :, 1:]
-    slopes = slopes.to(torch.promote_types(like.dtype, torch.float32))
-    bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(like.dtype)
+    exact = torch.promote_types(like.dtype, torch.float32)
+    bias = (slopes.to(exact) * distance).masked_fill(distance > 0, -torch.inf)
+    # On a CPU, attention is computed in float32: the backward pass of torch's kernel is 2 to 5 times slower in bfloat16.
+    bias = bias.to(exact if like.device.type == "cpu" else like.dtype)
     return bias.unsqueeze(0)  # SDPA on CPU uses a slow kernel for a 3-D mask; the batch axis avoids it
 
 
@@ -69,8 +72,8 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
 def attend(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, only_labels: bool) -> torch.Tensor:
     """Attention of every row over [prefix; row]: (T, H, D).
 
-    qkv: (T, H, 3, D), as Bloom's query_key_value returns it; prefix: (2, H, P, D), key and value; bias: `attention_bias`.
-    only_labels: the result is used at label positions only; elsewhere it may hold anything.
+    qkv: (T, H, 3, D), as Bloom's query_key_value returns it, in bias's dtype. prefix: (2, H, P, D), key and value. bias:
+    `attention_bias`. only_labels: the result is used at label positions only; elsewhere it may hold anything.
     """
     if qkv.device.type == "cpu" and len(qkv) >= SHORT_ROW * batch.rows:
         return attend_rows(qkv, prefix, batch, bias, only_labels)

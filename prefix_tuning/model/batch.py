@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 IGNORED = -100  # the label of a position that does not count
 
@@ -63,6 +64,21 @@ class Batch:
 
         return Batch(**{name: move(value) for name, value in vars(self).items()})
 
+    def filled(self, multiple: int) -> "Batch":
+        """This batch, on the CPU, with T and N rounded up to a multiple: one more row of token 0, and labels at position 0,
+        whose losses follow those of the real labels.
+        """
+        tokens, labels = -len(self.input_ids) % multiple, -len(self.labels) % multiple
+        lengths = [*self.lengths, tokens] if tokens else self.lengths
+        return Batch(
+            input_ids=F.pad(self.input_ids, (0, tokens)),
+            label_positions=F.pad(self.label_positions, (0, labels)),
+            labels=F.pad(self.labels, (0, labels)),
+            lengths=lengths,
+            first_labels=[*self.first_labels, tokens] if tokens else self.first_labels,
+            slots=_slots(lengths),
+        )
+
     def to_grid(self, packed: torch.Tensor) -> torch.Tensor:
         """(T, ...) -> (R, S, ...), zeros after the end of shorter rows."""
         if self.slots is not None:
@@ -100,15 +116,19 @@ def _batch(rows: list[Example]) -> Batch:
     shifted = [[*row.labels[1:], IGNORED] for row in rows]
     flat = torch.tensor(list(itertools.chain(*shifted)))
     label_positions = (flat != IGNORED).nonzero().flatten()
-    in_row = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return Batch(
         input_ids=torch.tensor(list(itertools.chain(*(row.input_ids for row in rows)))),
         label_positions=label_positions,
         labels=flat[label_positions],
         lengths=lengths,
         first_labels=[next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in shifted],
-        slots=None if bool(in_row.all()) else in_row.flatten().nonzero().flatten(),
+        slots=_slots(lengths),
     )
+
+
+def _slots(lengths: list[int]) -> torch.Tensor | None:
+    in_row = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return None if bool(in_row.all()) else in_row.flatten().nonzero().flatten()
 
 
 # With a sharded base, all ranks must run equally many passes: one with fewer batches adds this. It has no labels, so its

@@ -45,8 +45,8 @@ class PackedBlock(BloomBlock):
         attention, mlp = self.self_attention, self.mlp
         normed = self.input_layernorm(hidden)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden
-        qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim)
-        context = attend(qkv, prefix, batch, bias, only_labels).flatten(1)
+        qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim).to(bias.dtype)
+        context = attend(qkv, prefix, batch, bias, only_labels).flatten(1).to(hidden.dtype)
         if only_labels:
             context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
         hidden = attention.dense(context) + residual
@@ -69,8 +69,13 @@ class Bloom(BloomForCausalLM):
 
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
+        labels = len(batch.labels)
+        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
+            batch = batch.filled(
+                64
+            )  # oneDNN prepares a kernel for each new shape of a bf16 matmul, and keeps it: few shapes
         hidden = self.packed_hidden(batch, prefix)
-        return FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), batch.labels)
+        return FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), batch.labels)[:labels]
 
     def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """What the head reads at the label positions: (N, E), in the model's dtype.

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.layers import compile_now
-from prefix_tuning.devices import make_reproducible, out_of_memory_explained, resolve_device, resolve_dtype
+from prefix_tuning.devices import described, make_reproducible, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files.writing import locked
 from prefix_tuning.training.checkpoints import Checkpoints
@@ -62,7 +62,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
         del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
         trainable = sum(parameter.numel() for parameter in state.encoder.parameters())
         size = f"{len(steps.train_set):,} rows, {steps.total:,} steps, {trainable:,} trainable parameters"
-        print(f"{size}, {dtype} on {device}")
+        print(f"{size}, {described(dtype, config.precision, device)}")
         if config.torch_compile and (first := next(iter(steps), None)):
             state.compile_seconds = compile_now(inputs.base, first.batches, state.encoder.bake())
             print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")

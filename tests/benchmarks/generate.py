@@ -44,12 +44,13 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="ours; PEFT answers in both")
     args = parser.parse_args()
     temporary = tempfile.TemporaryDirectory()
     folders = args.prefixes or trained(Path(temporary.name))
 
     device = resolve_device(args.device)
-    base, tokenizer = load_base(bundled.MODEL, resolve_dtype("fp32", device), device)
+    base, tokenizer = load_base(bundled.MODEL, resolve_dtype(args.precision, device), device)
     rng = random.Random(0)
     lines = Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines()
     prompts = [prompt_of(json.loads(line)["instruction"]) for line in rng.sample(lines, args.questions)]

@@ -470,3 +470,14 @@ def test_accelerates_hooks_do_not_hide_the_prefix(tuned, tokenizer):
         model.attach("short", load_prefix(str(tuned["short"])))
     with torch.no_grad():
         assert torch.equal(hooked(**inputs).logits, plain(**inputs).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_of_the_head_are_not_repeated_for_the_rows_of_a_batch(base, dtype):
+    """As F.linear does with the slice of hidden states that `generate` hands to it."""
+    model = PrefixBloom(copy.deepcopy(base).to(dtype))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        model.generate(torch.randint(4, 4096, (5, 7)), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    vocab_size = base.config.vocab_size
+    products = {event.name for event in profile.events() if any(vocab_size in shape for shape in event.input_shapes)}
+    assert "aten::mm" in products and "aten::bmm" not in products

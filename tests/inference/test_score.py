@@ -17,7 +17,7 @@ def test_scores_are_the_evaluations(tmp_path, tuned, prefixes, tokenizer, capsys
         row | {"output": answer} for row, answer in zip(questions(9), ["巴黎", "法国的首都是巴黎。", "4"] * 3, strict=True)
     ]
     source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "scores.json"
-    run_infer("--score", source, *prefixes, "--output", output)
+    run_infer("--score", source, *prefixes, "--output", output, "--precision", "fp32")
     header, *lines, total = capsys.readouterr().out.splitlines()
     assert header.split() == [
         "row",

@@ -29,6 +29,19 @@ def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
     assert sum(len(batch.labels) for batch in batches) == labels == count_labels(examples)
 
 
+@pytest.mark.parametrize("lengths, tokens, labels", [([5], 8, 8), ([3, 9, 1, 4], 24, 16), ([16], 16, 8), ([1], 8, 0)])
+def test_a_filled_batch_has_multiples_of_tokens_and_labels_and_the_same_rows_first(lengths, tokens, labels):
+    (batch,) = pack(examples_of(lengths), 100)
+    filled = batch.filled(8)
+    assert len(filled.input_ids) == sum(filled.lengths) == tokens
+    assert len(filled.labels) == len(filled.label_positions) == labels
+    for name in ("input_ids", "label_positions", "labels", "lengths", "first_labels"):
+        before, after = list(getattr(batch, name)), list(getattr(filled, name))
+        assert after[: len(before)] == before
+    values = torch.randn(tokens, 4)
+    assert torch.equal(filled.from_grid(filled.to_grid(values)), values)
+
+
 def test_a_batch_moves_with_all_its_tensors():
     for lengths in ([4, 9], [4, 4]):
         (batch,) = pack(examples_of(lengths), 100)

@@ -1,3 +1,4 @@
+import copy
 import shutil
 
 import pytest
@@ -113,3 +114,41 @@ def test_compiled_layers_give_the_same_losses(quick_settings, tmp_path, checkpoi
     *compiled, summary = metrics_of(tmp_path / "compiled")
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
     assert plain_summary["compile_seconds"] == 0 < summary["compile_seconds"]
+
+
+def test_a_gradient_that_overflows_skips_the_step_and_halves_the_loss_scale():
+    """fp16 on a CPU. The scale is so large at first that gradients overflow, until it has been halved often enough; from
+    there on, also from a checkpoint, updates are those of a base in float32 without a scale.
+    """
+    model, step = random_bloom(dtype=torch.float16), step_of(examples_of([7, 12, 30]))
+
+    def new_state(loss_scaling):
+        torch.manual_seed(0)
+        return training_state(PrefixEncoder(prefix_config(model)), 1e-2, loss_scaling)
+
+    scaled, resumed, exact = new_state(True), new_state(True), new_state(False)
+    scaled.scaler.load_state_dict(scaled.scaler.state_dict() | {"scale": 2.0**24})
+    start, number = copy.deepcopy(scaled.encoder.state_dict()), 0
+    while scaled.progress.updates == 0:
+        scale, number = scaled.scaler.get_scale(), number + 1
+        prefix, loss, grad_norm = optimizer_step(model, scaled, step._replace(number=number))
+        scaled.advance(step._replace(number=number), prefix, loss, grad_norm)
+        assert loss.isfinite() and scaled.progress.learning_rate == scaled.schedule(0)  # the schedule counts updates
+        if scaled.progress.updates == 0:
+            assert not grad_norm.isfinite() and scaled.scaler.get_scale() == scale / 2
+            assert all(torch.equal(tensor, start[name]) for name, tensor in scaled.encoder.state_dict().items())
+    scaled.check_finite()  # a skipped step is no fault
+    assert 1 < number < 20
+
+    resumed.encoder.load_state_dict(scaled.encoder.state_dict())
+    resumed.restore({name: tensor.clone() for name, tensor in scaled.tensors().items()}, scaled.numbers())
+    assert resumed.scaler.get_scale() == scaled.scaler.get_scale() < 2**24 and resumed.progress.updates == 1
+    for state in (scaled, resumed):
+        prefix, _, grad_norm = optimizer_step(model, state, step)
+    exact.progress.updates = 1
+    same, _, exact_norm = optimizer_step(model.float(), exact, step)
+    assert grad_norm.item() == pytest.approx(exact_norm.item(), rel=1e-2)
+    for name, tensor in scaled.encoder.state_dict().items():
+        assert torch.equal(tensor, resumed.encoder.state_dict()[name])
+        assert not torch.equal(tensor, start[name])
+    assert torch.equal(prefix, same)  # the first update was at the rate 0, as the warm-up begins
