@@ -1,13 +1,16 @@
-"""Greedy answers to 500 questions of the demo over two prefixes, mixed: by infer.py's way, and by PEFT, adapter by adapter.
+"""Greedy answers to 500 questions of the demo over two prefixes, mixed: by infer.py's way, and by PEFT, adapter by adapter,
+each with a base in float32 and in bfloat16.
 
     python tests/benchmarks/generate.py --repeats 7 --batch_size 16 64 128
 
 Both prefixes are trained first (about two minutes), or taken from --prefixes SHORT SENTENCE. The contestants take turns in
-one process, on the same questions with the same batch size; the texts must be equal. PEFT gets its questions in their order,
-batch by batch, as its users write it; "sorted" is PEFT with the questions of each adapter sorted by length first.
+one process, on the same questions with the same batch size; in float32 the texts must be equal. PEFT gets its questions in
+their order, batch by batch, as its users write it; "sorted" is PEFT with the questions of each adapter sorted by length
+first.
 """
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -44,64 +47,70 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="ours; PEFT answers in both")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     args = parser.parse_args()
     temporary = tempfile.TemporaryDirectory()
     folders = args.prefixes or trained(Path(temporary.name))
 
     device = resolve_device(args.device)
-    base, tokenizer = load_base(bundled.MODEL, resolve_dtype(args.precision, device), device)
     rng = random.Random(0)
     lines = Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines()
     prompts = [prompt_of(json.loads(line)["instruction"]) for line in rng.sample(lines, args.questions)]
     styles = [rng.choice(STYLES) for _ in prompts]
     greedy = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
 
-    ours = PrefixBloom(base, tokenizer)
-    for style, folder in zip(STYLES, folders, strict=True):
-        ours.attach(style, load_prefix(folder))
-    theirs = PeftModel.from_pretrained(base, folders[0], adapter_name=STYLES[0]).eval()
-    theirs.load_adapter(folders[1], STYLES[1])
+    def models(precision: str) -> tuple[PrefixBloom, PeftModel]:
+        base, _ = load_base(bundled.MODEL, resolve_dtype(precision, device), device)
+        ours = PrefixBloom(base, tokenizer)
+        for style, folder in zip(STYLES, folders, strict=True):
+            ours.attach(style, load_prefix(folder))
+        theirs = PeftModel.from_pretrained(base, folders[0], adapter_name=STYLES[0]).eval()
+        theirs.load_adapter(folders[1], STYLES[1])
+        return ours, theirs
 
-    def by_us(batch_size: int) -> list[str]:
-        return complete(ours, tokenizer, prompts, prefix_name=styles, batch_size=batch_size, **greedy)
+    def by_us(model: PrefixBloom, batch_size: int) -> list[str]:
+        return complete(model, tokenizer, prompts, prefix_name=styles, batch_size=batch_size, **greedy)
 
     @torch.no_grad()
-    def by_peft(batch_size: int, by_length: bool = False) -> list[str]:
+    def by_peft(model: PeftModel, batch_size: int, by_length: bool = False) -> list[str]:
         answers = [""] * len(prompts)
         for style in STYLES:
-            theirs.set_adapter(style)
+            model.set_adapter(style)
             places = [place for place, wanted in enumerate(styles) if wanted == style]
             if by_length:
                 places.sort(key=lambda place: len(prompts[place]))
             for start in range(0, len(places), batch_size):
                 part = places[start : start + batch_size]
                 inputs = tokenizer([prompts[place] for place in part], return_tensors="pt", padding=True).to(device)
-                output = theirs.generate(**inputs, **greedy, pad_token_id=tokenizer.pad_token_id)
+                output = model.generate(**inputs, **greedy, pad_token_id=tokenizer.pad_token_id)
                 texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
                 for place, text in zip(part, texts, strict=True):
                     answers[place] = text
         return answers
 
+    _, tokenizer = load_base(bundled.MODEL, torch.float32, device)
+    contestants = {}
+    for precision in args.precision:
+        ours, theirs = models(precision)
+        contestants[f"ours {precision}"] = functools.partial(by_us, ours)
+        contestants[f"peft {precision}"] = functools.partial(by_peft, theirs)
+        contestants[f"peft {precision}, sorted"] = functools.partial(by_peft, theirs, by_length=True)
     for batch_size in args.batch_size:
-        contestants = {
-            "ours": lambda n=batch_size: by_us(n),
-            "peft": lambda n=batch_size: by_peft(n),
-            "peft, sorted": lambda n=batch_size: by_peft(n, by_length=True),
-        }
-        seconds = {name: [] for name in contestants}
-        expected = by_us(batch_size)
+        expected = {precision: contestants[f"ours {precision}"](batch_size) for precision in args.precision}
+        seconds, different = {name: [] for name in contestants}, {}
         for _ in range(args.repeats):
-            for name, run in contestants.items():
+            for name, answer in contestants.items():
                 started = time.perf_counter()
-                answers = run()
+                answers = answer(batch_size)
                 seconds[name].append(time.perf_counter() - started)
-                different = sum(a != b for a, b in zip(answers, expected, strict=True))
-                assert not different, f"{name}: {different} answers differ"
+                precision = name.split()[1].rstrip(",")
+                different[name] = sum(a != b for a, b in zip(answers, expected[precision], strict=True))
+                assert precision == "bf16" or not different[name], f"{name}: {different[name]} answers differ"
         median = {name: statistics.median(values) for name, values in seconds.items()}
         for name, value in median.items():
+            ratios = ", ".join(f"{value / median[f'ours {each}']:.2f}x ours in {each}" for each in args.precision)
             speed = len(prompts) / value
-            print(f"batch {batch_size:4d}  {name:13s} {speed:7.1f} questions/s, {value / median['ours']:.2f}x our time")
+            print(f"batch {batch_size:4d}  {name:18s} {speed:7.1f} questions/s, {ratios}, {different[name]} differ")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Training speed: this loop, PEFT + Trainer as the notebook runs it, and the matmuls alone, on the same rows.
+"""Training speed: this loop, PEFT + Trainer as the notebook runs it, and the matmuls alone, on the same rows, each in
+float32 and in bfloat16 (PEFT: a float32 base and bf16=True).
 
     python tests/benchmarks/speed.py --shape mini --rows 400
     python tests/benchmarks/speed.py --shape 1b4 --device cuda --rows 256
@@ -98,7 +99,7 @@ def run_ours(args, rows) -> dict:
     import torch
     from datasets import Dataset
 
-    model = make_model(args.shape, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    model = make_model(args.shape, args.device, torch.bfloat16 if args.precision == ["bf16"] else torch.float32)
     model.requires_grad_(False).eval()
     encoder, data = make_encoder(model), Dataset.from_list(rows)
     train_ours(model, encoder, data, ROWS_PER_STEP, args.warm_up)
@@ -139,7 +140,7 @@ def run_peft(args, rows) -> dict:
                 save_strategy="no",
                 report_to=[],
                 disable_tqdm=True,
-                bf16=args.worker == "peft-bf16",
+                bf16=args.precision == ["bf16"],
                 use_cpu=args.device == "cpu",
             )
         return Trainer(
@@ -165,7 +166,7 @@ def run_floor(args, rows) -> dict:
     import torch
 
     shape = SHAPES[args.shape]
-    hidden, dtype = shape["hidden_size"], torch.bfloat16 if args.device == "cuda" else torch.float32
+    hidden, dtype = shape["hidden_size"], torch.bfloat16 if args.precision == ["bf16"] else torch.float32
     sizes = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)]
     weights = [[torch.randn(size, device=args.device, dtype=dtype) for size in sizes] for _ in range(shape["n_layer"])]
     head = torch.randn(shape["vocab_size"], hidden, device=args.device, dtype=dtype)
@@ -208,8 +209,7 @@ def run_floor(args, rows) -> dict:
 def worker(args) -> None:
     """Runs one contestant in this process and prints its figures as the last line."""
     rows = make_rows(args.rows, SHAPES[args.shape]["vocab_size"])
-    contestant = {"ours": run_ours, "floor": run_floor}.get(args.worker, run_peft)
-    figures = contestant(args, rows)
+    figures = {"ours": run_ours, "peft": run_peft, "floor": run_floor}[args.worker](args, rows)
     tokens = sum(len(row["input_ids"]) for row in rows)
     if args.device == "cuda":
         import torch
@@ -224,39 +224,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mini")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warm_up", type=int, default=1, help="optimizer steps before the clock starts")
     parser.add_argument("--output", help="write all figures to this JSON file")
-    parser.add_argument("--worker", choices=("ours", "peft", "peft-bf16", "floor"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("ours", "peft", "floor"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
         return
-    names = ["peft", "ours", "floor"] + (["peft-bf16"] if args.device == "cuda" else [])
-    runs = {name: [] for name in names}
+    contestants = [(name, precision) for precision in args.precision for name in ("peft", "ours", "floor")]
+    runs = {contestant: [] for contestant in contestants}
     for _ in range(args.repeats):
-        for name in names:
-            command = [sys.executable, __file__, "--worker", name]
+        for name, precision in contestants:
+            command = [sys.executable, __file__, "--worker", name, "--precision", precision]
             for flag in ("shape", "device", "rows", "warm_up"):
                 command += [f"--{flag}", str(getattr(args, flag))]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
-                sys.exit(f"{name} failed:\n{result.stderr}")
-            runs[name].append(json.loads(result.stdout.splitlines()[-1]))
-    speed = {name: statistics.median(run["tokens_per_second"] for run in runs[name]) for name in names}
+                sys.exit(f"{name} {precision} failed:\n{result.stderr}")
+            runs[name, precision].append(json.loads(result.stdout.splitlines()[-1]))
+    speed = {key: statistics.median(run["tokens_per_second"] for run in runs[key]) for key in contestants}
     print(f"shape {args.shape}, {args.rows} rows, {args.device}, {args.repeats} repeats, medians")
-    print("| | tokens/s | spread | ours is | share of the floor | peak memory, MB |\n|---|---|---|---|---|---|")
-    for name in names:
-        each = [run["tokens_per_second"] for run in runs[name]]
-        peak = statistics.median(run["peak_memory_mb"] for run in runs[name])
+    ours = [f"ours {precision} is" for precision in args.precision]
+    print(f"| | tokens/s | spread | {' | '.join(ours)} | share of the floor | peak memory, MB |")
+    print("|---" * (5 + len(ours)) + "|")
+    for name, precision in contestants:
+        key = name, precision
+        each = [run["tokens_per_second"] for run in runs[key]]
+        peak = statistics.median(run["peak_memory_mb"] for run in runs[key])
+        ratios = [f"{speed['ours', other] / speed[key]:.2f}x" for other in args.precision]
         print(
-            f"| {name} | {speed[name]:,.0f} | {min(each):,.0f}-{max(each):,.0f} | {speed['ours'] / speed[name]:.2f}x "
-            f"| {speed[name] / speed['floor']:.0%} | {peak:,.0f} |"
+            f"| {name} {precision} | {speed[key]:,.0f} | {min(each):,.0f}-{max(each):,.0f} | {' | '.join(ratios)} "
+            f"| {speed[key] / speed['floor', precision]:.0%} | {peak:,.0f} |"
         )
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
-            json.dump({"arguments": vars(args), "machine": platform.processor(), "runs": runs}, file, indent=1)
+            json.dump(
+                {
+                    "arguments": vars(args),
+                    "machine": platform.processor(),
+                    "runs": {" ".join(key): value for key, value in runs.items()},
+                },
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":
