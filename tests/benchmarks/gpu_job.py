@@ -1,0 +1,58 @@
+"""What the parts of gpu.py share: the device, and how time and memory are taken there."""
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from prefix_tuning.devices import PRECISIONS, peak_memory_mb
+
+Checks = Iterator[tuple[str, Callable[[], dict]]]  # what a part checks or measures, and how; the figures have names
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+class Job(NamedTuple):
+    """One run of gpu.py. folder: where its files go."""
+
+    device: str
+    toy: bool
+    folder: Path
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def processes(self):
+        """multiprocessing's functions. A process that has used CUDA cannot be forked; without CUDA a fork saves imports."""
+        return multiprocessing.get_context("spawn" if self.on_cuda else "fork")
+
+    @property
+    def precisions(self) -> list[str]:
+        return [name for name in PRECISIONS if self.on_cuda or name != "fp16"]
+
+    def shape(self, full: str) -> str:
+        return "toy" if self.toy else full
+
+    def finish(self) -> float:
+        """The time once the device has done all it was told to."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def reset_peak(self) -> None:
+        """Peak memory counts from here, on CUDA; what nobody holds any more is free."""
+        gc.collect()
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        return peak_memory_mb(torch.device(self.device))

@@ -1,0 +1,230 @@
+"""Parts of gpu.py: is what a GPU computes right, and does a run on it survive all that it has to?"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import helpers
+import torch
+from gpu_job import Checks, Job
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from prefix_tuning import PrefixBloom, bundled, plain
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.cli import parse_train_config, train_command
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import take, tokenize
+from prefix_tuning.devices import PRECISIONS
+from prefix_tuning.files.checkpoint_format import find_checkpoints
+from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.model.batch import IGNORED, pack
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.loop import optimizer_step
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
+
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # relative, of losses and gradients
+
+
+def right(job: Job) -> Checks:
+    """The numbers of transformers and PEFT, and what must change none of them."""
+    base, tokenizer = load_base(bundled.MODEL, torch.float32, torch.device(job.device))
+    examples = take(tokenize(load_rows("bundled:short", ("train",)), tokenizer, 256), range(6 if job.toy else 64))
+    for name in job.precisions:
+        yield f"loss and gradient against transformers, {name}", partial(against, transformers_loss, job, examples, name)
+        yield f"loss and gradient against PEFT, {name}", partial(against, peft_loss, job, examples, name)
+    yield "fp16 overflow: the step is skipped", partial(overflow, job, examples)
+    yield "--gradient_checkpointing against none", partial(against_flag, job, examples, gradient_checkpointing=True)
+    if job.on_cuda:
+        yield "--torch_compile against none", partial(against_flag, job, examples, torch_compile=True)
+    yield "static cache answers as the dynamic one", partial(static_cache, base, tokenizer, 4 if job.toy else 32)
+
+
+def new_encoder(base) -> PrefixEncoder:
+    torch.manual_seed(0)
+    return PrefixEncoder(helpers.prefix_config(base, tokens=16)).to(base.device)
+
+
+# The loss of the examples, in nats, and the encoder that its gradient goes to.
+
+
+def packed_loss(base, encoder, examples):
+    prefix = encoder()
+    return encoder, sum(base.label_losses(batch.to(base.device), prefix).sum() for batch in pack(examples, 640))
+
+
+def as_tensors(base, example):
+    return (torch.tensor([numbers], device=base.device) for numbers in (example.input_ids, example.labels))
+
+
+def transformers_loss(base, encoder, examples):
+    prefix = encoder()
+    return encoder, sum(plain.loss_of(base, prefix, *as_tensors(base, example)) for example in examples)
+
+
+def peft_loss(base, encoder, examples):
+    wrapped, loss = helpers.peft_model(base, encoder).to(base.device), 0.0
+    for example in examples:
+        ids, labels = as_tensors(base, example)
+        mean = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss = loss + mean * (labels[:, 1:] != IGNORED).sum()
+    return wrapped.prompt_encoder["default"], loss
+
+
+def loss_and_gradient(loss_of, base, encoder, examples):
+    """The gradient is that of all weights of the encoder: that of the prefix, after one more step backward."""
+    encoder.zero_grad()
+    trained, loss = loss_of(base, encoder, examples)
+    loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten().float() for parameter in trained.parameters()])
+
+
+def within(tolerance: float, ours, theirs) -> dict:
+    """The relative differences of two losses and gradients. Raises AssertionError if one is above the tolerance."""
+    (loss, gradient), (their_loss, their_gradient) = ours, theirs
+    result = {"loss differs by": abs(loss - their_loss) / abs(their_loss)}
+    result["gradient by"] = helpers.relative(gradient, their_gradient)
+    assert max(result.values()) <= tolerance, f"above {tolerance}: {result}"
+    return {**result, "tolerance": tolerance}
+
+
+def against(loss_of, job: Job, examples, precision: str) -> dict:
+    base, _ = load_base(bundled.MODEL, PRECISIONS[precision], torch.device(job.device))
+    encoder = new_encoder(base)
+    ours = loss_and_gradient(packed_loss, base, encoder, examples)
+    return within(TOLERANCES[precision], ours, loss_and_gradient(loss_of, base, encoder, examples))
+
+
+def against_flag(job: Job, examples, **flags) -> dict:
+    place = torch.float32, torch.device(job.device)
+    bases = [load_base(bundled.MODEL, *place, **options)[0] for options in ({}, flags)]
+    without, with_flag = (loss_and_gradient(packed_loss, base, new_encoder(base), examples) for base in bases)
+    return within(TOLERANCES["fp32"], with_flag, without)
+
+
+def overflow(job: Job, examples) -> dict:
+    """One step with a loss scale that overflows, one with a scale that does not. On a CPU the base is fp32."""
+    dtype, scale = (torch.float16, 2.0**40) if job.on_cuda else (torch.float32, 2.0**127)
+    base, _ = load_base(bundled.MODEL, dtype, torch.device(job.device))
+    state = helpers.training_state(new_encoder(base), loss_scaling=True)
+    state.scaler = torch.amp.GradScaler(torch.device(job.device).type, init_scale=scale)
+    step, before = helpers.step_of(examples), state.encoder.bake()
+    optimizer_step(base, state, step)
+    assert torch.equal(state.encoder.bake(), before), "the weights have changed"
+    assert state.scaler.get_scale() == scale / 2 and state.progress.updates == 0
+    state.scaler.update(1024.0)
+    for _ in range(2):  # the first update of the warm-up has rate 0
+        optimizer_step(base, state, step)
+    assert state.progress.updates == 2 and not torch.equal(state.encoder.bake(), before)
+    return {"scale": "halved", "schedule": "stood still", "next step": "done"}
+
+
+def static_cache(base, tokenizer, tokens: int) -> dict:
+    model = PrefixBloom(base, tokenizer)
+    model.attach("random", helpers.random_prefix(base))
+    inputs = tokenizer(helpers.PROMPTS, return_tensors="pt", padding=True).to(base.device)
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    dynamic, static = (model.generate(**inputs, **length, **kind) for kind in ({}, {"cache_implementation": "static"}))
+    assert torch.equal(dynamic, static), f"{(dynamic != static).sum()} of {dynamic.numel()} tokens differ"
+    return {"equal tokens": tokens * len(dynamic)}
+
+
+def runs(job: Job) -> Checks:
+    """Whole trainings, each in a process of its own: the demo, one that is killed, those of torchrun, one without memory."""
+    for name in job.precisions:
+        yield f"the demo to its end, {name}", partial(demo, job, name)
+    with tempfile.TemporaryDirectory() as folder:
+        unbroken = equal_settings(job, f"{folder}/unbroken")
+        yield "an unbroken run", partial(in_process, job, unbroken)
+        yield "a run that is killed and resumed", partial(killed_and_resumed, job, unbroken)
+        backend = "nccl" if job.on_cuda else "gloo"
+        yield f"one process of torchrun ({backend})", partial(under_torchrun, job, unbroken)
+        yield f"one process of torchrun ({backend}), --shard_base", partial(under_torchrun, job, unbroken, shard_base=True)
+        if job.on_cuda:
+            yield "out of memory is one line and exit code 2", partial(out_of_memory, job, f"{folder}/large")
+
+
+def run(settings: dict) -> None:
+    """What a process does: one training. Drawing its curves would take as long as the training itself."""
+    sys.modules["matplotlib.figure"] = None
+    train(TrainConfig(**settings))
+
+
+def in_process(job: Job, settings: dict) -> dict:
+    process = job.processes.Process(target=run, args=(settings,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, f"exit code {process.exitcode}; see gpu.log"
+    summary = helpers.metrics_of(settings["output_dir"])[-1]
+    return {"steps": summary["steps"], "seconds": summary["train_seconds"]}
+
+
+def equal_settings(job: Job, folder: str) -> dict:
+    steps = {"max_steps": 6, "save_steps": 1} if job.toy else {"max_steps": 100, "save_steps": 10}
+    rows = {"dataset": "bundled:short", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    return {"output_dir": folder, "device": job.device, "learning_rate": 5e-3, "logging_steps": 1} | steps | rows
+
+
+def demo(job: Job, precision: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--output_dir", f"{folder}/demo", "--device", job.device, "--precision", precision]
+        flags += ["--eval_steps", "1000000"]  # at the start and at the end only
+        if job.toy:
+            rows = Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines(True)[:4]
+            Path(folder, "few.jsonl").write_text("".join(rows), "utf-8")
+            flags += ["--max_steps", "2", "--eval_dataset", f"{folder}/few.jsonl"]
+        result = in_process(job, vars(parse_train_config(flags)))
+        evaluated = [line for line in helpers.metrics_of(f"{folder}/demo") if "eval_loss" in line][-1]
+        return result | {"exact match": evaluated["eval_exact_match"], "eval loss": evaluated["eval_loss"]}
+
+
+def killed_and_resumed(job: Job, unbroken: dict) -> dict:
+    settings = unbroken | {"output_dir": unbroken["output_dir"] + "-killed"}
+    process, folder = job.processes.Process(target=run, args=(settings,)), Path(settings["output_dir"])
+    process.start()
+    while process.is_alive() and not (found := find_checkpoints(folder)):
+        process.join(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it had ended before it was killed"
+    in_process(job, settings | helpers.LATEST)
+    helpers.assert_same_run(folder, unbroken["output_dir"])
+    return {"killed after": found[0].stem, "same bits": "yes"}
+
+
+def under_torchrun(job: Job, unbroken: dict, **flags) -> dict:
+    """What torchrun --nproc_per_node 1 does, against the run without it."""
+    settings = unbroken | {"output_dir": unbroken["output_dir"] + "-torchrun"} | flags
+    shutil.rmtree(settings["output_dir"], ignore_errors=True)
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "gpu", "max_restarts": 0}
+    method = job.processes.get_start_method()
+    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1, start_method=method, **place), run)(settings)
+    ours, alone = (load_prefix(folder)[0] for folder in (settings["output_dir"], unbroken["output_dir"]))
+    difference = helpers.relative(ours, alone)
+    assert difference <= 1e-2, f"the prefix differs by {difference}"
+    return {"prefix differs by": difference, "seconds": helpers.metrics_of(settings["output_dir"])[-1]["train_seconds"]}
+
+
+def out_of_memory(job: Job, folder: str) -> dict:
+    """train.py with all rows of the demo in one pass, where it may allocate 512 MiB."""
+    flags = f"--device {job.device} --precision fp32 --output_dir {folder} --eval_fraction 0"
+    flags += " --per_device_train_batch_size 3000 --max_tokens_per_batch 1000000"
+    with tempfile.NamedTemporaryFile() as errors:
+        process = job.processes.Process(target=train_with_512_mib, args=(flags.split(), errors.name))
+        process.start()
+        process.join()
+        *_, line = Path(errors.name).read_text("utf-8").splitlines() or [""]
+    assert process.exitcode == 2, f"exit code {process.exitcode}: {line}"
+    assert line.startswith("error: ") and "ran out of memory; lower --max_tokens_per_batch" in line, line
+    return {"says": line}
+
+
+def train_with_512_mib(flags: list[str], errors: str) -> None:
+    os.dup2(os.open(errors, os.O_WRONLY), 2)
+    torch.cuda.set_per_process_memory_fraction(2**29 / torch.cuda.get_device_properties(0).total_memory)
+    sys.argv = ["train.py", *flags]
+    train_command()
