@@ -1,7 +1,7 @@
 """What this project says about one GPU, checked and measured on it within minutes: right, fast, large, and where time goes.
 
     python tests/benchmarks/gpu.py --output DIR
-    python tests/benchmarks/gpu.py --output DIR --parts large profile        again, and what DIR has of other parts stays
+    python tests/benchmarks/gpu.py --output DIR --parts large-1b4            again, and what DIR has of other parts stays
     python tests/benchmarks/gpu.py --output DIR --device cpu --size toy      all of it in small: does the program still work?
 
 After every figure DIR/gpu.json and the table DIR/gpu.md are written anew. A check that fails is a line with its error, its
@@ -38,11 +38,11 @@ from gpu_right import right, runs
 PARTS = {
     "right": (right, 100),
     "runs": (runs, 160),
-    "fast 1b4": (partial(fast, full_shape="1b4"), 90),
-    "answers 1b4": (answers, 70),
-    "fast 560m": (partial(fast, full_shape="560m"), 60),
-    "large 1b4": (large, 40),
-    "profile 1b4": (profile, 20),
+    "fast-1b4": (partial(fast, full_shape="1b4"), 90),
+    "answers-1b4": (answers, 70),
+    "fast-560m": (partial(fast, full_shape="560m"), 60),
+    "large-1b4": (large, 40),
+    "profile-1b4": (profile, 20),
 }
 
 
@@ -67,7 +67,7 @@ def work(part: str, job: Job, connection) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     device = torch.cuda.get_device_name() if job.on_cuda else f"CPU {platform.machine()}"
     connection.send({"machine": {"device": device, "CUDA": str(torch.version.cuda), **versions}})
-    what = None
+    what = "the start"
     try:
         for what, check in PARTS[part][0](job):
             job.reset_peak()  # and frees what the check before this one has used
