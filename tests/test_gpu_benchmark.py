@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py needs a GPU for what it is there for; that the program itself works is tested on a CPU, in small."""
+"""benchmarks/gpu.py needs a GPU for its figures; that the program itself works is tested on a CPU, in small."""
 
 import importlib
 import json

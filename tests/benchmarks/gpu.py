@@ -1,15 +1,15 @@
-"""What this project says about one GPU, checked and measured on it within minutes: right, fast, large, and where time goes.
+"""What this project says about one GPU, checked and measured on it in 9 minutes: right, fast, large, and a profile.
 
     python tests/benchmarks/gpu.py --output DIR
-    python tests/benchmarks/gpu.py --output DIR --parts large-1b4            again, and what DIR has of other parts stays
-    python tests/benchmarks/gpu.py --output DIR --device cpu --size toy      all of it in small: does the program still work?
+    python tests/benchmarks/gpu.py --output DIR --parts large-1b4           again; what DIR has of other parts stays
+    python tests/benchmarks/gpu.py --output DIR --device cpu --size toy     all in small: does the program still work?
 
-After every figure DIR/gpu.json and the table DIR/gpu.md are written anew. A check that fails is a line with its error, its
-traceback is in DIR/gpu.log. Each part is a process of its own with a limit of its own, the most important part first: what
-runs out of memory, aborts or hangs costs the rest of its part. Time that a part leaves goes to those after it.
+After every figure DIR/gpu.json and the table DIR/gpu.md are written anew. A check that fails is a line with its error;
+its traceback is in DIR/gpu.log. Each part is a process of its own with a limit of its own, the most important part
+first: what aborts or hangs costs the rest of its part. Time that a part leaves goes to those after it.
 
-Models with the shapes of speed.py have random weights, and the rows are those of speed.py. On a CPU there is no fp16, no
-torch.compile and no running out of memory.
+Models with the shapes of speed.py have random weights, and the rows are those of speed.py. On a CPU there is no fp16,
+no torch.compile and no running out of memory.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Parts of gpu.py: how fast training and answers are at real shapes, how large a pass can be, and where the time goes."""
+"""Parts of gpu.py: how fast training and answers are at real shapes, how large a pass can be, and a profile."""
 
 import tempfile
 from collections import Counter
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, Trainin
 
 from prefix_tuning import PrefixBloom, bundled
 from prefix_tuning.base_model.layers import wrap_layers
-from prefix_tuning.devices import PRECISIONS, is_out_of_memory
+from prefix_tuning.devices import PRECISIONS, is_out_of_memory, make_reproducible
 from prefix_tuning.model.attention import attention_bias
 from prefix_tuning.model.batch import IGNORED, Example, pack
 from prefix_tuning.training.loop import optimizer_step
@@ -27,18 +27,22 @@ SHAPES["toy"] = {"n_layer": 2, "hidden_size": 32, "n_head": 2, "vocab_size": 102
 
 def fast(job: Job, full_shape: str) -> Checks:
     """Training, ours and PEFT's, against what the device's matmuls could do."""
+    make_reproducible(torch.device(job.device))  # sets how cuBLAS works, which holds from its first matmul on
     shape, rate = job.shape(full_shape), matmul_rate(job)
     yield "bf16 matmul of the device", lambda: {"TFLOP/s": rate / 1e12}
-    many = 4 if job.toy else 32
-    for precision, rows, accumulation in (("bf16", 1, 8), ("bf16", 8, 1), ("bf16", many, 1), ("fp32", 1, 8)):
-        if (rows, accumulation) != (8, 1):  # for ours the same as 1 x 8
-            what = f"ours, {precision}, {rows * accumulation} rows a step"
-            yield what, partial(ours, job, shape, rate, precision, rows * accumulation)
-        what = f"PEFT + Trainer, {precision}, {rows} x {accumulation} rows a step"
-        yield what, partial(peft, job, shape, rate, precision, rows, accumulation)
+    rows = make_rows(16 if job.toy else 320, SHAPES[shape]["vocab_size"])
+    few, large_batch = rows[: 16 if job.toy else 64], 4 if job.toy else 32
+    runs = (("bf16", 8, 1, rows), ("bf16", 1, 8, few), ("bf16", large_batch, 1, rows), ("fp32", 1, 8, few))
+    for precision, batch, accumulation, own_rows in runs:
+        rows_per_step = batch * accumulation
+        given = dict(job=job, shape=shape, rate=rate, precision=precision, rows=own_rows)
+        if (precision, batch) != ("bf16", 1):  # for ours the same as 8 x 1
+            yield f"ours, {precision}, {rows_per_step} rows a step", partial(ours, **given, rows_per_step=rows_per_step)
+        what = f"PEFT + Trainer, {precision}, {batch} x {accumulation} rows a step"
+        yield what, partial(peft, **given, batch=batch, accumulation=accumulation)
     yield "parts of a step, bf16, 8 rows", partial(parts_of_step, job, shape)
     if job.on_cuda:
-        yield "ours, bf16, 8 rows a step, torch_compile", partial(ours, job, shape, rate, "bf16", 8, compiled=True)
+        yield "ours, bf16, 8 rows a step, torch_compile", partial(ours, job, shape, rate, "bf16", rows, 8, compiled=True)
 
 
 def matmul_rate(job: Job) -> float:
@@ -68,27 +72,30 @@ def timed(job: Job, shape: str, rate: float, rows: list[dict], rows_per_step: in
     size = SHAPES[shape]
     of_layers, of_head = 12 * size["hidden_size"] ** 2 * size["n_layer"], size["vocab_size"] * size["hidden_size"]
     share = 4 * (of_layers * tokens + of_head * labels) / seconds / rate
-    return {"tokens/s": tokens / seconds, "peak MiB": job.peak(), "share of the matmul's rate": share}
+    return {"tokens/s": tokens / seconds, "peak MiB": job.peak(), "share of the bf16 matmul": share}
 
 
 def frozen(job: Job, shape: str, precision: str = "bf16"):
+    """A base for training, with deterministic kernels, as train.py has it."""
+    make_reproducible(torch.device(job.device))
     return make_model(shape, job.device, PRECISIONS[precision]).requires_grad_(False).eval()
 
 
-def ours(job: Job, shape: str, rate: float, precision: str, rows_per_step: int, compiled: bool = False) -> dict:
+def ours(
+    job: Job, shape: str, rate: float, precision: str, rows: list[dict], rows_per_step: int, compiled: bool = False
+) -> dict:
     model = frozen(job, shape, precision)
     wrap_layers(model, gradient_checkpointing=False, torch_compile=compiled)
-    rows = make_rows((2 if job.toy else 20) * rows_per_step, SHAPES[shape]["vocab_size"])
     train_steps = partial(train_ours, model, make_encoder(model), Dataset.from_list(rows), rows_per_step)
     return timed(job, shape, rate, rows, rows_per_step, train_steps)
 
 
-def peft(job: Job, shape: str, rate: float, precision: str, batch: int, accumulation: int) -> dict:
-    """As the notebook trains: an fp32 base, bf16 by autocast."""
+def peft(job: Job, shape: str, rate: float, precision: str, rows: list[dict], batch: int, accumulation: int) -> dict:
+    """As the notebook trains: an fp32 base, bf16 by autocast, whatever kernels are fastest."""
+    torch.use_deterministic_algorithms(False)
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, prefix_projection=True)
     model = get_peft_model(make_model(shape, job.device, torch.float32), config)
     tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
-    rows = make_rows((2 if job.toy else 6) * batch * accumulation, SHAPES[shape]["vocab_size"])
 
     def train_steps(steps: int) -> None:
         arguments = TrainingArguments(
@@ -110,7 +117,7 @@ def peft(job: Job, shape: str, rate: float, precision: str, batch: int, accumula
 
 
 def parts_of_step(job: Job, shape: str) -> dict:
-    """The shares of an optimizer step's time; waiting for the device after each part makes the whole somewhat slower."""
+    """The shares of an optimizer step's time. It waits for the device after each part, which makes the whole slower."""
     model = frozen(job, shape)
     state, seconds = helpers.training_state(make_encoder(model)), Counter()
     (batch,) = pack([Example(row["input_ids"], row["labels"]) for row in make_rows(8, SHAPES[shape]["vocab_size"])], 10**4)
@@ -142,7 +149,7 @@ def parts_of_step(job: Job, shape: str) -> dict:
 
 def answers(job: Job) -> Checks:
     """Greedy answers, all of one length, in one batch."""
-    model = frozen(job, job.shape("1b4"))
+    model = make_model(job.shape("1b4"), job.device, torch.bfloat16).requires_grad_(False).eval()
     encoder, tokens = make_encoder(model), 4 if job.toy else 64
     torch.manual_seed(0)
     ids = torch.randint(4, model.config.vocab_size, (4 if job.toy else 64, 32), device=job.device)

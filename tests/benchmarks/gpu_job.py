@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
     @property
     def processes(self):
-        """multiprocessing's functions. A process that has used CUDA cannot be forked; without CUDA a fork saves imports."""
+        """multiprocessing's functions. What has used CUDA cannot be forked; without CUDA a fork saves the imports."""
         return multiprocessing.get_context("spawn" if self.on_cuda else "fork")
 
     @property

@@ -134,7 +134,7 @@ def static_cache(base, tokenizer, tokens: int) -> dict:
 
 
 def runs(job: Job) -> Checks:
-    """Whole trainings, each in a process of its own: the demo, one that is killed, those of torchrun, one without memory."""
+    """Whole trainings, each in a process: the demo, one that is killed, those of torchrun, one without memory."""
     for name in job.precisions:
         yield f"the demo to its end, {name}", partial(demo, job, name)
     with tempfile.TemporaryDirectory() as folder:
@@ -217,10 +217,11 @@ def out_of_memory(job: Job, folder: str) -> dict:
         process = job.processes.Process(target=train_with_512_mib, args=(flags.split(), errors.name))
         process.start()
         process.join()
-        *_, line = Path(errors.name).read_text("utf-8").splitlines() or [""]
-    assert process.exitcode == 2, f"exit code {process.exitcode}: {line}"
-    assert line.startswith("error: ") and "ran out of memory; lower --max_tokens_per_batch" in line, line
-    return {"says": line}
+        text = Path(errors.name).read_text("utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert process.exitcode == 2 and len(lines) == 1, f"exit code {process.exitcode}: {text[-200:]}"
+    assert "ran out of memory; lower --max_tokens_per_batch" in lines[0], lines[0]
+    return {"says": lines[0]}
 
 
 def train_with_512_mib(flags: list[str], errors: str) -> None:
