@@ -67,6 +67,7 @@ def transformers_loss(base, encoder, examples):
 
 
 def peft_loss(base, encoder, examples):
+    """PEFT's encoder starts with the weights of ours. Its loss is a mean over labels, which it counts row by row."""
     wrapped, loss = helpers.peft_model(base, encoder).to(base.device), 0.0
     for example in examples:
         ids, labels = as_tensors(base, example)
@@ -164,6 +165,7 @@ def in_process(job: Job, settings: dict) -> dict:
 
 
 def equal_settings(job: Job, folder: str) -> dict:
+    """Of runs that must end with the same prefix."""
     steps = {"max_steps": 6, "save_steps": 1} if job.toy else {"max_steps": 100, "save_steps": 10}
     rows = {"dataset": "bundled:short", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     return {"output_dir": folder, "device": job.device, "learning_rate": 5e-3, "logging_steps": 1} | steps | rows
