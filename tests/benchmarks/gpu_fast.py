@@ -216,7 +216,7 @@ def longest(job: Job, recorded, count: int) -> dict:
     time_of = (lambda event: event.self_device_time_total) if job.on_cuda else (lambda event: event.self_cpu_time_total)
     events = [event for event in recorded.key_averages() if event.device_type == kind]
     total = sum(map(time_of, events))
-    return {e.key[:70]: f"{time_of(e) / total:.0%}" for e in sorted(events, key=time_of, reverse=True)[:count]}
+    return {e.key[:90]: f"{time_of(e) / total:.0%}" for e in sorted(events, key=time_of, reverse=True)[:count]}
 
 
 def profile_steps(job: Job) -> dict:
