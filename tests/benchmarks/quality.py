@@ -2,9 +2,9 @@
 
     python tests/benchmarks/quality.py
 
-This loop, in float32 and in bfloat16, against PEFT + Trainer: the same initial weights, rows in the same order, optimizer, learning rate, schedule and
-batch of 32; every 20 steps the clock is stopped, and both prefixes are measured by the same code. Each in a process of
-its own, in turn.
+This loop, in float32 and in bfloat16, against PEFT + Trainer: the same initial weights, rows in the same order, optimizer,
+learning rate, schedule and batch of 32; every 20 steps the clock is stopped, and all prefixes are measured by the same code.
+Each in a process of its own, in turn.
 """
 
 import argparse
