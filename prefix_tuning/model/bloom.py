@@ -71,9 +71,7 @@ class Bloom(BloomForCausalLM):
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
         labels = len(batch.labels)
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
-            batch = batch.filled(
-                64
-            )  # oneDNN prepares a kernel for each new shape of a bf16 matmul, and keeps it: few shapes
+            batch = batch.filled(64)  # oneDNN prepares, and keeps, a kernel for each shape of a bf16 matmul
         hidden = self.packed_hidden(batch, prefix)
         return FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), batch.labels)[:labels]
 
