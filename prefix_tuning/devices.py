@@ -9,6 +9,7 @@ import torch
 from transformers import BloomForCausalLM
 
 from prefix_tuning.errors import UserError
+from prefix_tuning.model.attention import attention_dtype
 
 if sys.platform != "win32":
     import resource
@@ -58,8 +59,8 @@ def has_bf16_units(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones. Known of CUDA and of x86 CPUs."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).major >= 8  # Ampere or later
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def described(dtype: torch.dtype, precision: str, device: torch.device) -> str:
@@ -82,12 +83,11 @@ def held_per_token(model: BloomForCausalLM) -> int:
     """Bytes that a forward pass keeps per token for its backward pass.
 
     A layer keeps about ten numbers per token and hidden unit: the input of the GELU (four), the inputs of the two layer
-    norms, and of attention, which is float32 on a CPU, query, key, value and result. Not counted: the bias and a slice of
-    logits, once per pass.
+    norms, and in the dtype of attention query, key, value and result. Not counted: the bias and a slice of logits, once per
+    pass.
     """
-    size = model.dtype.itemsize
-    in_attention = max(size, 4) if model.device.type == "cpu" else size
-    return (6 * size + 4 * in_attention) * model.config.hidden_size * model.config.n_layer
+    in_attention = attention_dtype(model.dtype, model.device)
+    return (6 * model.dtype.itemsize + 4 * in_attention.itemsize) * model.config.hidden_size * model.config.n_layer
 
 
 def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:

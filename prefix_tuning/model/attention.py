@@ -49,9 +49,15 @@ QUERY_CHUNK = 128  # queries: smaller chunks skip more masked keys, larger ones 
 SHORT_ROW = 48  # tokens; for shorter rows, launching a row's kernels takes a CPU longer than running them (NOTES.md)
 
 
+def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a model of this dtype computes attention in. On a CPU that is float32 at least: the backward pass of torch's
+    kernel is 2 to 5 times slower in bfloat16 there.
+    """
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+
+
 def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
-    """The bias of the formula above: (1, H, S, P + S), on the device of `like`. Its dtype is that of attention: that of
-    `like`, but at least float32 on a CPU.
+    """The bias of the formula above: (1, H, S, P + S), on the device of `like` and in its `attention_dtype`.
 
     Bloom itself adds slope * key position: for one query that differs by a constant, which softmax cancels. Distances are
     smaller than absolute positions, so rounding to bfloat16 loses less. One bias serves rows of any length: padding comes
@@ -61,10 +67,8 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
     distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative before it
     # transformers' table is slope * position; at position 1 it holds the slopes.
     slopes = build_alibi_tensor(torch.ones(1, 2, device=like.device), num_heads, torch.float32)[:, :, 1:]
-    exact = torch.promote_types(like.dtype, torch.float32)
-    bias = (slopes.to(exact) * distance).masked_fill(distance > 0, -torch.inf)
-    # On a CPU, attention is computed in float32: the backward pass of torch's kernel is 2 to 5 times slower in bfloat16.
-    bias = bias.to(exact if like.device.type == "cpu" else like.dtype)
+    slopes = slopes.to(torch.promote_types(like.dtype, torch.float32))
+    bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(attention_dtype(like.dtype, like.device))
     return bias.unsqueeze(0)  # SDPA on CPU uses a slow kernel for a 3-D mask; the batch axis avoids it
 
 

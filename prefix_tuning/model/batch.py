@@ -69,13 +69,14 @@ class Batch:
         whose losses follow those of the real labels.
         """
         tokens, labels = -len(self.input_ids) % multiple, -len(self.labels) % multiple
-        lengths = [*self.lengths, tokens] if tokens else self.lengths
+        row = [tokens] if tokens else []
+        lengths = self.lengths + row
         return Batch(
             input_ids=F.pad(self.input_ids, (0, tokens)),
             label_positions=F.pad(self.label_positions, (0, labels)),
             labels=F.pad(self.labels, (0, labels)),
             lengths=lengths,
-            first_labels=[*self.first_labels, tokens] if tokens else self.first_labels,
+            first_labels=self.first_labels + row,  # its length: it has no label
             slots=_slots(lengths),
         )
 

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import AutoTokenizer
 
 from prefix_tuning import PrefixBloom, bundled, load_prefix
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.data.rows import prompt_of
-from prefix_tuning.devices import resolve_device, resolve_dtype
+from prefix_tuning.devices import PRECISIONS, resolve_device
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.training.run import train
 
@@ -60,7 +61,7 @@ def main() -> None:
     greedy = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
 
     def models(precision: str) -> tuple[PrefixBloom, PeftModel]:
-        base, _ = load_base(bundled.MODEL, resolve_dtype(precision, device), device)
+        base, tokenizer = load_base(bundled.MODEL, PRECISIONS[precision], device)
         ours = PrefixBloom(base, tokenizer)
         for style, folder in zip(STYLES, folders, strict=True):
             ours.attach(style, load_prefix(folder))
@@ -88,29 +89,29 @@ def main() -> None:
                     answers[place] = text
         return answers
 
-    _, tokenizer = load_base(bundled.MODEL, torch.float32, device)
+    tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL), padding_side="left")
     contestants = {}
     for precision in args.precision:
         ours, theirs = models(precision)
-        contestants[f"ours {precision}"] = functools.partial(by_us, ours)
-        contestants[f"peft {precision}"] = functools.partial(by_peft, theirs)
-        contestants[f"peft {precision}, sorted"] = functools.partial(by_peft, theirs, by_length=True)
+        contestants["ours", precision] = functools.partial(by_us, ours)
+        contestants["peft", precision] = functools.partial(by_peft, theirs)
+        contestants["peft, sorted", precision] = functools.partial(by_peft, theirs, by_length=True)
     for batch_size in args.batch_size:
-        expected = {precision: contestants[f"ours {precision}"](batch_size) for precision in args.precision}
-        seconds, different = {name: [] for name in contestants}, {}
+        expected = {precision: contestants["ours", precision](batch_size) for precision in args.precision}
+        seconds, different = {key: [] for key in contestants}, {}
         for _ in range(args.repeats):
-            for name, answer in contestants.items():
+            for (name, precision), answer in contestants.items():
                 started = time.perf_counter()
                 answers = answer(batch_size)
-                seconds[name].append(time.perf_counter() - started)
-                precision = name.split()[1].rstrip(",")
-                different[name] = sum(a != b for a, b in zip(answers, expected[precision], strict=True))
-                assert precision == "bf16" or not different[name], f"{name}: {different[name]} answers differ"
-        median = {name: statistics.median(values) for name, values in seconds.items()}
-        for name, value in median.items():
-            ratios = ", ".join(f"{value / median[f'ours {each}']:.2f}x ours in {each}" for each in args.precision)
-            speed = len(prompts) / value
-            print(f"batch {batch_size:4d}  {name:18s} {speed:7.1f} questions/s, {ratios}, {different[name]} differ")
+                seconds[name, precision].append(time.perf_counter() - started)
+                others = sum(a != b for a, b in zip(answers, expected[precision], strict=True))
+                different[name, precision] = others
+                assert precision == "bf16" or not others, f"{name}: {others} answers differ"
+        median = {key: statistics.median(values) for key, values in seconds.items()}
+        for (name, precision), value in median.items():
+            ratios = ", ".join(f"{value / median['ours', each]:.2f}x ours in {each}" for each in args.precision)
+            speed, others = len(prompts) / value, different[name, precision]
+            print(f"batch {batch_size:4d}  {name:12s} {precision} {speed:7.1f} questions/s, {ratios}, {others} differ")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Parts of gpu.py: how fast training and answers are at real shapes, how large a pass can be, and a profile."""
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -10,16 +9,25 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from gpu_job import Checks, Job, one_line
-from peft import PrefixTuningConfig, get_peft_model
-from speed import SHAPES, VIRTUAL_TOKENS, make_encoder, make_model, make_rows, train_ours
+from speed import (
+    SHAPES,
+    VIRTUAL_TOKENS,
+    counted,
+    make_encoder,
+    make_model,
+    make_rows,
+    peft_model,
+    peft_trainer,
+    train_ours,
+)
 from torch.profiler import ProfilerActivity
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoTokenizer
 
 from prefix_tuning import PrefixBloom, bundled
 from prefix_tuning.base_model.layers import wrap_layers
 from prefix_tuning.devices import PRECISIONS, is_out_of_memory, make_reproducible
 from prefix_tuning.model.attention import attention_bias
-from prefix_tuning.model.batch import IGNORED, Example, pack
+from prefix_tuning.model.batch import Example, pack
 from prefix_tuning.training.loop import optimizer_step
 
 SHAPES["toy"] = {"n_layer": 2, "hidden_size": 32, "n_head": 2, "vocab_size": 1024}
@@ -60,18 +68,15 @@ def matmul_rate(job: Job) -> float:
 def timed(job: Job, shape: str, rate: float, rows: list[dict], rows_per_step: int, train_steps: Callable) -> dict:
     """The speed of training on these rows. train_steps(steps) is called twice, first for a warm-up.
 
-    The share counts the operations that speed.py's run_floor does: those that no way of training can leave out.
+    The share is that of the operations which no way of training can leave out.
     """
     train_steps(2)
     job.reset_peak()
     started = job.finish()
     train_steps(len(rows) // rows_per_step)
     seconds = job.finish() - started
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    labels = sum(label != IGNORED for row in rows for label in row["labels"][1:])
-    size = SHAPES[shape]
-    of_layers, of_head = 12 * size["hidden_size"] ** 2 * size["n_layer"], size["vocab_size"] * size["hidden_size"]
-    share = 4 * (of_layers * tokens + of_head * labels) / seconds / rate
+    tokens, _, operations = counted(shape, rows)
+    share = operations / seconds / rate
     return {"tokens/s": tokens / seconds, "peak MiB": job.peak(), "share of the bf16 matmul": share}
 
 
@@ -93,25 +98,12 @@ def ours(
 def peft(job: Job, shape: str, rate: float, precision: str, rows: list[dict], batch: int, accumulation: int) -> dict:
     """As the notebook trains: an fp32 base, bf16 by autocast, whatever kernels are fastest."""
     torch.use_deterministic_algorithms(False)
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, prefix_projection=True)
-    model = get_peft_model(make_model(shape, job.device, torch.float32), config)
     tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
+    given = peft_model(shape, job.device), tokenizer, Dataset.from_list(rows)
+    arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
 
     def train_steps(steps: int) -> None:
-        arguments = TrainingArguments(
-            output_dir=tempfile.gettempdir(),
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            max_steps=steps,
-            bf16=precision == "bf16",
-            use_cpu=not job.on_cuda,
-            train_sampling_strategy="sequential",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        collator = DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True)
-        Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=collator).train()
+        peft_trainer(*given, max_steps=steps, bf16=precision == "bf16", **arguments).train()
 
     return timed(job, shape, rate, rows, batch * accumulation, train_steps)
 

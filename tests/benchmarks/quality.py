@@ -91,7 +91,8 @@ def worker(name: str) -> None:
 
 def run_peft(config, model, tokenizer, encoder, rows, clock) -> None:
     from peft import PrefixTuningConfig, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from speed import peft_trainer
+    from transformers import TrainerCallback
 
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens, prefix_projection=True)
     wrapped = get_peft_model(model, prefix)
@@ -109,25 +110,15 @@ def run_peft(config, model, tokenizer, encoder, rows, clock) -> None:
                 clock(encoder.bake(), f"step {state.global_step}")
             return control
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=config.per_device_train_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            learning_rate=config.learning_rate,
-            logging_steps=config.logging_steps,
-            num_train_epochs=1,
-            train_sampling_strategy="sequential",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-    collator = DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True)
-    trainer = Trainer(
-        model=wrapped, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collator,
-        callbacks=[Measure()],
-    )  # fmt: skip
+    trainer = peft_trainer(
+        wrapped,
+        tokenizer,
+        rows,
+        [Measure()],
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+    )
     with contextlib.suppress(Reached):
         trainer.train()
 

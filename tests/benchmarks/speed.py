@@ -96,10 +96,11 @@ def train_ours(model, encoder, data, rows_per_step: int, total: int) -> list[flo
 
 
 def run_ours(args, rows) -> dict:
-    import torch
     from datasets import Dataset
 
-    model = make_model(args.shape, args.device, torch.bfloat16 if args.precision == ["bf16"] else torch.float32)
+    from prefix_tuning.devices import PRECISIONS
+
+    model = make_model(args.shape, args.device, PRECISIONS[args.precision[0]])
     model.requires_grad_(False).eval()
     encoder, data = make_encoder(model), Dataset.from_list(rows)
     train_ours(model, encoder, data, ROWS_PER_STEP, args.warm_up)
@@ -108,65 +109,88 @@ def run_ours(args, rows) -> dict:
     return {"seconds": time.perf_counter() - start, "losses": losses}
 
 
-def run_peft(args, rows) -> dict:
+def peft_model(shape: str, device: str):
+    """PEFT around a float32 base, as the notebook has it."""
     import torch
-    from datasets import Dataset
     from peft import PrefixTuningConfig, get_peft_model
-    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    base = make_model(shape, device, torch.float32)
+    torch.manual_seed(1)
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, prefix_projection=True)
+    return get_peft_model(base, prefix)
+
+
+def peft_trainer(model, tokenizer, rows, callbacks=(), **arguments):
+    """Trainer as the notebook uses it, on these rows in their order. arguments: more of its TrainingArguments."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            logging_steps=10,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=model.device.type == "cpu",
+            **arguments,
+        )
+    collator = DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True)
+    return Trainer(
+        model=model, args=settings, train_dataset=rows, processing_class=tokenizer, data_collator=collator,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def run_peft(args, rows) -> dict:
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
 
     from prefix_tuning import bundled
 
-    base = make_model(args.shape, args.device, torch.float32)
-    torch.manual_seed(1)
-    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, prefix_projection=True)
-    model = get_peft_model(base, prefix)
-    tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
     losses = []
 
     class Record(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             losses.extend([float(logs["loss"])] if "loss" in logs else [])
 
-    def trainer(max_steps):
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=ROWS_PER_STEP,
-                logging_steps=10,
-                num_train_epochs=1,
-                max_steps=max_steps,
-                train_sampling_strategy="sequential",
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                bf16=args.precision == ["bf16"],
-                use_cpu=args.device == "cpu",
-            )
-        return Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True),
-            callbacks=[Record()] if max_steps < 0 else [],
-        )
-
+    tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
+    given = peft_model(args.shape, args.device), tokenizer, Dataset.from_list(rows)
+    batch = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": ROWS_PER_STEP,
+        "bf16": args.precision == ["bf16"],
+    }
     if args.warm_up:
-        trainer(args.warm_up).train()
-    timed = trainer(-1)
+        peft_trainer(*given, max_steps=args.warm_up, **batch).train()
+    timed = peft_trainer(*given, [Record()], **batch)
     start = time.perf_counter()
     timed.train()
     return {"seconds": time.perf_counter() - start, "losses": losses}
 
 
+def counted(shape: str, rows: list[dict]) -> tuple[int, int, int]:
+    """The tokens and labels of rows, and the operations that no way of training on them can leave out.
+
+    These are the forward and backward-to-the-input products of all linear layers over the tokens, and of the lm_head over
+    the labels: 4 x block parameters x tokens + 4 x vocab x hidden x labels.
+    """
+    size = SHAPES[shape]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    labels = sum(label != -100 for row in rows for label in row["labels"][1:])
+    of_layers, of_head = 12 * size["hidden_size"] ** 2 * size["n_layer"], size["vocab_size"] * size["hidden_size"]
+    return tokens, labels, 4 * (of_layers * tokens + of_head * labels)
+
+
 def run_floor(args, rows) -> dict:
-    """Forward and backward-to-the-input products of all linear layers over the rows of each step, and of the lm_head over
-    their labels: 4 x block parameters x tokens + 4 x vocab x hidden x labels operations."""
+    """The matmuls of `counted`, step by step."""
     import torch
 
+    from prefix_tuning.devices import PRECISIONS
+
     shape = SHAPES[args.shape]
-    hidden, dtype = shape["hidden_size"], torch.bfloat16 if args.precision == ["bf16"] else torch.float32
+    hidden, dtype = shape["hidden_size"], PRECISIONS[args.precision[0]]
     sizes = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)]
     weights = [[torch.randn(size, device=args.device, dtype=dtype) for size in sizes] for _ in range(shape["n_layer"])]
     head = torch.randn(shape["vocab_size"], hidden, device=args.device, dtype=dtype)
@@ -185,14 +209,8 @@ def run_floor(args, rows) -> dict:
                 inputs[weight.shape[0]][:tokens] @ weight
 
     steps = [rows[start : start + ROWS_PER_STEP] for start in range(0, len(rows), ROWS_PER_STEP)]
-    sizes = [
-        (sum(len(row["input_ids"]) for row in part), sum(label != -100 for row in part for label in row["labels"][1:]))
-        for part in steps
-    ]
-    operations = sum(
-        4 * 12 * hidden**2 * shape["n_layer"] * tokens + 4 * shape["vocab_size"] * hidden * labels
-        for tokens, labels in sizes
-    )
+    sizes = [counted(args.shape, part)[:2] for part in steps]
+    operations = counted(args.shape, rows)[2]
     for tokens, labels in sizes[: args.warm_up]:
         step(tokens, labels)
     if args.device == "cuda":
