@@ -34,6 +34,31 @@ DEMO_FLAGS = " ".join(f"--{name} {value}" for name, value in bundled.SETTINGS.it
 TRAIN_HELP = (
     f"Tune a prefix for a frozen Bloom. With no model and no dataset named, the bundled demo runs, with {DEMO_FLAGS}"
 )
+# What --help shows first.
+MOST_USED_IN_TRAINING = (
+    "dataset",
+    "model_name_or_path",
+    "output_dir",
+    "eval_dataset",
+    "learning_rate",
+    "num_train_epochs",
+    "num_virtual_tokens",
+    "per_device_train_batch_size",
+    "max_length",
+    "resume_from_checkpoint",
+)
+MOST_USED_IN_INFERENCE = (
+    "question",
+    "prefix",
+    "compare",
+    "chat",
+    "input",
+    "output",
+    "score",
+    "model_name_or_path",
+    "max_new_tokens",
+    "do_sample",
+)
 # --prefix_from fixes these: the encoder that it loads has them already.
 PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
 
@@ -141,7 +166,7 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     from prefix_tuning.parser import Parser
 
     groups = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
-    parser = Parser(groups, prog="train.py", description=TRAIN_HELP)
+    parser = Parser(groups, MOST_USED_IN_TRAINING, prog="train.py", description=TRAIN_HELP)
     values, given = parser.parse(argv)
     if values["model_name_or_path"] == bundled.MODEL and values["dataset"] in bundled.DATASETS:
         skipped = given | (PREFIX_SHAPE if values["prefix_from"] else set())
@@ -172,12 +197,12 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
     from prefix_tuning.parser import Parser
 
     groups = (AskArguments, BaseArguments, DecodingArguments)
-    parser = Parser(groups, prog="infer.py", description="Ask a frozen Bloom with a prefix.")
+    parser = Parser(groups, MOST_USED_IN_INFERENCE, prog="infer.py", description="Ask a frozen Bloom with a prefix.")
     parser.add_argument(
         "question",
         nargs="?",
         default=argparse.SUPPRESS,
-        help="The question, e.g. 法国的首都是哪里？ One that begins with - goes behind --.",
+        help="The question, in quotes. One that begins with - goes behind --.",
     )
     parser.add_argument(
         "--prefix",

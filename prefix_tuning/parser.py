@@ -11,15 +11,57 @@ from transformers import HfArgumentParser
 from prefix_tuning.errors import UserError
 
 
-class Parser(HfArgumentParser):
-    """A parser whose errors are UserErrors. groups: dataclasses of `settings.flag`, one per group of flags in --help."""
+class HelpFormatter(argparse.HelpFormatter):
+    """One spelling of each flag (--no-x and --x-y work, too), and its default where that says more than "off"."""
 
-    def __init__(self, groups: tuple[type[Any], ...], **options: Any):
-        super().__init__(map(_with_help_only, groups), allow_abbrev=False, **options)
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return action.dest
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        if action.nargs == "?":  # a switch
+            value = "{true,false}" if action.default else ""
+        return f"{action.option_strings[0]} {value}".strip()
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, action.dest.split("_")[-1].upper())  # type: ignore[call-overload]
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default, text = action.default, action.help or ""
+        if default not in (None, False, argparse.SUPPRESS):
+            text += f" (default: {'true' if default is True else default})"
+        return text.replace("%", "%%")  # argparse formats it
+
+
+class Parser(HfArgumentParser):
+    """A parser whose errors are UserErrors. groups: dataclasses of `settings.flag`, one per group of flags in --help.
+    most_used: names of flags that --help shows before these groups, in this order.
+    """
+
+    def __init__(self, groups: tuple[type[Any], ...], most_used: tuple[str, ...], **options: Any):
+        usage = "%(prog)s [--flag value ...]"
+        super().__init__(
+            map(_with_help_only, groups), formatter_class=HelpFormatter, usage=usage, allow_abbrev=False, **options
+        )
         self.add_argument("--debug", action="store_true", help="Show where in the program an error was raised.")
         for action in self._actions:
             if action.const is False:  # the --no_X that HfArgumentParser adds to a switch X that is on by default
-                action.help, action.default = f"The same as --{action.dest} false.", argparse.SUPPRESS
+                action.help = action.default = argparse.SUPPRESS
+        self.most_used = most_used
+
+    def format_help(self) -> str:
+        """The help, the most used flags in a group of their own at the top."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        flags = {action.dest: action for action in self._actions if action.help != argparse.SUPPRESS}
+        groups = [("most used", [flags.pop(name) for name in self.most_used])]
+        in_groups = [*self._action_groups[2:], *self._action_groups[:2]]  # argparse's own two, for --help and --debug, last
+        groups += [(group.title or "", [x for x in group._group_actions if x.dest in flags]) for group in in_groups]
+        for title, actions in groups:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -88,8 +88,8 @@ class BaseArguments:
     )
     shard_degree: int | None = new_flag(
         None,
-        "With --shard_base: how many processes share one copy of the base; None: all. On several machines, those of one if "
-        "the base fits there: then gathering stays off the network.",
+        "With --shard_base: how many processes share one copy of the base. Default: all. On several machines, those of one "
+        "if the base fits there: then gathering stays off the network.",
         needs=Needs(("shard_base",), "goes with --shard_base; add that flag"),
     )
     force: bool = new_flag(

@@ -1,4 +1,4 @@
-"""Text: what UTF-8 can encode, and its width on a terminal, where a Chinese character takes two columns."""
+"""Text: what UTF-8 can encode, its width on a terminal, where a Chinese character takes two columns, and times."""
 
 import os
 import re
@@ -43,6 +43,14 @@ def shorten(text: str, columns: int) -> str:
     while (left := left - _columns(text[end])) >= 0:
         end += 1
     return text[:end] + "..."
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 3 min 20 s, 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def pad(text: str, columns: int) -> str:

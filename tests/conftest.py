@@ -161,6 +161,7 @@ def quick_settings(random_base, rows_file, tmp_path):
     return {
         "model_name_or_path": random_base,
         "dataset": str(rows_file),
+        "eval_fraction": 0.0,
         "output_dir": str(tmp_path / "out"),
         "device": "cpu",
         "precision": "fp32",

@@ -100,8 +100,10 @@ def loss_and_gradient(loss_of, prefix):
 
 def training_state(encoder, learning_rate=0.1, loss_scaling=False, max_grad_norm=1.0) -> TrainingState:
     """A new state, with weight decay, warm-up and a rate that falls over 10 steps."""
-    schedule = make_schedule("linear", learning_rate, warmup_steps=2, total_steps=10)
-    return TrainingState(encoder, make_optimizer(encoder, learning_rate, 0.5), schedule, max_grad_norm, loss_scaling)
+    schedule = make_schedule("linear", warmup_steps=2, total_steps=10)
+    state = TrainingState(encoder, make_optimizer(encoder, 0.5), schedule, max_grad_norm, loss_scaling)
+    state.progress.peak_learning_rate = learning_rate
+    return state
 
 
 def step_of(examples, max_tokens=1000, number=1) -> Step:

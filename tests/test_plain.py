@@ -133,9 +133,10 @@ def test_in_float64_the_final_prefix_is_the_same(base, examples, monkeypatch):
         "labels": [labels[0].tolist() for _, labels in examples],
     }
     steps = Steps(Dataset.from_dict(columns), plain.ACCUMULATION, total=20, max_tokens=100, seed=plain.SEED)
-    optimizer = make_optimizer(product, plain.LEARNING_RATE, weight_decay=0.0)
-    schedule = make_schedule("linear", plain.LEARNING_RATE, warmup_steps=0, total_steps=20)
+    optimizer = make_optimizer(product, weight_decay=0.0)
+    schedule = make_schedule("linear", warmup_steps=0, total_steps=20)
     state = TrainingState(product, optimizer, schedule, plain.MAX_GRAD_NORM, loss_scaling=False)
+    state.progress.peak_learning_rate = plain.LEARNING_RATE
     for step, (loss, grad_norm) in zip(steps, history, strict=True):
         _, our_loss, our_norm = optimizer_step(base, state, step)
         # transformers' GELU has the constant sqrt(2 / pi) with 8 digits.

@@ -10,6 +10,7 @@ training_config.json         the settings of the run, versions and device; for p
 metrics.jsonl                losses, evaluations and speed, one JSON object per line; for people, the curves and the card. A
                              resume keeps the lines up to its checkpoint
 training.png                 the curves; for people
+learning_rate.png            the trials by which a learning rate was found; for people
 README.md                    the model card; for people and the hub
 tensorboard/                 the metrics once more, with --report_to tensorboard; for TensorBoard
 checkpoint-STEP.safetensors  all that the next steps depend on; read by --resume_from_checkpoint (checkpoint_format.py)
@@ -23,5 +24,6 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 CONFIG_FILE = "training_config.json"
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training.png"
+SEARCH_FILE = "learning_rate.png"
 CARD_FILE = "README.md"
 BOARD_FOLDER = "tensorboard"

@@ -50,11 +50,11 @@ class AskArguments:
 class DecodingArguments:
     _argument_group_name = "decoding"
 
-    max_new_tokens: int | None = flag(None, "Longest answer, in tokens; None: 128.", at_least=1, needs=_ANSWERING)
+    max_new_tokens: int | None = flag(None, "Longest answer, in tokens. Default: 128.", at_least=1, needs=_ANSWERING)
     max_length: int | None = flag(
         None,
         "Longest question and answer together, in tokens, instead of --max_new_tokens. With --chat: of the conversation, "
-        f"the most that the model sees, answer included; None: {MAX_LENGTH}, as train.py's.",
+        f"the most that the model sees, answer included. Default: {MAX_LENGTH}, as train.py's.",
         at_least=1,
         needs=_tasks("question", "chat"),
     )

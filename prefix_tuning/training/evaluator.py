@@ -1,7 +1,8 @@
 """Held-out rows: when the prefix is evaluated on them during a run, and what is shown of that."""
 
 import functools
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -15,11 +16,12 @@ from prefix_tuning.text import shorten
 from prefix_tuning.training.state import TrainingState
 
 SHOWN_ANSWERS = 5
+LONGEST_SHOWN = 64  # tokens of an expected answer: longer ones take minutes on a CPU, and do not fit on a line
 
 
 @dataclass
 class Evaluator:
-    """Measures a prefix on the held-out rows, prints the figures, and keeps the answers to show them after the run.
+    """Measures a prefix on the held-out rows and prints the figures; after the run, shows answers to a few of them.
 
     rows, tokenized: the held-out rows and their tokens; None: there are none, and no evaluation is ever due. every: steps
     between evaluations; None: one at the end of each epoch. wants_answers: also answer the questions. patience: evaluations
@@ -36,7 +38,6 @@ class Evaluator:
     wants_answers: bool = False
     patience: int | None = None
     keep_best: bool = False
-    answers: dict[str, list[str]] = field(default_factory=dict)
 
     def due(self, state: TrainingState) -> bool:
         """Whether to evaluate the prefix now. That of the last step is evaluated once it is saved (run.py)."""
@@ -60,7 +61,6 @@ class Evaluator:
         line = f"{title}: eval loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}"
         if self.wants_answers:
             answers = answer_rows(self._prefixed, self.tokenizer, self.rows, prefix)
-            self.answers["frozen base" if prefix is None else "with prefix"] = answers
             figures["eval_exact_match"] = exact_match(answers, self.rows)
             line += f", exact match {figures['eval_exact_match']:.1%} of {len(answers)} held-out questions"
         tqdm.write(line)
@@ -70,14 +70,23 @@ class Evaluator:
     def _prefixed(self) -> PrefixBloom:
         return PrefixBloom(self.base)
 
-    def show_answers(self) -> None:
-        """Prints a handful of questions with the answers of the frozen base, if this run asked it, and the last ones."""
-        if self.rows is None or not self.answers:
+    def show_answers(self, prefix: torch.Tensor) -> None:
+        """Prints the first held-out questions whose expected answers are short, with those of the frozen base and of the
+        prefix. All ranks call this together.
+        """
+        if self.tokenized is None or self.rows is None:
             return
-        for index in range(min(SHOWN_ANSWERS, len(self.rows))):
-            row = self.rows[index]
-            texts = {"question": f"{row['instruction']} {row['input']}"}
-            texts |= {title: answers[index] for title, answers in self.answers.items()}
-            for title, text in (texts | {"expected": row["output"]}).items():
+        short = (place for place, row in enumerate(self.rows) if self._tokens(row["output"]) <= LONGEST_SHOWN)
+        if not (places := list(itertools.islice(short, SHOWN_ANSWERS))):
+            return
+        rows = self.rows.select(places)
+        base, tuned = (answer_rows(self._prefixed, self.tokenizer, rows, pairs) for pairs in (None, prefix))
+        for row, by_base, by_prefix in zip(rows, base, tuned, strict=True):
+            question = f"{row['instruction']} {row['input']}"
+            texts = {"question": question, "frozen base": by_base, "with prefix": by_prefix, "expected": row["output"]}
+            for title, text in texts.items():
                 print(f"  {title:12s} {shorten(text, 80)}")
             print()
+
+    def _tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, split_special_tokens=True).input_ids)

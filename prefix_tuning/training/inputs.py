@@ -15,7 +15,7 @@ from prefix_tuning.data.rows import digest, tokenize
 from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.bloom import Bloom
-from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.settings import DEFAULT_HELD_OUT, FEWEST_TO_SPLIT, MOST_HELD_OUT, TrainConfig
 
 
 class Inputs(NamedTuple):
@@ -63,14 +63,29 @@ def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     rows = load_rows(config.dataset, splits=("train",))
     if config.eval_dataset:
         return rows, load_rows(config.eval_dataset, splits=("validation", "test", "train"))
-    if config.eval_fraction:
-        held_out = round(len(rows) * config.eval_fraction)
-        if not 0 < held_out < len(rows):
-            raise UserError(f"--eval_fraction {config.eval_fraction} of {len(rows)} rows leaves one side empty")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
-        chosen, others = (part.sort().values.numpy() for part in (order[:held_out], order[held_out:]))
-        return rows.select(others), rows.select(chosen)
-    return rows, None
+    held_out = number_held_out(config, len(rows))
+    if not held_out:
+        return rows, None
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+    chosen, others = (part.sort().values.numpy() for part in (order[:held_out], order[held_out:]))
+    return rows.select(others), rows.select(chosen)
+
+
+def number_held_out(config: TrainConfig, rows: int) -> int:
+    """How many of so many rows are held out, without --eval_dataset. Raises UserError if a flag needs some and there are
+    none, or if none is left to train on.
+    """
+    if config.eval_fraction is None:
+        if rows >= FEWEST_TO_SPLIT:
+            return min(round(DEFAULT_HELD_OUT * rows), MOST_HELD_OUT)
+        if flags := config.need_held_out():
+            reason = f"{rows} rows are too few to hold some out by default"
+            raise UserError(f"{config.dataset}: {reason}; give --eval_dataset or --eval_fraction, or leave out {flags}")
+        return 0
+    held_out = round(rows * config.eval_fraction)
+    if config.eval_fraction and not 0 < held_out < rows:
+        raise UserError(f"--eval_fraction {config.eval_fraction} of {rows} rows leaves one side empty")
+    return held_out
 
 
 def tokenize_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

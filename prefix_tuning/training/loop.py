@@ -81,7 +81,7 @@ def optimizer_step(base: Bloom, state: TrainingState, step: Step) -> tuple[torch
     scaler.unscale_(optimizer)  # fp16: gradients divided by the loss scale, before they are clipped
     grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), state.max_grad_norm or math.inf)
     for group in optimizer.param_groups:
-        group["lr"] = state.schedule(state.progress.updates)
+        group["lr"] = state.learning_rate()
     scale = scaler.get_scale()
     scaler.step(optimizer)  # fp16: skipped if a gradient overflowed,
     scaler.update()  # which lowers the scale

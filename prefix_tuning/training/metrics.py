@@ -11,9 +11,34 @@ from tqdm import tqdm
 from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import METRICS_FILE
+from prefix_tuning.text import duration
 from prefix_tuning.training.report import open_board
-from prefix_tuning.training.state import TrainingState
+from prefix_tuning.training.state import Clock, TrainingState
 from prefix_tuning.training.steps import Steps
+
+
+class TrainingBar(tqdm):
+    """A progress bar over the steps of a run whose rate and remaining time do not count evaluations and checkpoints.
+
+    clock: the run's.
+    """
+
+    def __init__(self, steps: Steps, clock: Clock):
+        self.clock, self.begun = clock, clock.seconds()
+        super().__init__(
+            steps,
+            "training",
+            steps.total,
+            initial=steps.done,
+            unit="step",
+            smoothing=0,  # then the rate is steps by `elapsed`
+            disable=not distributed.is_main(),
+        )
+
+    @property
+    def format_dict(self) -> dict:
+        """What the bar shows."""
+        return {**super().format_dict, "elapsed": self.clock.seconds() - self.begun}
 
 
 class Metrics:
@@ -59,7 +84,8 @@ class Metrics:
         progress, seconds = state.progress, state.clock.seconds()
         steps = progress.step - progress.logged_step
         loss, grad_norm = torch.stack((state.losses / steps, state.grad_norm)).tolist()
-        speed = (progress.tokens - progress.logged_tokens) / (seconds - progress.logged_seconds)
+        taken = seconds - progress.logged_seconds
+        speed, seconds_per_step = (progress.tokens - progress.logged_tokens) / taken, taken / steps
         epoch = progress.epoch + math.ceil(progress.row / progress.rows_per_step) / self.steps.per_epoch
         self.write(
             {
@@ -71,6 +97,9 @@ class Metrics:
                 "tokens_per_second": round(speed, 1),
             }
         )
+        if self.steps.done == progress.logged_step and progress.step < self.steps.total:
+            left = seconds_per_step * (self.steps.total - progress.step)
+            tqdm.write(f"about {duration(left)} of training left, at {speed:,.0f} tokens/s")
         if self.bar is not None:
             rate = f"{progress.learning_rate:.2e}"
             self.bar.set_postfix(loss=f"{loss:.4f}", lr=rate, tok_s=f"{speed:,.0f}", refresh=False)

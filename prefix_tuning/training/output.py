@@ -16,15 +16,14 @@ from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training.resume import Resumed, clear_checkpoints, metrics_so_far
 from prefix_tuning.training.state import NotFinite, TrainingState
-from prefix_tuning.training.steps import Steps
 
 PATH_SETTINGS = ("model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint")
 
 
-def describe_run(
-    settings: dict, prefix_config: PrefixConfig, steps: Steps, dtype: torch.dtype, device: torch.device
-) -> dict:
-    """All that is needed to repeat a run, without any path of this machine. settings: those of the command, by name."""
+def describe_run(settings: dict, prefix_config: PrefixConfig, dtype: torch.dtype, device: torch.device) -> dict:
+    """All that is needed to repeat a run, without any path of this machine. settings: by name, those of the command and
+    what the run made of them.
+    """
     settings = settings | {name: portable_name(settings[name]) for name in PATH_SETTINGS if settings[name] is not None}
     if settings["prefix_from"]:  # the shape is that of the earlier run
         shape = dataclasses.asdict(prefix_config)
@@ -32,8 +31,6 @@ def describe_run(
     return {
         **settings,
         "prefix_config": dataclasses.asdict(prefix_config),
-        "train_rows": len(steps.train_set),
-        "rows_per_step": steps.rows_per_step,
         "ran_with": {
             "processes": distributed.world_size(),
             "job": distributed.torchrun_job(),

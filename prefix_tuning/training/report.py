@@ -15,8 +15,12 @@ from prefix_tuning.files.names import (
     ENCODER_FILE,
     METRICS_FILE,
     PLOT_FILE,
+    SEARCH_FILE,
 )
 from prefix_tuning.files.writing import atomic_write
+
+WORTH_MENTIONING = 0.01  # of a loss
+WHAT_TO_TRY = "leave out --learning_rate, so that it is found; else more --num_train_epochs or --num_virtual_tokens"
 
 _CARD = Path(__file__).with_name("model_card.md")
 
@@ -32,8 +36,7 @@ def write_card(folder: Path) -> None:
     records = read_metrics(folder)
     summary = records[-1]
     base, shape = settings["model_name_or_path"], settings["prefix_config"]
-    share = settings["eval_fraction"]
-    held_out = settings["eval_dataset"] or (f"{100 * share:g}% of it" if share else None)
+    held_out = settings["eval_dataset"] or (f"{settings['eval_rows']:,} others" if settings["eval_rows"] else None)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # neither bundled nor in a folder
     text = _CARD.read_text("utf-8").format(
         base_model=f"base_model: {base}\n" if on_hub else "",
@@ -63,20 +66,51 @@ def write_card(folder: Path) -> None:
 
 def _figures(records: list[dict], save_best: bool) -> str:
     """The last training loss, and the held-out figures of the frozen base and of the prefix that was saved, as Markdown."""
-    losses = [record for record in records if record.get("loss") is not None]
+    losses, evaluations = _intervals(records), _evaluations(records, save_best)
     text = f"Loss on the training rows at step {losses[-1]['step']}: {losses[-1]['loss']:.4f}.\n" if losses else ""
-    evaluations = [record for record in records if record.get("eval_loss") is not None]
-    frozen = next((record for record in evaluations if record.get("frozen_base")), None)
-    tuned = [record for record in evaluations if record is not frozen]
-    if not tuned:
+    if not evaluations:
         return text
-    chosen = min(tuned, key=lambda record: record["eval_loss"]) if save_best else tuned[-1]
-    shown = [("frozen base", frozen)] if frozen else []
-    shown.append((f"this prefix, step {chosen['step']}", chosen))
-    names = [name for name in ("eval_loss", "eval_perplexity", "eval_exact_match") if name in chosen]
+    shown = [("frozen base", x) if x.get("frozen_base") else (f"this prefix, step {x['step']}", x) for x in evaluations]
+    names = [name for name in ("eval_loss", "eval_perplexity", "eval_exact_match") if name in evaluations[-1]]
     rows = [f"| {title} |" + "".join(f" {record[name]:.4g} |" for name in names) for title, record in shown]
     head = "| on held-out rows | " + " | ".join(name.removeprefix("eval_").replace("_", " ") for name in names) + " |"
     return "\n".join([text, head, "|---" * (len(names) + 1) + "|", *rows, ""])
+
+
+def _intervals(records: list[dict]) -> list[dict]:
+    """The records of metrics.jsonl about training rows."""
+    return [record for record in records if record.get("loss") is not None]
+
+
+def _evaluations(records: list[dict], save_best: bool) -> list[dict]:
+    """Of the records of metrics.jsonl about held-out rows, those of the frozen base and of the prefix that was saved."""
+    evaluations = [record for record in records if record.get("eval_loss") is not None]
+    frozen = [record for record in evaluations if record.get("frozen_base")]
+    tuned = [record for record in evaluations if not record.get("frozen_base")]
+    return frozen + (sorted(tuned, key=lambda record: record["eval_loss"])[:1] if save_best else tuned[-1:])
+
+
+def what_was_learnt(records: list[dict], save_best: bool) -> str:
+    """One line about a finished run: its losses before and after, and if less than 1% of them went, what to try.
+
+    records: those of metrics.jsonl.
+    """
+    pairs = []  # of losses, before and after
+    if len(losses := [record["loss"] for record in _intervals(records)]) > 1:
+        pairs.append(("training loss", losses[0], losses[-1]))
+    if len(evaluations := _evaluations(records, save_best)) > 1:
+        pairs.append(("held-out loss", *(record["eval_loss"] for record in evaluations)))
+    if not pairs:
+        return "too few steps to say what was learnt"
+    line = ", ".join(f"{name} {before:.4f} -> {after:.4f}" for name, before, after in pairs)
+    if len(matches := [record["eval_exact_match"] for record in evaluations if "eval_exact_match" in record]) > 1:
+        line += f", exact match {matches[0]:.1%} -> {matches[1]:.1%}"
+    learnt = [after < (1 - WORTH_MENTIONING) * before for _, before, after in pairs]
+    if not any(learnt):
+        return f"nothing was learnt: {line}; {WHAT_TO_TRY}"
+    if not learnt[-1]:
+        return f"learnt by heart only: {line}; fewer --num_train_epochs or more rows may help"
+    return f"learnt: {line}"
 
 
 def plot_curves(folder: Path) -> None:
@@ -113,6 +147,27 @@ def plot_curves(folder: Path) -> None:
         figure.savefig(draft, format="png", dpi=120)
 
 
+def plot_search(folder: Path) -> None:
+    """Draws learning_rate.png if a rate was searched for and matplotlib is installed. One of an earlier run is removed."""
+    (folder / SEARCH_FILE).unlink(missing_ok=True)
+    searches = [record["learning_rate_search"] for record in read_metrics(folder) if "learning_rate_search" in record]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    if not searches:
+        return
+    (search,) = searches
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="loss at the end of a trial (nats per token)", xscale="log")
+    points = sorted((rate, loss) for rate, loss in zip(search["rates"], search["losses"], strict=True) if loss is not None)
+    axes.plot(*zip(*points, strict=True), "o-", markersize=4)
+    axes.axvline(search["rate"], color="tab:green", linestyle="--", label=f"taken: {search['rate']:.2g}")
+    axes.legend()
+    with atomic_write(folder / SEARCH_FILE) as draft:
+        figure.savefig(draft, format="png", dpi=120)
+
+
 def open_board(folder: Path, step: int):
     """A SummaryWriter for TensorBoard, for a run that is at `step`. Figures of later steps are removed."""
     from torch.utils.tensorboard import SummaryWriter
@@ -139,7 +194,7 @@ def push_to_hub(folder: Path, repository: str) -> None:
     """Uploads a finished run, but for its checkpoints. Raises UserError where the hub refuses; nothing local is lost."""
     from huggingface_hub import HfApi
 
-    files = [CARD_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, CONFIG_FILE, METRICS_FILE, PLOT_FILE]
+    files = [CARD_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, CONFIG_FILE, METRICS_FILE, PLOT_FILE, SEARCH_FILE]
     try:
         HfApi().upload_folder(
             repo_id=repository,

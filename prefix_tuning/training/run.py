@@ -5,20 +5,29 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.layers import compile_now
 from prefix_tuning.devices import described, make_reproducible, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files.writing import locked
+from prefix_tuning.text import duration
 from prefix_tuning.training.checkpoints import Checkpoints
 from prefix_tuning.training.evaluator import Evaluator
 from prefix_tuning.training.inputs import Inputs, read_inputs
+from prefix_tuning.training.learning_rate import find_learning_rate
 from prefix_tuning.training.loop import evaluate, fit
-from prefix_tuning.training.metrics import Metrics
+from prefix_tuning.training.metrics import Metrics, TrainingBar
 from prefix_tuning.training.output import describe_run, prepare_output, save_good_prefix, save_output, summarise
-from prefix_tuning.training.report import create_repository, plot_curves, push_to_hub, write_card
+from prefix_tuning.training.report import (
+    create_repository,
+    plot_curves,
+    plot_search,
+    push_to_hub,
+    read_metrics,
+    what_was_learnt,
+    write_card,
+)
 from prefix_tuning.training.resume import check_same_run, find_resumed, identity
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.start import begin, memory_hint
@@ -56,16 +65,21 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
 
     with out_of_memory_explained(device, what_to_change):
         state, steps = begin(config, inputs, resumed)
-        if distributed.is_main():
-            settings = dataclasses.asdict(config)
-            prepare_output(output_dir, describe_run(settings, state.encoder.config, steps, dtype, device), resumed)
-        del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
-        trainable = sum(parameter.numel() for parameter in state.encoder.parameters())
-        size = f"{len(steps.train_set):,} rows, {steps.total:,} steps, {trainable:,} trainable parameters"
-        print(f"{size}, {described(dtype, config.precision, device)}")
+        print(f"{size_of_run(inputs, state, steps)}; {described(dtype, config.precision, device)}")
         if config.torch_compile and (first := next(iter(steps), None)):
             state.compile_seconds = compile_now(inputs.base, first.batches, state.encoder.bake())
             print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")
+        search = None
+        if state.progress.peak_learning_rate is None:
+            search = find_learning_rate(inputs.base, state, steps)
+            state.progress.peak_learning_rate = search.rate
+            print(search)
+        if distributed.is_main():
+            settings = dataclasses.asdict(config) | {"learning_rate": state.progress.peak_learning_rate}
+            settings |= {"train_rows": len(steps.train_set), "eval_rows": len(inputs.eval_rows or ())}
+            settings |= {"rows_per_step": steps.rows_per_step}
+            prepare_output(output_dir, describe_run(settings, state.encoder.config, dtype, device), resumed)
+        del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
         evaluator = Evaluator(
             inputs.base,
             inputs.tokenizer,
@@ -79,13 +93,26 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
             keep_best=config.save_best,
         )
         with Metrics(output_dir, config.logging_steps, steps, config.report_to == "tensorboard") as metrics:
+            if search:
+                metrics.write(search.record())
             summary = _run(inputs, state, steps, metrics, evaluator, checkpoints)
-    evaluator.show_answers()
-    print(f"{summary['steps']} steps in {summary['train_seconds']:.1f} s; the prefix is saved in {output_dir}")
+    evaluator.show_answers(state.encoder.bake())
+    print(f"{summary['steps']} steps in {duration(summary['train_seconds'])}; the prefix is saved in {output_dir}")
+    if distributed.is_main():
+        print(what_was_learnt(read_metrics(output_dir), config.save_best))
     if repository:
         push_to_hub(output_dir, repository)
         print(f"uploaded to the hub: {repository}")
     return summary
+
+
+def size_of_run(inputs: Inputs, state: TrainingState, steps: Steps) -> str:
+    """What is trained, and on how much."""
+    held_out = f" and {len(inputs.eval_rows):,} held out" if inputs.eval_rows else ""
+    tokens = state.encoder.config.num_virtual_tokens
+    trainable = sum(parameter.numel() for parameter in state.encoder.parameters())
+    rows = f"{len(steps.train_set):,} rows{held_out}, {steps.total:,} steps of {steps.rows_per_step}"
+    return f"{rows}; a prefix of {tokens} tokens by {trainable:,} trainable parameters"
 
 
 def _run(
@@ -102,8 +129,7 @@ def _run(
                 metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
             if evaluator.due(state):  # the run that is resumed was stopped during this evaluation
                 evaluate(state, evaluator, metrics, checkpoints)
-            shown = distributed.is_main()
-            with tqdm(steps, "training", steps.total, initial=progress.step, unit="step", disable=not shown) as metrics.bar:
+            with TrainingBar(steps, state.clock) as metrics.bar:
                 fit(base, state, metrics.bar, metrics, evaluator, checkpoints)
             state.check_finite()
             with checkpoints.saved_if_left(state, metrics):  # if a signal ended the steps, this saves and raises
@@ -141,5 +167,6 @@ def finish(
     metrics.write(summary)
     if distributed.is_main():
         plot_curves(folder)
+        plot_search(folder)
         write_card(folder)
     return summary

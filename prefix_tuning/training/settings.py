@@ -1,5 +1,6 @@
 """Every setting of train.py. Imports no torch: see prefix_tuning/settings.py."""
 
+import dataclasses
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.settings import MAX_LENGTH, MAX_SEED, BaseArguments, Needs, check_flags, content_flag, new_flag, same_flag
 from prefix_tuning.text import as_text
 
-_HELD_OUT_ROWS = Needs(("eval_dataset", "eval_fraction"), "needs held-out rows: --eval_dataset or --eval_fraction")
+_HELD_OUT_ROWS = Needs(("may_hold_out",), "needs held-out rows: --eval_dataset or --eval_fraction")
+# Where nothing is said about held-out rows.
+DEFAULT_HELD_OUT, MOST_HELD_OUT, FEWEST_TO_SPLIT = 0.05, 200, 40
 _PROJECTION = Needs(("prefix_projection",), "is the width of the projection, and --prefix_projection false has none")
 
 
@@ -34,11 +37,21 @@ class DataArguments:
         ".parquet file, a folder written by save_to_disk, a hub name, or a bundled set.",
     )
     eval_dataset: str | None = content_flag(None, "Held-out rows, named in the same ways.")
-    eval_fraction: float = same_flag(0.0, "Without --eval_dataset: hold out this share of the training rows.", at_least=0)
+    eval_fraction: float | None = same_flag(
+        None,
+        "Without --eval_dataset: hold out this share of the training rows; 0: none. Default: "
+        f"{DEFAULT_HELD_OUT:.0%}, {MOST_HELD_OUT} rows at most, if there are at least {FEWEST_TO_SPLIT} rows.",
+        at_least=0,
+    )
     eval_exact_match: bool = same_flag(
         False, "Also answer the held-out questions greedily, and report the share of exact matches.", needs=_HELD_OUT_ROWS
     )
     max_length: int = same_flag(MAX_LENGTH, "Tokens per row, prompt and answer together; the rest is cut off.", at_least=1)
+
+    @property
+    def may_hold_out(self) -> bool:
+        """Whether there are to be held-out rows; of few rows, none are held out by default."""
+        return self.eval_dataset is not None or self.eval_fraction != 0
 
 
 @dataclass
@@ -48,7 +61,7 @@ class PrefixArguments:
     num_virtual_tokens: int = same_flag(10, "Length of the prefix.", at_least=1)
     prefix_projection: bool = same_flag(True, "Learn the prefix through an MLP (false: learn its numbers directly).")
     encoder_hidden_size: int | None = same_flag(
-        None, "Width of the MLP's hidden layer; None: the model's hidden size.", at_least=1, needs=_PROJECTION
+        None, "Width of the MLP's hidden layer. Default: the model's hidden size.", at_least=1, needs=_PROJECTION
     )
     prefix_init: Literal["random", "zero", "text"] = same_flag(
         "random", "Start from random numbers as PEFT does, from zeros, or from the keys and values of --init_text."
@@ -72,7 +85,7 @@ class LoopArguments:
     num_train_epochs: float = new_flag(1.0, "How often to go through the training rows; fractions are allowed.", at_least=0)
     max_tokens_per_batch: int | None = new_flag(
         None,
-        "Tokens per forward pass; fewer take less memory, the result is the same. None: by device and model.",
+        "Tokens per forward pass; fewer take less memory, the result is the same. Default: by device and model.",
         at_least=1,
     )
     gradient_checkpointing: bool = new_flag(
@@ -82,8 +95,8 @@ class LoopArguments:
         False, "Compile the layers with torch.compile before training. On a CPU it gains nothing; on a GPU, try it."
     )
     max_steps: int = new_flag(-1, "Optimizer steps, instead of epochs; 0 only saves the initial prefix.", at_least=-1)
-    learning_rate: float = same_flag(
-        5e-5, "AdamW's peak learning rate. Narrow encoders need larger ones: 5e-3 suits the mini Bloom.", at_least=0
+    learning_rate: float | None = same_flag(
+        None, "AdamW's peak learning rate. Default: found by short trials on training rows. Trainer's is 5e-5.", at_least=0
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = same_flag(
         "linear", "Shape of the learning rate after the warm-up."
@@ -107,10 +120,10 @@ class OutputArguments:
     )
     logging_steps: int = new_flag(10, "Write a line of metrics.jsonl every this many steps.", at_least=1)
     eval_steps: int | None = new_flag(
-        None, "Evaluate every this many steps; None: at the end of each epoch.", at_least=1, needs=_HELD_OUT_ROWS
+        None, "Evaluate every this many steps. Default: at the end of each epoch.", at_least=1, needs=_HELD_OUT_ROWS
     )
     save_steps: int = new_flag(500, "Checkpoint every this many steps; 0: only when a signal stops the run.", at_least=0)
-    save_total_limit: int | None = new_flag(2, "Keep this many of the newest checkpoints; None: all.", at_least=1)
+    save_total_limit: int | None = new_flag(2, "Keep this many of the newest checkpoints.", at_least=1)
     report_to: Literal["none", "tensorboard"] = new_flag(
         "none", "Also write the metrics for TensorBoard, to the folder tensorboard in --output_dir."
     )
@@ -132,7 +145,7 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
         check_flags(self)
         if self.num_train_epochs == 0 and self.max_steps < 0:
             raise UserError("--num_train_epochs 0 trains nothing; --max_steps 0 saves the initial prefix")
-        if self.eval_fraction >= 1:
+        if self.eval_fraction is not None and self.eval_fraction >= 1:
             raise UserError(f"--eval_fraction must be below 1, not {self.eval_fraction}")
         if self.eval_fraction and self.eval_dataset:
             raise UserError("--eval_fraction and --eval_dataset exclude each other; choose one")
@@ -144,6 +157,11 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
         if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--report_to tensorboard needs a package that is not here: pip install tensorboard")
         _check_output_dir(self.output_dir)
+
+    def need_held_out(self) -> str:
+        """The flags given that have no effect without held-out rows, as they are written."""
+        needing = (field for field in dataclasses.fields(self) if field.metadata["rules"].needs is _HELD_OUT_ROWS)
+        return ", ".join(f"--{field.name}" for field in needing if getattr(self, field.name) != field.default)
 
 
 def _check_output_dir(output_dir: str) -> None:

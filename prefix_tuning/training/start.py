@@ -40,11 +40,12 @@ def begin(config: TrainConfig, inputs: Inputs, resumed: Resumed | None) -> tuple
     )
     state = TrainingState(
         encoder,
-        make_optimizer(encoder, config.learning_rate, config.weight_decay),
-        make_schedule(config.lr_scheduler_type, config.learning_rate, config.warmup_steps, steps.total),
+        make_optimizer(encoder, config.weight_decay),
+        make_schedule(config.lr_scheduler_type, config.warmup_steps, steps.total),
         config.max_grad_norm,
         loss_scaling=inputs.base.dtype == torch.float16,
     )
+    state.progress.peak_learning_rate = config.learning_rate
     if resumed:
         restore(state, resumed)
         if progress.rows_per_step != rows_per_step:

@@ -42,6 +42,7 @@ class Progress:
     logged_seconds: float = 0.0
     logged_tokens: int = 0
     learning_rate: float = 0.0  # of the last step
+    peak_learning_rate: float | None = None  # None: not yet known (learning_rate.py finds it)
     evaluated_step: int = -1
     best_step: int = -1
     best_loss: float | None = None
@@ -56,7 +57,8 @@ class Progress:
 class TrainingState:
     """The encoder, what trains it, and the figures of the run so far.
 
-    schedule: the learning rate after so many updates. loss_scaling: for fp16, whose small gradients would become zero.
+    schedule: the share of the peak learning rate after so many updates. loss_scaling: for fp16, whose small gradients would
+    become zero.
 
     Tensors on the device, so that the loop need not wait for it: `losses`, the sum of the losses since the last line of
     metrics.jsonl; `grad_norm`, of the last step before clipping; `bad_step`, the first step whose loss or gradient was not
@@ -83,6 +85,11 @@ class TrainingState:
         self.bad_step = torch.full((), math.inf, device=device)
         self.best_weights: dict[str, torch.Tensor] = {}
         self.compile_seconds = 0.0
+
+    def learning_rate(self) -> float:
+        """That of the next update."""
+        assert self.progress.peak_learning_rate is not None
+        return self.progress.peak_learning_rate * self.schedule(self.progress.updates)
 
     def advance(self, step: Step, prefix: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Records a step that is done, and what `optimizer_step` returned of it."""
@@ -201,19 +208,21 @@ class Clock:
             self._since = time.perf_counter()
 
 
-def make_optimizer(encoder: PrefixEncoder, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW as transformers' Trainer sets it up: its betas and eps, no decay for biases. It gets nothing but the encoder."""
+def make_optimizer(encoder: PrefixEncoder, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW as transformers' Trainer sets it up: its betas and eps, no decay for biases. It gets nothing but the encoder.
+    Its learning rate is set before each step (loop.py).
+    """
     parameters = list(encoder.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
-def make_schedule(name: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """The learning rate as a function of the updates that are done. name: one of transformers' `get_scheduler`."""
-    unused = torch.optim.SGD([torch.zeros(())], lr=learning_rate)  # only the scheduler's lambda is used
-    (factor,) = get_scheduler(name, unused, warmup_steps, total_steps).lr_lambdas
-    return lambda updates: learning_rate * factor(updates)
+def make_schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The learning rate as a share of its peak, by the updates that are done. name: one of transformers' `get_scheduler`."""
+    unused = torch.optim.SGD([torch.zeros(())], lr=1.0)  # only the scheduler's lambda is used
+    (share,) = get_scheduler(name, unused, warmup_steps, total_steps).lr_lambdas
+    return share

@@ -83,8 +83,9 @@ def train_ours(model, encoder, data, rows_per_step: int, total: int) -> list[flo
 
     max_tokens = suggested_max_tokens(model, is_sharded(model))
     steps = Steps(data, rows_per_step, total, max_tokens, equal_passes=is_sharded(model))
-    schedule = make_schedule("linear", 5e-5, warmup_steps=0, total_steps=total)
-    state = TrainingState(encoder, make_optimizer(encoder, 5e-5, 0.0), schedule, max_grad_norm=1.0, loss_scaling=False)
+    schedule = make_schedule("linear", warmup_steps=0, total_steps=total)
+    state = TrainingState(encoder, make_optimizer(encoder, 0.0), schedule, max_grad_norm=1.0, loss_scaling=False)
+    state.progress.peak_learning_rate = 5e-5
     state.progress.rows_per_step = rows_per_step
     evaluator = Evaluator(model, None, None, None, max_tokens, total)
     with tempfile.TemporaryDirectory() as folder, Metrics(Path(folder), 10, steps) as metrics:

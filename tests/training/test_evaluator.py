@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 from helpers import LATEST, assert_same_run, checkpoint_names, interrupt, metrics_without_timings
 
@@ -8,13 +11,26 @@ from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
 
-def test_a_run_that_went_on_shows_no_answers_of_the_base_that_it_did_not_ask(settings, capsys):
-    settings |= {"eval_exact_match": True}
-    train(TrainConfig(**settings))
-    assert capsys.readouterr().out.count("\n  frozen base") == 5
-    train(TrainConfig(**settings | {"resume_from_checkpoint": "latest", "num_train_epochs": 2}))
+def test_a_run_ends_with_five_answers_of_base_and_prefix_beside_the_expected_ones(settings, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(settings["eval_dataset"]).read_text("utf-8").splitlines()]
+    rows[0]["output"] = "长" * 100  # too long to be shown
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    train(TrainConfig(**settings | {"eval_dataset": str(held_out)}))
     out = capsys.readouterr().out
-    assert out.count("\n  with prefix") == 5 and "\n  frozen base" not in out
+    assert [out.count(f"\n  {title}") for title in ("frozen base", "with prefix", "expected")] == [5, 5, 5]
+    for row in rows[1:6]:
+        assert f"  question     {row['instruction']}\n" in out and f"  expected     {row['output']}\n" in out
+    assert rows[0]["instruction"] not in out
+    train(TrainConfig(**settings | LATEST | {"eval_dataset": str(held_out), "num_train_epochs": 2}))
+    assert capsys.readouterr().out.count("\n  frozen base") == 5
+
+
+def test_long_answers_are_not_shown(settings, tmp_path, capsys):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps({"instruction": "问", "output": "长" * 100}) + "\n", "utf-8")
+    train(TrainConfig(**settings | {"eval_dataset": str(held_out)}))
+    assert "  expected  " not in capsys.readouterr().out
 
 
 # Evaluations: the frozen base, steps 3, 6 and 9, and the last step, 11.

@@ -2,7 +2,7 @@ import pytest
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.errors import UserError
-from prefix_tuning.training.inputs import load_splits
+from prefix_tuning.training.inputs import load_splits, number_held_out
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -16,6 +16,19 @@ def test_eval_fraction_holds_rows_out(quick_settings):
     assert again.to_list() == train_rows.to_list()
     with pytest.raises(UserError, match="leaves one side empty"):
         load_splits(TrainConfig(**quick_settings | {"eval_fraction": 0.001}))
+
+
+@pytest.mark.parametrize("rows, held_out", [(39, 0), (40, 2), (1000, 50), (4000, 200), (100_000, 200)])
+def test_a_twentieth_is_held_out_by_default_and_none_of_few_rows(quick_settings, rows, held_out):
+    config = TrainConfig(**quick_settings | {"eval_fraction": None})
+    assert number_held_out(config, rows) == held_out
+    assert number_held_out(TrainConfig(**quick_settings | {"eval_fraction": 0.0}), rows) == 0
+
+
+def test_a_flag_that_needs_held_out_rows_and_too_few_rows_to_hold_some_out(quick_settings):
+    config = TrainConfig(**quick_settings | {"eval_fraction": None, "eval_steps": 2, "save_best": True})
+    with pytest.raises(UserError, match=r"39 rows are too few .* or leave out --eval_steps, --save_best$"):
+        number_held_out(config, 39)
 
 
 def test_rows_without_labels_are_counted_and_all_of_them_are_an_error(quick_settings, capsys):

@@ -1,8 +1,11 @@
 import pytest
 from helpers import LATEST, metrics_of, metrics_without_timings
 
+from prefix_tuning.training.metrics import TrainingBar
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.state import Clock
+from prefix_tuning.training.steps import Steps
 
 
 def test_an_early_stop_writes_the_loss_of_its_last_interval(small_pass_settings, tmp_path):
@@ -31,3 +34,26 @@ def test_a_line_of_metrics_is_the_mean_of_its_steps(quick_settings, tmp_path):
         losses[steps] = [line["loss"] for line in metrics_of(run["output_dir"]) if "loss" in line]
     parts = losses[1][:4], losses[1][4:8], losses[1][8:]
     assert losses[4] == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-6)
+
+
+def test_the_bar_counts_neither_evaluations_nor_an_earlier_part_of_the_run(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("prefix_tuning.training.state.time.perf_counter", lambda: now)
+    clock = Clock(seconds=500.0)
+    bar = TrainingBar(Steps(range(80), 8, total=110, max_tokens=100, done=100), clock)
+    with clock.running():
+        for _ in range(4):
+            now += 2.0
+            bar.update()
+        with clock.stopped():
+            now += 1000.0
+        shown = bar.format_meter(**bar.format_dict)
+    assert "104/110 [00:08<00:12,  2.00s/step" in shown
+    bar.close()
+
+
+def test_the_time_that_is_left_is_said_once_it_is_known(quick_settings, capsys):
+    train(TrainConfig(**quick_settings | {"max_steps": 6, "logging_steps": 2, "save_steps": 4}))
+    assert capsys.readouterr().out.count(" s of training left, at ") == 1
+    train(TrainConfig(**quick_settings | LATEST | {"max_steps": 12, "logging_steps": 2}))
+    assert capsys.readouterr().out.count(" s of training left, at ") == 1

@@ -17,12 +17,13 @@ from peft import PeftConfig
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import CARD_FILE, PLOT_FILE
-from prefix_tuning.training.report import plot_curves, write_card
+from prefix_tuning.training.report import plot_curves, what_was_learnt, write_card
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("curves")
 FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--eval_fraction", "0.2"]
+FLAGS += ["--learning_rate", "0.01"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_the_card_says_what_was_trained_and_how_good_it_is(finished):
     first, *_, last = [record for record in metrics_of(finished) if "eval_loss" in record]
     assert f"| frozen base | {first['eval_loss']:.4g} | {first['eval_perplexity']:.4g} |" in card
     assert f"| this prefix, step 4 | {last['eval_loss']:.4g} |" in card
-    assert "rows.jsonl, 32 rows; held out: 20% of it" in card and "4 steps of 8 rows" in card
+    assert "rows.jsonl, 32 rows; held out: 8 others" in card and "4 steps of 8 rows" in card
     assert "PeftModel.from_pretrained" in card and "infer.py" in card
     assert str(finished.parent) not in card and PeftConfig.from_pretrained(finished).peft_type == "PREFIX_TUNING"
 
@@ -55,13 +56,13 @@ def test_a_readme_of_the_users_is_not_replaced(tmp_path, rows_file):
 
 def test_a_base_of_the_hub_stands_in_the_cards_front(finished, tmp_path):
     settings = json.loads((finished / "training_config.json").read_text("utf-8"))
-    settings |= {"model_name_or_path": "Langboat/bloom-1b4-zh", "eval_fraction": 0.005}
+    settings |= {"model_name_or_path": "Langboat/bloom-1b4-zh", "eval_rows": 1200}
     (tmp_path / "training_config.json").write_text(json.dumps(settings), "utf-8")
     (tmp_path / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text("utf-8"), "utf-8")
     write_card(tmp_path)
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "\nbase_model: Langboat/bloom-1b4-zh\n" in card and 'from_pretrained("Langboat/bloom-1b4-zh")' in card
-    assert "held out: 0.5% of it" in card
+    assert "held out: 1,200 others" in card
 
 
 def test_the_card_tells_of_the_best_prefix_if_that_was_saved(finished, tmp_path):
@@ -207,3 +208,25 @@ def test_a_picture_of_an_earlier_run_does_not_stand_in_the_card(small_pass_setti
     assert (folder / PLOT_FILE).exists() and PLOT_FILE in (folder / CARD_FILE).read_text("utf-8")
     train(TrainConfig(**small_pass_settings | {"overwrite_output_dir": True, "max_steps": 0}))
     assert not (folder / PLOT_FILE).exists() and PLOT_FILE not in (folder / CARD_FILE).read_text("utf-8")
+
+
+def records(losses, held_out=(), matches=()):
+    lines = [{"step": 10 * number, "loss": loss} for number, loss in enumerate(losses, start=1)]
+    for number, loss in enumerate(held_out):
+        match = {"eval_exact_match": matches[number]} if matches else {}
+        lines.append({"step": 10 * number, "eval_loss": loss} | match | ({"frozen_base": True} if number == 0 else {}))
+    return lines
+
+
+def test_what_was_learnt_is_said_in_a_line():
+    line = what_was_learnt(records([4, 2, 1], [5, 3, 2], [0.0, 0.5, 0.75]), save_best=False)
+    assert line == "learnt: training loss 4.0000 -> 1.0000, held-out loss 5.0000 -> 2.0000, exact match 0.0% -> 75.0%"
+    best = what_was_learnt(records([4, 2, 1], [5, 1, 2], [0.0, 0.5, 0.75]), save_best=True)
+    assert best.endswith("held-out loss 5.0000 -> 1.0000, exact match 0.0% -> 50.0%")
+
+
+def test_a_run_that_learnt_nothing_says_so_and_what_to_try():
+    line = what_was_learnt(records([13.834, 13.834], [13.9, 13.9]), save_best=False)
+    assert line.startswith("nothing was learnt: training loss 13.8340 -> 13.8340, ") and "--learning_rate" in line
+    assert what_was_learnt(records([4, 1], [5, 6]), save_best=False).startswith("learnt by heart only: ")
+    assert what_was_learnt(records([4]), save_best=False) == "too few steps to say what was learnt"

@@ -26,9 +26,9 @@ BAD_FLAGS = {
     "--max_steps one": "--max_steps",
     "--output_dir pyproject.toml": "is a file",
     "--output_dir pyproject.toml/below": "is a file",
-    "--save_best --dataset my.jsonl": "--save_best needs held-out rows",
-    "--early_stopping_patience 2 --dataset my.jsonl": "needs held-out rows",
-    "--eval_exact_match --dataset my.jsonl": "--eval_exact_match needs held-out rows",
+    "--save_best --dataset my.jsonl --eval_fraction 0": "--save_best needs held-out rows",
+    "--early_stopping_patience 2 --dataset my.jsonl --eval_fraction 0": "needs held-out rows",
+    "--eval_exact_match --dataset my.jsonl --eval_fraction 0": "--eval_exact_match needs held-out rows",
     "--eval_steps 5 --eval_fraction 0": "--eval_steps needs held-out rows",
     "--encoder_hidden_size 64 --prefix_projection false": "--encoder_hidden_size is the width of the projection",
     "--output_dir=": "--output_dir is empty",
@@ -42,7 +42,8 @@ BAD_FLAGS = {
 
 
 def test_the_notebooks_command_has_the_notebooks_settings():
-    config = parse_train_config(["--model_name_or_path", "Langboat/bloom-1b4-zh", "--dataset", "../data/alpaca_data_zh"])
+    flags = "--learning_rate 5e-5 --eval_fraction 0 --model_name_or_path Langboat/bloom-1b4-zh"
+    config = parse_train_config([*flags.split(), "--dataset", "../data/alpaca_data_zh"])
     assert (config.num_virtual_tokens, config.prefix_projection, config.max_length) == (10, True, 256)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (1, 8)
     assert (config.num_train_epochs, config.learning_rate, config.logging_steps) == (1.0, 5e-5, 10)

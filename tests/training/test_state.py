@@ -21,7 +21,7 @@ def new_state(seed=0, projection=True, loss_scaling=False) -> TrainingState:
 def step(state: TrainingState) -> None:
     state.encoder().square().sum().backward()
     for group in state.optimizer.param_groups:
-        group["lr"] = state.schedule(state.progress.updates)
+        group["lr"] = state.learning_rate()
     state.optimizer.step()
     state.progress.updates += 1
     state.optimizer.zero_grad()
@@ -45,6 +45,7 @@ def test_a_new_run_is_at_the_start():
         **dict.fromkeys(("step", "updates", "epoch", "row", "rows_per_step", "tokens", "logged_step", "logged_tokens"), 0),
         **dict.fromkeys(("seconds", "logged_seconds", "learning_rate"), 0.0),
         **{"evaluated_step": -1, "best_step": -1, "best_loss": None, "evaluations_since_best": 0},
+        "peak_learning_rate": 0.1,
     }
     assert state.losses == 0 and state.grad_norm == 0 and state.bad_step == math.inf and state.compile_seconds == 0
     assert torch.equal(state.good_prefix, state.encoder.bake())
@@ -63,9 +64,9 @@ def test_the_optimizer_is_trainers():
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
 def test_the_rate_is_a_function_of_the_updates_and_transformers_own(name):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    scheduler, rate = get_scheduler(name, optimizer, 2, 10), make_schedule(name, 0.3, warmup_steps=2, total_steps=10)
+    scheduler, share = get_scheduler(name, optimizer, 2, 10), make_schedule(name, warmup_steps=2, total_steps=10)
     for updates in range(10):
-        assert rate(updates) == optimizer.param_groups[0]["lr"]
+        assert 0.3 * share(updates) == optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
 
