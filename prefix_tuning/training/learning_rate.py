@@ -77,7 +77,7 @@ def trial(base: Bloom, state: TrainingState, steps: Steps, rate: float, length: 
     copied.progress.peak_learning_rate, copied.schedule = rate, lambda updates: 1 - updates / length
     losses = []
     for step in replace(steps, total=length):
-        prefix, loss, grad_norm = optimizer_step(base, copied, step)
+        _, loss, _ = optimizer_step(base, copied, step)
         losses.append(loss.item())
     last = losses[-math.ceil(length / 4) :]
     mean = sum(last) / len(last)
