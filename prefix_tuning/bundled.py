@@ -19,7 +19,7 @@ _PATHS = {
     "bundled:sentence-eval": _DEMO / "data" / "sentence-eval.jsonl",
 }
 
-# The defaults of train.py where model and dataset are bundled. tests/benchmarks/NOTES.md has the measurements behind them.
+# The defaults of train.py where model and dataset are bundled. tests/benchmarks/README.md has the measurements behind them.
 SETTINGS = {
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,

@@ -91,7 +91,7 @@ def held_per_token(model: BloomForCausalLM) -> int:
 
 
 def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
-    """Tokens of one forward pass that suit the device and the model (tests/benchmarks/NOTES.md).
+    """Tokens of one forward pass that suit the device and the model (tests/benchmarks/README.md).
 
     What a pass keeps for its backward pass stays within half a GiB on a CPU, where more than 640 tokens gain little;
     elsewhere within two GiB, or eight if every pass `gathers` the weights of the base from other processes.

@@ -1,4 +1,4 @@
-"""What the README says to type, typed."""
+"""What the READMEs say to type, typed, and what they show and refer to, looked up."""
 
 import json
 import re
@@ -16,6 +16,7 @@ from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.inference.run import infer
 
 READMES = ["README.md", "README.zh-CN.md"]
+MOST_LINES = 220  # of a README; what is longer has a place of its own, such as tests/benchmarks/README.md
 
 
 def blocks(name):
@@ -25,9 +26,10 @@ def blocks(name):
 
 
 def commands(name, program):
-    """The arguments of each command line for `program`, continuation lines joined, the comments left out."""
+    """The arguments of each command line for `program`, also under torchrun, without comments; continuation lines joined."""
     lines = "".join(blocks(name)).replace("\\\n", " ").splitlines()
-    found = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if f"python {program}" in line]
+    started = re.compile(rf"(python|torchrun .*) {re.escape(program)}( |$)")
+    found = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if started.search(line)]
     return [words[words.index(program) + 1 :] for words in found]
 
 
@@ -99,3 +101,30 @@ def test_the_lines_of_the_page_are_where_the_table_says(name):
 def test_both_languages_have_the_same_commands():
     first, second = ([commands(name, program) for program in ("infer.py", "train.py")] for name in READMES)
     assert first == second
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_a_readme_is_short_and_complete(name):
+    text = (ROOT / name).read_text("utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    assert not re.findall("@@.*", text)  # places that are to be filled in
+
+
+@pytest.mark.parametrize("name", [*READMES, "prefix_tuning/demo/README.md", "tests/benchmarks/README.md"])
+def test_figures_links_and_files_that_are_named_exist(name):
+    text, folder = (ROOT / name).read_text("utf-8"), (ROOT / name).parent
+    links = re.findall(r"\]\((?!#|https?:)(.+?)\)", text)
+    assert [link for link in links if not (folder / link).exists()] == []
+    named = re.findall(r"`(?:python )?((?:prefix_tuning|tests)/[\w/.-]+\.\w+)", text)
+    assert [file for file in named if not (ROOT / file).exists()] == []
+
+
+def test_the_table_of_contents_of_the_measurements_lists_every_section():
+    text = (ROOT / "tests" / "benchmarks" / "README.md").read_text("utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert re.findall(r"^\| \[(.+?)\]\(#", text, re.MULTILINE) == headings
+
+
+def test_both_languages_show_the_same_figures_and_files():
+    first, second = (re.findall(r"!\[.*?\]\((.+?)\)", (ROOT / name).read_text("utf-8")) for name in READMES)
+    assert first == second and len(first) >= 2

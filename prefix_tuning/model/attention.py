@@ -46,7 +46,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 QUERY_CHUNK = 128  # queries: smaller chunks skip more masked keys, larger ones launch fewer kernels
-SHORT_ROW = 48  # tokens; for shorter rows, launching a row's kernels takes a CPU longer than running them (NOTES.md)
+SHORT_ROW = 48  # tokens; for shorter rows, a CPU takes longer to launch their kernels than to run them (tests/benchmarks)
 
 
 def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
