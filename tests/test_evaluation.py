@@ -1,13 +1,12 @@
 import pytest
 from datasets import Dataset
-from helpers import metrics_of, plain_loss, random_bloom
+from helpers import complete, metrics_of, plain_loss, random_bloom
 
 from prefix_tuning import PrefixBloom
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.evaluation import answer_rows, exact_match
 from prefix_tuning.files.prefixes import load_prefix
-from prefix_tuning.generation.batches import complete
 from prefix_tuning.model.batch import IGNORED
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
@@ -16,7 +15,12 @@ from prefix_tuning.training.settings import TrainConfig
 def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokenizer, mixed):
     def row(prompt):
         answer = complete(tuned_model, tokenizer, [prompt], prefix_name="sentence", max_new_tokens=64, do_sample=False)[0]
-        return {"instruction": prompt.removeprefix("Human: ").partition("\n\n")[0], "input": "", "output": answer}
+        return {
+            "instruction": prompt.removeprefix("Human: ").partition("\n\n")[0],
+            "input": "",
+            "output": answer,
+            "history": [],
+        }
 
     rows = Dataset.from_list([row(prompt) for prompt in mixed[0][:4]])
     model = PrefixBloom(tuned_model)

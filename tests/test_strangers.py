@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import torch
-from helpers import prefix_config, random_bloom, training_state
+from helpers import complete, prefix_config, random_bloom, training_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data import readers
+from prefix_tuning.data.columns import COLUMNS, Columns
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import load_checkpoint, save_checkpoint
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_adapter, save_encoder
-from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training.resume import check_same_run, find_resumed, metrics_so_far, restore
@@ -159,10 +159,11 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
     content = chosen.draw(st.binary(max_size=200) | damaged(valid) | strange)
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
-    rows = read_or_refuse(lambda: list(readers._checked_rows("rows", reader, str(path))))
+    own = Columns({name: name for name in COLUMNS}, answered=True)
+    rows = read_or_refuse(lambda: list(readers._checked_rows("rows", reader, str(path), own)))
     for found in rows or []:
-        assert found.keys() == {"instruction", "input", "output"}
-        assert all(isinstance(text, str) and text.encode("utf-8") is not None for text in found.values())
+        assert found.keys() == {*COLUMNS, "history"} and found["history"] == []
+        assert all(isinstance(found[name], str) and found[name].encode("utf-8") is not None for name in COLUMNS)
 
 
 @pytest.fixture(scope="module")

@@ -121,8 +121,8 @@ def test_a_question_may_name_its_prefix(tmp_path):
     rows = [{"instruction": "你好", "more": 1}, {"instruction": "好", "input": "吗", "prefix": "b"}]
     rows += [{"instruction": "好", "input": None, "prefix": empty} for empty in (None, "")]
     found = list(read_questions(write_jsonl(tmp_path / "a.jsonl", *rows), ["a", "b"]))
-    prompts = [prompt_of("你好"), prompt_of("好", "吗"), prompt_of("好"), prompt_of("好")]
-    assert found == list(zip(rows, prompts, [None, "b", None, None], strict=True))
+    parts = [[prompt_of("你好")], [prompt_of("好", "吗")], [prompt_of("好")], [prompt_of("好")]]
+    assert found == list(zip(rows, parts, [None, "b", None, None], strict=True))
     for change, message in (
         ({"prefix": "c"}, "line 2: names the prefix 'c'; there are a, b"),
         ({"response": ""}, "line 2: has a column 'response' already"),
