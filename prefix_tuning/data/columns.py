@@ -116,12 +116,12 @@ def _texts_of_talk(where: str, column: str, talk: Any) -> tuple[str, list[str]]:
         role, content = ("role", "content") if "role" in message else ("from", "value")
         speaker, expected = message.get(role), ("assistant" if len(texts) % 2 else "user")
         kind = ROLES.get(speaker) if isinstance(speaker, str) else None
-        text = _text(where, f"the {content} of {what}", message.get(content))
-        if kind == "system" and number == 1:
-            system = text
-        elif kind != expected:
+        if kind != expected and not (kind == "system" and number == 1):
             order = "user and assistant take turns, a system may come first"
             raise UserError(f"{where}: {what} is by {_shown(speaker)}, where {expected} is expected: {order}")
+        text = _text(where, f"the {content} of {what}", message.get(content))
+        if kind == "system":
+            system = text
         elif kind == "assistant" and not text.strip():
             raise UserError(f"{where}: {what} is empty; every answer needs a text")
         else:
