@@ -1,6 +1,7 @@
 import pytest
+import torch
 from datasets import Dataset
-from helpers import complete, metrics_of, plain_loss, random_bloom
+from helpers import complete, metrics_of, plain_loss, random_bloom, write_jsonl
 
 from prefix_tuning import PrefixBloom
 from prefix_tuning.data.readers import load_rows
@@ -38,3 +39,22 @@ def test_evaluation_agrees_with_the_plain_forward(quick_settings, tokenizer):
     for line, used in ((first, None), (last, prefix)):
         expected = plain_loss(random_bloom(), examples, used).item() / labels
         assert line["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_talk_is_asked_with_its_history_in_front(tuned_model, tokenizer, tmp_path):
+    said = [
+        ("user", "法国的首都是哪里？"),
+        ("assistant", "巴黎"),
+        ("user", "3加5等于多少？"),
+        ("assistant", "八八八八八八八八"),
+    ]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    rows = load_rows(write_jsonl(tmp_path / "a.jsonl", row), ("train",))
+    (answer,) = answer_rows(PrefixBloom(tuned_model), tokenizer, rows, tuned_model.prefixes["sentence"])
+    ids = take(tokenize(rows, tokenizer, 256), [0])[0].input_ids
+    prompt = ids[: -len(tokenizer(said[-1][1]).input_ids) - 1]
+    assert tokenizer.decode(prompt).count("</s>Human: ") == 1
+    output = tuned_model.generate(
+        torch.tensor([prompt]), prefix_name="sentence", max_new_tokens=len(ids) - len(prompt), do_sample=False
+    )
+    assert answer == tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)

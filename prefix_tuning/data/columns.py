@@ -155,9 +155,10 @@ def _text(where: str, what: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    """The beginning of a value, for messages."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=str)[:80]
-    except (ValueError, TypeError, RecursionError):
+        return json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
+    except RecursionError:  # JSON that is nested just as deeply as it can be read
         return f"a {type(value).__name__}"
 
 
