@@ -41,6 +41,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def note(line: str) -> None:
+    """Prints a line to stderr; of several processes, main does."""
+    if is_main():
+        print(line, file=sys.stderr, flush=True)
+
+
 def torchrun_job() -> str | None:
     """A name for this torchrun that stays after its restarts: the folder of its logs. None without torchrun."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../JOB/attempt_N/LOCAL_RANK/error.json

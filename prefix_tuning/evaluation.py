@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import distributed, signals
-from prefix_tuning.data.rows import prompt_of, take
+from prefix_tuning.data.rows import parts_of, prompt_ids, take
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import EMPTY_BATCH, Batch, count_labels, pack
@@ -83,23 +83,22 @@ def perplexity(loss: float) -> float:
 def answer_rows(
     model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, rows: Dataset, prefix: torch.Tensor | None
 ) -> list[str]:
-    """Greedy answers to the questions of `rows` (columns instruction and input), long enough to match their output.
+    """Greedy answers to the questions of `rows`, each with its history in front, long enough to match their output.
 
     Processes share the questions, and all get all answers. Raises Interrupted in all of them, after the current batch, if
     one was sent a signal.
     """
-    prompts = [prompt_of(row["instruction"], row["input"]) for row in rows]
+    talks = [parts_of(row["instruction"], row["input"], row["history"]) for row in rows]
+    prompts = prompt_ids(tokenizer, distributed.share(talks))
     longest = max(len(ids) for ids in tokenizer(list(rows["output"]), split_special_tokens=True).input_ids)
     name = BASE
     if prefix is not None:
         name = "prefix"
         model.attach(name, prefix)
     with model.equal_passes():
-        own = complete(
-            model, tokenizer, distributed.share(prompts), prefix_name=name, max_new_tokens=longest + 1, do_sample=False
-        )
+        own = complete(model, tokenizer, prompts, prefix_name=name, max_new_tokens=longest + 1, do_sample=False)
     signals.stop_if_heard()
-    answers = [""] * len(prompts)
+    answers = [""] * len(rows)
     for process, part in enumerate(parts := distributed.gather(own)):
         answers[process :: len(parts)] = part
     return answers

@@ -18,6 +18,13 @@ MAX_LENGTH = 256  # tokens per row in training, so also the longest text that a 
 MAX_SEED = 2**62  # torch takes 64-bit seeds; the rest is room for counting up from one
 
 
+# The flag --columns of both commands. Its values: data/columns.py.
+COLUMNS_HELP = (
+    "The columns to read, where they are not recognised: instruction=NAME,output=NAME; also input=NAME, or messages=NAME "
+    "for talks."
+)
+
+
 class Needs(NamedTuple):
     """What a flag has no effect without: at least one of these `settings`. If none is on, `message` follows its name."""
 

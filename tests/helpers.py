@@ -30,6 +30,7 @@ from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import ADAPTER_FILE, ENCODER_FILE, METRICS_FILE
+from prefix_tuning.generation import batches
 from prefix_tuning.inference.run import infer
 from prefix_tuning.model.batch import IGNORED, Example, count_labels, pack
 from prefix_tuning.model.bloom import Bloom, prefix_cache
@@ -206,6 +207,12 @@ def wait_for_step(process, folder: Path, step: int) -> None:
 QUESTIONS = ["法国的首都是哪里？", "3加5等于多少？", "请把“苹果”翻译成英文，谢谢！", "？"]
 PROMPTS = [prompt_of(question) for question in QUESTIONS]
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
+
+
+def complete(model, tokenizer, prompts, *arguments, **options):
+    """`batches.complete` of texts."""
+    ids = tokenizer(list(prompts), split_special_tokens=True).input_ids if prompts else []
+    return batches.complete(model, tokenizer, ids, *arguments, **options)
 
 
 def random_prefix(model, tokens=5, seed=1):

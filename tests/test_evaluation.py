@@ -1,13 +1,13 @@
 import pytest
+import torch
 from datasets import Dataset
-from helpers import metrics_of, plain_loss, random_bloom
+from helpers import complete, metrics_of, plain_loss, random_bloom, write_jsonl
 
 from prefix_tuning import PrefixBloom
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.evaluation import answer_rows, exact_match
 from prefix_tuning.files.prefixes import load_prefix
-from prefix_tuning.generation.batches import complete
 from prefix_tuning.model.batch import IGNORED
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
@@ -16,7 +16,12 @@ from prefix_tuning.training.settings import TrainConfig
 def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokenizer, mixed):
     def row(prompt):
         answer = complete(tuned_model, tokenizer, [prompt], prefix_name="sentence", max_new_tokens=64, do_sample=False)[0]
-        return {"instruction": prompt.removeprefix("Human: ").partition("\n\n")[0], "input": "", "output": answer}
+        return {
+            "instruction": prompt.removeprefix("Human: ").partition("\n\n")[0],
+            "input": "",
+            "output": answer,
+            "history": [],
+        }
 
     rows = Dataset.from_list([row(prompt) for prompt in mixed[0][:4]])
     model = PrefixBloom(tuned_model)
@@ -34,3 +39,22 @@ def test_evaluation_agrees_with_the_plain_forward(quick_settings, tokenizer):
     for line, used in ((first, None), (last, prefix)):
         expected = plain_loss(random_bloom(), examples, used).item() / labels
         assert line["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_talk_is_asked_with_its_history_in_front(tuned_model, tokenizer, tmp_path):
+    said = [
+        ("user", "法国的首都是哪里？"),
+        ("assistant", "巴黎"),
+        ("user", "3加5等于多少？"),
+        ("assistant", "八八八八八八八八"),
+    ]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    rows = load_rows(write_jsonl(tmp_path / "a.jsonl", row), ("train",))
+    (answer,) = answer_rows(PrefixBloom(tuned_model), tokenizer, rows, tuned_model.prefixes["sentence"])
+    ids = take(tokenize(rows, tokenizer, 256), [0])[0].input_ids
+    prompt = ids[: -len(tokenizer(said[-1][1]).input_ids) - 1]
+    assert tokenizer.decode(prompt).count("</s>Human: ") == 1
+    output = tuned_model.generate(
+        torch.tensor([prompt]), prefix_name="sentence", max_new_tokens=len(ids) - len(prompt), do_sample=False
+    )
+    assert answer == tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)

@@ -10,14 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from forks import Fork
-from helpers import metrics_of, relative
+from helpers import complete, metrics_of, relative
 from transformers.models.bloom import modeling_bloom
 
 from prefix_tuning import bundled, plain
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.files.prefixes import load_prefix
-from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.training.loop import optimizer_step

@@ -6,9 +6,11 @@ import pickle
 import resource
 import struct
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
-from helpers import prefix_config, random_bloom, training_state
+from helpers import complete, prefix_config, random_bloom, training_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -16,12 +18,13 @@ from safetensors.torch import save_file
 from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data import readers
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.columns import COLUMNS, Columns
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import prompt_of, read_questions
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import load_checkpoint, save_checkpoint
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_adapter, save_encoder
-from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training.resume import check_same_run, find_resumed, metrics_so_far, restore
@@ -159,10 +162,81 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
     content = chosen.draw(st.binary(max_size=200) | damaged(valid) | strange)
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
-    rows = read_or_refuse(lambda: list(readers._checked_rows("rows", reader, str(path))))
+    own = Columns({name: name for name in COLUMNS}, answered=True)
+    rows = read_or_refuse(lambda: list(readers._checked_rows("rows", reader, str(path), own)))
     for found in rows or []:
-        assert found.keys() == {"instruction", "input", "output"}
-        assert all(isinstance(text, str) and text.encode("utf-8") is not None for text in found.values())
+        assert found.keys() == {*COLUMNS, "history"} and found["history"] == []
+        assert all(isinstance(found[name], str) and found[name].encode("utf-8") is not None for name in COLUMNS)
+
+
+messages = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "system", "tool", "", None]) | json_values,
+        "content": st.text(max_size=8) | json_values,
+        "from": st.sampled_from(["human", "gpt", "system"]) | json_values,
+        "value": st.text(max_size=8) | json_values,
+    },
+)
+
+
+@settings(fuzz, max_examples=300)
+@given(column=st.sampled_from(["messages", "conversations"]), talks=st.lists(json_values | st.lists(messages), min_size=1))
+def test_any_talks(tmp_path, column, talks):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({column: talk}) + "\n" for talk in talks), "utf-8")
+    read = Columns({"messages": column}, answered=True)
+    for found in read_or_refuse(lambda: list(readers._checked_rows("rows", readers._read_jsonl, str(path), read))) or []:
+        assert found["output"].strip() and len(found["history"]) % 2 == 0
+        assert all(isinstance(text, str) for text in [found["instruction"], found["input"], *found["history"]])
+    asked = read_or_refuse(lambda: list(read_questions(str(path), [])))
+    for _, parts, _ in asked or []:
+        assert len(parts) % 2 == 1 and all(part.endswith("\n\nAssistant: ") for part in parts[::2])
+
+
+HOSTILE_TALKS = {
+    "deep nesting": '{"messages": ' + '{"a": ' * 400 + "1" + "}" * 400 + "}",
+    "deeper than JSON is read": '{"messages": ' + "[" * 100_000,
+    "deep nesting as message": '{"messages": ' + "[" * 400 + "]" * 400 + "}",
+    "deep nesting as content": '{"messages": [{"role": "user", "content": ' + "[" * 400 + "]" * 400 + "}]}",
+    "deep nesting as role": '{"conversations": [{"from": ' + '{"a": ' * 400 + "1" + "}" * 400 + ', "value": "a"}]}',
+    "null content": '{"messages": [{"role": "user", "content": null}]}',
+    "null talk": '{"messages": null}',
+    "an object": '{"messages": {"role": "user", "content": "a"}}',
+    "a number of 5,000 digits": '{"messages": ' + "9" * 5000 + "}",
+    "a role that is no number": '{"messages": [{"role": NaN, "content": "a"}]}',
+    "a role twice": '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}',
+    "a long column": json.dumps({"x" * 100_000: 1, "messages\n": []}),
+    "half a character as a column": '{"\\ud83d": 1}',
+    "half a character as a role": '{"messages": [{"role": "\\ud83d", "content": "a"}]}',
+    "a terminal's control sequence as role": '{"messages": [{"role": "\\u001b[2J", "content": "a"}]}',
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE_TALKS.values(), ids=HOSTILE_TALKS)
+def test_a_hostile_talk_is_one_line(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line, "utf-8")
+    for read in (lambda: load_rows(str(path), ("train",)), lambda: list(read_questions(str(path), []))):
+        with pytest.raises(UserError, match=r"rows\.jsonl, line 1: ") as refusal:
+            read()
+        message = str(refusal.value)
+        assert len(message) < 1000 and message.isprintable() and message.encode("utf-8")
+
+
+def test_a_talk_that_is_nested_as_deeply_as_json_can_be_is_one_line(tmp_path):
+    read = Columns({"messages": "messages"}, answered=True)
+    for depth in range(500, 1000):
+        (tmp_path / "rows.jsonl").write_text('{"messages": ' + '{"a": ' * depth + "1" + "}" * depth + "}", "utf-8")
+        with pytest.raises(UserError, match=r"^rows, line 1: "):
+            list(readers._checked_rows("rows", readers._read_jsonl, str(tmp_path / "rows.jsonl"), read))
+
+
+@pytest.mark.parametrize("talk", [[1, 2], ["a"], [[]], [{"role": 1, "content": 2}], [{"x": "y"}], [None], 5, "a", [b"a"]])
+def test_a_hostile_talk_in_parquet_is_one_line(tmp_path, talk):
+    pyarrow.parquet.write_table(pa.table({"messages": [talk]}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet, row 1: "):
+        load_rows(str(tmp_path / "rows.parquet"), ("train",))
 
 
 @pytest.fixture(scope="module")

@@ -1,43 +1,47 @@
-"""From files to rows: every kind of dataset becomes rows of three texts, instruction, input and output.
+"""From files to rows: every kind of dataset becomes rows of the texts instruction, input, output and history.
 
 `load_rows` reads datasets to train on or to score, `read_whole_rows` files whose rows are passed on with all their columns.
-Their errors name the file and the place of the row. rows.py turns rows into tokens.
+Their errors name the file and the place of the row. columns.py says which columns are read; rows.py turns rows into tokens.
 """
 
 import csv
-import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, NamedSplit, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, NamedSplit, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from prefix_tuning import bundled
+from prefix_tuning.data.columns import COLUMNS, Columns, columns_of
 from prefix_tuning.errors import UserError, reason_of
-from prefix_tuning.text import is_text
 
-COLUMNS = ("instruction", "input", "output")
+FEATURES = Features({**dict.fromkeys(COLUMNS, Value("string")), "history": List(Value("string"))})
 HASHED_BYTES = 64 * 2**20  # the cache knows a file of up to this size by its content
 
-_THIS_CODE = Path(__file__).read_text("utf-8")  # part of the cache key: rows that an older version prepared are not reused
+# Part of the cache key: rows that an older version prepared are not reused.
+_THIS_CODE = "".join(Path(__file__).with_name(file).read_text("utf-8") for file in ("readers.py", "columns.py"))
 
-# Yields each row of a source with its place, such as "line 3". Called with the name for messages, and a path or Dataset.
-Reader = Callable[[str, Any], Iterator[tuple[str, Any]]]
+# Yields each row of a source with its place, such as "line 3". Called with the name for messages, a path or Dataset, and the
+# columns whose values are wanted, None for all. A row has all columns of its source; from tables, None for those not wanted.
+Reader = Callable[[str, Any, Collection[str] | None], Iterator[tuple[str, Any]]]
 
 
-def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
-    """Reads a dataset: rows with the string columns instruction, input (empty where the source has none) and output.
+def load_rows(
+    name: str, splits: tuple[str, ...], given: Mapping[str, str] | None = None, say: Callable[[str], object] = print
+) -> Dataset:
+    """Reads a dataset: rows with the columns instruction, input (empty where the source has none), output and history.
 
     name: a bundled name; a .json, .jsonl, .csv or .parquet file; a folder written by `save_to_disk`; or a hub name.
-    splits: which split to take of a source that has several: the first of these that it has.
+    splits: which split to take of a source that has several: the first of these that it has. given: what --columns says.
+    say: is called with a line that names the columns that are read, where the source has other names than ours.
 
     The rows are cached on disk by `datasets`. The key is the file's content, or its size and time if it is larger than
     HASHED_BYTES; for a folder, the fingerprint that `datasets` saved with it. Raises UserError naming the file and the row
@@ -55,11 +59,16 @@ def load_rows(name: str, splits: tuple[str, ...]) -> Dataset:
         else:
             reader, source = _read_dataset, _open(name, splits)
             version = source._fingerprint
+        place, first = next(_numbered_rows(name, reader(name, source, ())))
+        columns = columns_of(f"{name}, {place}", first, given or {}, answered=True)
+        if note := columns.note(name):
+            say(note)
         return Dataset.from_generator(
             _checked_rows,
-            gen_kwargs={"name": name, "reader": reader, "source": source},
+            features=FEATURES,
+            gen_kwargs={"name": name, "reader": reader, "source": source, "columns": columns},
             split=NamedSplit(splits[0]),  # the progress bar shows it; part of the key, because the cache keeps it
-            fingerprint=Hasher.hash([_THIS_CODE, name, version, splits[0]]),
+            fingerprint=Hasher.hash([_THIS_CODE, name, version, splits[0], columns.sources]),
         )
 
 
@@ -113,22 +122,27 @@ def _open(name: str, splits: tuple[str, ...]) -> Dataset:
 # --- rows of any source, checked ---
 
 
-def _checked_rows(name: str, reader: Reader, source: str | Dataset) -> Iterator[dict[str, str]]:
-    """The rows of one source, each with all COLUMNS as strings."""
-    for place, row in _numbered_rows(name, reader(name, source)):
-        texts = row_texts(name, place, row, required=("instruction", "output"))
-        if not texts["output"].strip():
-            raise UserError(f"{name}, {place}: 'output' is empty; every row needs an answer")
-        yield texts
+def _checked_rows(name: str, reader: Reader, source: str | Dataset, columns: Columns) -> Iterator[dict[str, Any]]:
+    """The rows of one source as ours (columns.py)."""
+    for place, row in _numbered_rows(name, reader(name, source, columns.sources.values())):
+        yield columns.read(f"{name}, {place}", row)
 
 
-def read_whole_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a bundled or other file with all their columns, each with its place in the file."""
+def read_whole_rows(
+    name: str, given: Mapping[str, str] | None = None, say: Callable[[str], object] | None = None
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The rows of a bundled or other file of questions: the place of each, it with all its columns, and it as ours.
+
+    given, say: as for `load_rows`.
+    """
     path = Path(bundled.resolve(name))
-    reader = _reader_of(name, path)
-    if reader is _read_parquet:
-        reader = functools.partial(_read_parquet, columns=None)
-    return _numbered_rows(name, reader(name, str(path)))
+    rows = _numbered_rows(name, _reader_of(name, path)(name, str(path), None))
+    first_place, first = next(rows)
+    columns = columns_of(f"{name}, {first_place}", first, given or {}, answered=False)
+    if say and (note := columns.note(name)):
+        say(note)
+    for place, row in itertools.chain([(first_place, first)], rows):
+        yield place, row, columns.read(f"{name}, {place}", row)
 
 
 def _numbered_rows(name: str, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -136,28 +150,10 @@ def _numbered_rows(name: str, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple
     place = None
     for place, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{name}, {place}: is no object with the columns instruction, input and output")
+            raise UserError(f"{name}, {place}: is no object with named columns, such as instruction and output")
         yield place, row
     if place is None:
         raise UserError(f"{name}: holds no rows")
-
-
-def row_texts(name: str, place: str, row: Mapping[str, Any], required: tuple[str, ...]) -> dict[str, str]:
-    """All COLUMNS of a row as strings, "" for those that are not required. Raises UserError for a value that is no text."""
-    texts = {}
-    for column in COLUMNS:
-        if column in required and column not in row:
-            raise UserError(f"{name}, {place}: has no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
-        value = row.get(column)
-        if value is None and column not in required:
-            value = ""
-        if not isinstance(value, str):
-            shown = json.dumps(value, ensure_ascii=False, default=str)[:80]
-            raise UserError(f"{name}, {place}: {column!r} must be a text, not {shown}")
-        if not is_text(value):
-            raise UserError(f"{name}, {place}: {column!r} holds half of a character (a lone surrogate)")
-        texts[column] = value
-    return texts
 
 
 # --- one reader for each kind of source ---
@@ -170,13 +166,13 @@ def _reader_of(name: str, path: Path) -> Reader:
     return reader
 
 
-def _read_jsonl(name: str, path: str) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(name, path), start=1):
         if line.strip():
             yield f"line {number}", _parse_json(name, f"line {number}", line)
 
 
-def _read_json(name: str, path: str) -> Iterator[tuple[str, Any]]:
+def _read_json(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
     first = next((line.strip() for line in _lines(name, path) if line.strip()), "")
     if first == "{":
         raise UserError(f"{name}: is one object over several lines; it must be a list of rows, or one object per line")
@@ -187,7 +183,7 @@ def _read_json(name: str, path: str) -> Iterator[tuple[str, Any]]:
         yield from _read_jsonl(name, path)
 
 
-def _read_csv(name: str, path: str) -> Iterator[tuple[str, Any]]:
+def _read_csv(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
     number = 0
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
     try:
@@ -201,14 +197,13 @@ def _read_csv(name: str, path: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{name}, row {number + 1}: is not CSV: {error}") from error
 
 
-def _read_parquet(name: str, path: str, columns: Sequence[str] | None = COLUMNS) -> Iterator[tuple[str, Any]]:
-    """columns: those whose values are read; None: all. A row has None for the others."""
+def _read_parquet(name: str, path: str, columns: Collection[str] | None) -> Iterator[tuple[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _refuse_duplicates(name, names)
             numbers = itertools.count(1)
-            for batch in file.iter_batches(1024, columns=columns):
+            for batch in file.iter_batches(1024, columns=None if columns is None else list(columns)):
                 read = dict(zip(batch.schema.names, batch.columns, strict=True))
                 for index in range(batch.num_rows):
                     place = f"row {next(numbers)}"
@@ -223,9 +218,9 @@ def _read_parquet(name: str, path: str, columns: Sequence[str] | None = COLUMNS)
         raise UserError(f"{name}: cannot be read as Parquet: {str(error).strip()[:300]}") from error
 
 
-def _read_dataset(name: str, dataset: Dataset) -> Iterator[tuple[str, Any]]:
+def _read_dataset(name: str, dataset: Dataset, columns: Collection[str] | None) -> Iterator[tuple[str, Any]]:
     names = dataset.column_names
-    rows = iter(dataset.select_columns([column for column in COLUMNS if column in names]))
+    rows = iter(dataset.select_columns([column for column in names if columns is None or column in columns]))
     for number in range(1, len(dataset) + 1):
         try:
             row: dict[str, Any] = next(rows, {})  # without any column to read, the iterator ends at once

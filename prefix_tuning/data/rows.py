@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from prefix_tuning.data.readers import dataset_cache, read_whole_rows, row_texts
+from prefix_tuning.data.readers import dataset_cache, read_whole_rows
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import IGNORED, Example
 
 # Part of the cache key: tokens that an older version prepared are not reused. The key of their rows has the readers' code.
 _THIS_CODE = Path(__file__).read_text("utf-8")
+
+
+# A row of a file of questions as it is, its `parts_of`, and the prefix that its column prefix names, if it does.
+Question = tuple[dict[str, Any], list[str], str | None]
 
 
 def prompt_of(instruction: str, input: str = "") -> str:
@@ -28,6 +33,30 @@ def prompt_of(instruction: str, input: str = "") -> str:
     Assistant:             (and a space; the answer follows it)
     """
     return "\n".join(["Human: " + instruction, input]).strip() + "\n\nAssistant: "
+
+
+def parts_of(instruction: str, input: str = "", history: Sequence[str] = ()) -> list[str]:
+    """All that the model reads before its answer, in the parts that are tokenised each by itself.
+
+    prompt, answer, prompt, answer, ..., prompt: those before the last are of the turns in `history`.
+    """
+    turns = [text if place % 2 else prompt_of(text) for place, text in enumerate(history)]
+    return [*turns, prompt_of(instruction, input)]
+
+
+def part_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """The token ids of every part of every talk. Each answer ends with EOS.
+
+    Text that looks like a special token, "</s>" say, is tokenised as text (split_special_tokens).
+    """
+    texts = list(chain.from_iterable(talks))
+    ids = iter(tokenizer(texts, split_special_tokens=True).input_ids if texts else [])
+    return [[next(ids) + [tokenizer.eos_token_id] * (place % 2) for place in range(len(parts))] for parts in talks]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The token ids of each of these talks, which are `parts_of`."""
+    return [list(chain.from_iterable(parts)) for parts in part_ids(tokenizer, talks)]
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -42,21 +71,29 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
     Prompt and output are tokenised by separate calls, as in the notebook that this re-creates. So no token contains the end
     of one and the start of the other, and training sees the prompt as the same tokens as inference, which has no output.
 
-    A row whose prompt alone fills max_length has no label left, and is dropped: its mean loss would be 0 / 0.
+    A talk is one such turn after the other: all its answers are learned. Of its turns, as many of the first are kept as fit
+    whole. Only where the first is too long by itself, as any other row may be, it is cut.
 
-    Text that looks like a special token, "</s>" say, is tokenised as text (split_special_tokens). The one real EOS, at the
-    end of the output, is therefore added as an id. plain.py does the same row by row; here in batches, cached on disk.
+    A row whose (first) prompt alone fills max_length has no label left, and is dropped: its mean loss would be 0 / 0.
+
+    plain.py does the same row by row, without talks; here in batches, cached on disk.
     """
 
-    def encode(columns: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        texts = [prompt_of(*row) for row in zip(columns["instruction"], columns["input"], strict=True)], columns["output"]
-        prompts, outputs = (tokenizer(part, split_special_tokens=True).input_ids for part in texts)
+    def encode(columns: dict[str, list]) -> dict[str, list[list[int]]]:
+        fields = (columns[name] for name in ("instruction", "input", "history", "output"))
+        talks = [[*parts_of(*asked), output] for *asked, output in zip(*fields, strict=True)]
         encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        for prompt, output in zip(prompts, outputs, strict=True):
-            answer = [*output, tokenizer.eos_token_id]
-            if len(prompt) < max_length:
-                encoded["input_ids"].append((prompt + answer)[:max_length])
-                encoded["labels"].append(([IGNORED] * len(prompt) + answer)[:max_length])
+        for parts in part_ids(tokenizer, talks):
+            ids: list[int] = []
+            labels: list[int] = []
+            for prompt, answer in zip(parts[::2], parts[1::2], strict=True):
+                if ids and len(ids) + len(prompt) + len(answer) > max_length:
+                    break
+                ids += prompt + answer
+                labels += [IGNORED] * len(prompt) + answer
+            if len(parts[0]) < max_length:
+                encoded["input_ids"].append(ids[:max_length])
+                encoded["labels"].append(labels[:max_length])
         return encoded
 
     state = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
@@ -81,25 +118,29 @@ def digest(dataset: Dataset) -> str:
     found = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(1000):
         for column in map(pyarrow.ChunkedArray.combine_chunks, batch.columns):
-            if pyarrow.types.is_string(column.type):
-                found.update(json.dumps(column.to_pylist()).encode())
-            else:
+            if pyarrow.types.is_list(column.type) and pyarrow.types.is_integer(column.type.value_type):
                 for numbers in (column.value_lengths(), column.flatten()):
                     found.update(numbers.cast("int64").to_numpy())
+            else:
+                found.update(json.dumps(column.to_pylist()).encode())
     return found.hexdigest()
 
 
-def read_questions(name: str, prefixes: list[str]) -> Iterator[tuple[dict[str, Any], str, str | None]]:
-    """Reads a file of questions: each row as it is, its prompt, and the prefix that its column prefix names, if it does.
+def read_questions(
+    name: str,
+    prefixes: list[str],
+    given: Mapping[str, str] | None = None,
+    say: Callable[[str], object] | None = None,
+) -> Iterator[Question]:
+    """Reads a file of questions.
 
-    name: a .json, .jsonl, .csv or .parquet file. Raises UserError naming the row whose instruction is no text, that names
-    none of `prefixes`, or that has a column response already.
+    name: a .json, .jsonl, .csv or .parquet file. given, say: as for `load_rows`. Raises UserError naming the row whose
+    question is no text, that names none of `prefixes`, or that has a column response already.
     """
-    for place, row in read_whole_rows(name):
-        texts = row_texts(name, place, row, required=("instruction",))
+    for place, row, question in read_whole_rows(name, given, say):
         prefix = None if row.get("prefix") in (None, "") else row["prefix"]
         if prefix is not None and prefix not in prefixes:
             raise UserError(f"{name}, {place}: names the prefix {prefix!r}; there are {', '.join(prefixes)}")
         if "response" in row:
             raise UserError(f"{name}, {place}: has a column 'response' already; the answer would replace it")
-        yield row, prompt_of(texts["instruction"], texts["input"]), prefix
+        yield row, parts_of(question["instruction"], question["input"], question["history"]), prefix

@@ -185,7 +185,8 @@ def recall(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, relation
     for relation in relations:
         question = relation["questions"][0]
         prompts = [f"问：{question.format(s=subject)}答：" for subject in relation["facts"]]
-        replies = complete(PrefixBloom(model), tokenizer, prompts, max_new_tokens=24, do_sample=False)
+        ids = tokenizer(prompts, split_special_tokens=True).input_ids
+        replies = complete(PrefixBloom(model), tokenizer, ids, max_new_tokens=24, do_sample=False)
         facts = relation["facts"].items()
         known = [
             reply.rstrip("。") in (answer, relation["sentence"].format(s=subject, o=answer).rstrip("。"))

@@ -26,19 +26,19 @@ class Prompt(NamedTuple):
 def complete(
     model: PrefixBloom,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[list[int]],
     prefix_name: Names = None,
     batch_size: int = 64,
     **options,
 ) -> list[str]:
     """The completion of each prompt, in their order; of several sequences per prompt, the first.
 
-    options: those of `complete_batch`. After a signal the remaining answers are cut short or empty, which the caller has to
-    check. Raises ValueError for unknown names of prefixes.
+    prompts: token ids. options: those of `complete_batch`. After a signal the remaining answers are cut short or empty,
+    which the caller has to check. Raises ValueError for unknown names of prefixes.
     """
     names = model.names_of(prefix_name, len(prompts))
     answers = [""] * len(prompts)
-    for batch in batches_of(tokenizer, prompts, names, range(len(prompts)), batch_size):
+    for batch in batches_of(prompts, names, range(len(prompts)), batch_size):
         if signals.heard():
             break
         for prompt, (answer, *_) in zip(batch, complete_batch(model, tokenizer, batch, **options), strict=True):
@@ -46,11 +46,8 @@ def complete(
     return answers
 
 
-def batches_of(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: list[str], numbers: Sequence[int], batch_size: int
-) -> list[list[Prompt]]:
+def batches_of(ids: Sequence[list[int]], names: list[str], numbers: Sequence[int], batch_size: int) -> list[list[Prompt]]:
     """Prompts in batches, sorted by prefix and number of tokens, so that there is little padding."""
-    ids = tokenizer(list(texts), split_special_tokens=True).input_ids if texts else []
     prompts = sorted(map(Prompt, ids, names, numbers), key=lambda prompt: (prompt.prefix_name, len(prompt.ids)))
     return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 

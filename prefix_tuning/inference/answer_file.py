@@ -5,18 +5,18 @@ import json
 import math
 import os
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from prefix_tuning import bundled, distributed
-from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.rows import Question, prompt_ids
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.generation.batches import batches_of, complete_batch
 from prefix_tuning.inference.ask import Answerer
 
+Questions = Callable[[], Iterator[Question]]  # reads the --input once more
 WINDOW = 8  # batches per process whose rows are sorted by length together
 
 
@@ -37,8 +37,8 @@ def check_output(output: str, source: str | None, resume: bool) -> None:
         raise UserError(f"--output {output} is there already; {hint}")
 
 
-def answer_file(answerer: Answerer, source: str, output: Path, batch_size: int, rows: int) -> None:
-    """Answers the questions of `source`, which has so many rows, and appends those that `output` lacks, as JSON lines.
+def answer_file(answerer: Answerer, questions: Questions, output: Path, batch_size: int, rows: int) -> None:
+    """Answers the questions, which are so many rows, and appends the answers that `output` lacks, as JSON lines.
 
     A line is written as soon as all before it are: a run that is stopped or killed leaves a file that can be continued.
     Processes share the work, and main writes. Raises UserError if `output` cannot be written or belongs to other rows, and
@@ -47,13 +47,13 @@ def answer_file(answerer: Answerer, source: str, output: Path, batch_size: int, 
     main, done = distributed.is_main(), 0
     path = output if main else os.devnull
     try:
-        done = distributed.broadcast_object(rows_done(output, source, answerer.model.names) if main else 0)
+        done = distributed.broadcast_object(rows_done(output, questions()) if main else 0)
         with (
             # buffering=1: each line is written at once
             open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n") as file,
             tqdm(total=rows, initial=done, unit="row", disable=not main) as bar,
         ):
-            for row, responses in _answered_rows(answerer, source, batch_size, done):
+            for row, responses in _answered_rows(answerer, questions(), batch_size, done):
                 response = responses if len(responses) > 1 else responses[0]
                 file.write(_line(row | {"response": response}) + "\n")
                 done += 1
@@ -62,25 +62,26 @@ def answer_file(answerer: Answerer, source: str, output: Path, batch_size: int, 
         raise UserError(f"{output}: cannot be written: {error.strerror}; mend that and continue with --resume") from error
     except KeyboardInterrupt:
         raise Interrupted(f"stopped after {done} of {rows} rows; continue with --resume", signal.SIGINT) from None
-    if main:
-        print(f"{rows} rows answered: {output}", file=sys.stderr)
+    distributed.note(f"{rows} rows answered: {output}")
 
 
-def _answered_rows(answerer: Answerer, source: str, batch_size: int, done: int) -> Iterator[tuple[dict, list[str]]]:
-    """The rows of `source` from number `done` on, in order, each with its completions.
+def _answered_rows(
+    answerer: Answerer, questions: Iterator[Question], batch_size: int, done: int
+) -> Iterator[tuple[dict, list[str]]]:
+    """The rows from number `done` on, in order, each with its completions.
 
     Each process answers its share, and yields the rows of all: they gather the completions after each batch.
     """
     model, tokenizer, processes = answerer.model, answerer.tokenizer, distributed.world_size()
-    questions = ((number, *question) for number, question in enumerate(read_questions(source, model.names)))
-    while window := list(itertools.islice(questions, WINDOW * batch_size * processes)):
+    numbered = ((number, *question) for number, question in enumerate(questions))
+    while window := list(itertools.islice(numbered, WINDOW * batch_size * processes)):
         first, last = window[0][0], window[-1][0]
         if last < done:
             continue
         own = distributed.share(window)
-        prompts = [prompt for _, _, prompt, _ in own]
+        prompts = prompt_ids(tokenizer, [parts for _, _, parts, _ in own])
         names = [prefix or model.active for _, _, _, prefix in own]
-        batches = batches_of(tokenizer, prompts, names, [number for number, *_ in own], batch_size)
+        batches = batches_of(prompts, names, [number for number, *_ in own], batch_size)
         unanswered = iter([batch for batch in batches if max(prompt.number for prompt in batch) >= done])
         answers: dict[int, list[str]] = {}
         # Gathering takes all processes, so each goes as often through this loop as the one with the largest share.
@@ -96,16 +97,16 @@ def _answered_rows(answerer: Answerer, source: str, batch_size: int, done: int) 
                 done += 1
 
 
-def rows_done(output: Path, source: str, names: list[str]) -> int:
-    """How many rows of `source` have their line in `output`. An incomplete last line is cut off.
+def rows_done(output: Path, questions: Iterator[Question]) -> int:
+    """How many rows have their line in `output`. An incomplete last line is cut off.
 
-    names: the prefixes that rows may name. Raises UserError if a line does not belong to its row.
+    Raises UserError if a line does not belong to its row.
     """
     if not output.exists():
         return 0
     with open(output, "rb+") as file:
         kept = 0
-        for number, (line, question) in enumerate(itertools.zip_longest(file, read_questions(source, names))):
+        for number, (line, question) in enumerate(itertools.zip_longest(file, questions)):
             if line is None:
                 return number
             # The line up to the response, which only the model can tell.
@@ -114,7 +115,7 @@ def rows_done(output: Path, source: str, names: list[str]) -> int:
                 file.truncate(kept)
                 return number
             if not line.startswith(start) or not line.endswith(b"}\n"):
-                raise UserError(f"{output}, line {number + 1}: does not answer row {number + 1} of {source}")
+                raise UserError(f"{output}, line {number + 1}: does not answer row {number + 1} of --input")
             kept += len(line)
     return number + 1
 

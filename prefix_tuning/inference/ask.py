@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.rows import parts_of, prompt_ids
 from prefix_tuning.errors import UserError
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.text import display_width, pad
@@ -28,23 +28,23 @@ class Answerer:
     seed: int
     printed: dict[str, list[str]] = field(default_factory=dict, init=False)
 
-    def count_tokens(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt, split_special_tokens=True).input_ids)
+    def print_answers(self, prompt: list[int], compare: bool) -> None:
+        """Prints the answer of the prefix in use; to compare, those of the base and of every prefix, each after its name.
 
-    def print_answers(self, prompt: str, compare: bool) -> None:
-        """Prints the answer of the prefix in use; to compare, those of the base and of every prefix, each after its name."""
+        prompt: its token ids.
+        """
         self.printed = {}
         for name in self.model.names if compare else [self.model.active]:
             with self.model.equal_passes():  # processes that share the base all generate the same; only main's is printed
                 self._print_answer(prompt, name, self._label(name) if compare else "")
 
-    def _print_answer(self, prompt: str, name: str, label: str) -> None:
+    def _print_answer(self, prompt: list[int], name: str, label: str) -> None:
         """A line for each sequence. Without beams and with one sequence, it is printed piece by piece."""
         torch.manual_seed(self.seed)
         self.printed[name] = []
         streamer = _KeepingStreamer(self.tokenizer, self.printed[name])
         streams = self.options["num_beams"] == self.options["num_return_sequences"] == 1
-        inputs = self.tokenizer([prompt], return_tensors="pt", split_special_tokens=True).to(self.model.device)
+        inputs = self.tokenizer.pad({"input_ids": [prompt]}, return_tensors="pt").to(self.model.device)
         if streams:
             print(label, end="", flush=True)
         output = self.model.generate(
@@ -83,9 +83,9 @@ class _KeepingStreamer(TextStreamer):
 
 def ask(answerer: Answerer, question: str, max_length: int | None, compare: bool) -> None:
     """Prints the answers to one question. max_length: of question and answer together; None: max_new_tokens decides."""
-    prompt = prompt_of(question)
+    (prompt,) = prompt_ids(answerer.tokenizer, [parts_of(question)])
     if max_length:
-        taken = answerer.count_tokens(prompt)
+        taken = len(prompt)
         if max_length <= taken:
             raise UserError(f"--max_length {max_length} leaves no room for an answer; the question takes {taken}")
         answerer = replace(answerer, options=answerer.options | {"max_new_tokens": max_length - taken})

@@ -4,8 +4,9 @@ import contextlib
 import locale
 import os
 import sys
+from itertools import chain
 
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.rows import part_ids, parts_of
 from prefix_tuning.inference.ask import Answerer
 
 # readline gives `input` arrow keys, a history, and characters of any width. It reads the locale from the environment
@@ -25,15 +26,15 @@ HELP = """\
 
 
 class Chat:
-    """A conversation: its turns of question and answer, and the prompt that continues it.
+    """A conversation: its history, texts of the user and of the assistant in turn, and the prompt that continues it.
 
-    The model reads as many of the last turns as fit into max_length tokens, answer included, each in the template of
-    training.
+    The model reads as many of the last turns as fit into max_length tokens, answer included, as the same tokens as a talk
+    in training (data/rows.py).
     """
 
     def __init__(self, answerer: Answerer, max_length: int, compare: bool):
         self.answerer, self.model, self.max_length, self.compare = answerer, answerer.model, max_length, compare
-        self.turns: list[tuple[str, str]] = []
+        self.history: list[str] = []
 
     def run(self) -> None:
         """Reads questions and commands until /quit or the end of the input."""
@@ -56,7 +57,7 @@ class Chat:
 
     def command(self, name: str, argument: str = "") -> None:
         if name == "/reset":
-            self.turns.clear()
+            self.history.clear()
             note("the conversation is forgotten")
         elif name == "/prefix" and argument in self.model.names:
             self.model.use(argument)
@@ -80,17 +81,17 @@ class Chat:
             print(flush=True)
             note("stopped")
         if self.model.active in self.answerer.printed:
-            self.turns.append((question, "".join(self.answerer.printed[self.model.active]).strip()))
+            self.history += [question, "".join(self.answerer.printed[self.model.active])]
 
-    def prompt(self, question: str) -> str | None:
-        """The last turns that fit, and the question. None, and a note, if the question alone is too long."""
+    def prompt(self, question: str) -> list[int] | None:
+        """The token ids of the last turns that fit, and of the question. None, and a note, if it alone is too long."""
         longest_answer = self.answerer.options["max_new_tokens"]
-        for first in range(len(self.turns) + 1):
-            turns = (prompt_of(asked) + answer + "\n\n" for asked, answer in self.turns[first:])
-            text = "".join(turns) + prompt_of(question)
-            wanted = self.answerer.count_tokens(text) + longest_answer
+        (parts,) = part_ids(self.answerer.tokenizer, [parts_of(question, history=self.history)])
+        for first in range(0, len(parts), 2):
+            prompt = list(chain.from_iterable(parts[first:]))
+            wanted = len(prompt) + longest_answer
             if wanted <= self.max_length:
-                return text
+                return prompt
         note(f"too long: the question and the room for its answer take {wanted} of --max_length {self.max_length} tokens")
         return None
 

@@ -1,6 +1,6 @@
 """What infer.py does: the model with its prefixes is loaded, and one of four tasks carried out."""
 
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from prefix_tuning import distributed
 from prefix_tuning.base_model.identity import base_of
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
+from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.rows import read_questions
 from prefix_tuning.devices import described, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import UserError
@@ -34,7 +35,9 @@ def infer(config: InferConfig) -> None:
             raise UserError("several processes can share an --input or, by --shard_base, a base; else start infer.py alone")
         # The files are checked first: loading a model may take minutes.
         names = [BASE, *config.named_prefixes()]
-        rows = sum(1 for _ in read_questions(config.input, names)) if config.input else 0
+        given = parse_columns(config.columns)
+        questions = partial(read_questions, config.input or "", names, given)
+        rows = sum(1 for _ in questions(say=distributed.note)) if config.input else 0
         if config.output:
             check_output(config.output, config.input, config.resume)
         model, tokenizer = open_model(config, device, parts)
@@ -46,9 +49,9 @@ def infer(config: InferConfig) -> None:
 
                 Chat(answerer, config.max_length or MAX_LENGTH, config.compare).run()
             elif config.input and config.output:
-                answer_file(answerer, config.input, Path(config.output), config.batch_size, rows)
+                answer_file(answerer, questions, Path(config.output), config.batch_size, rows)
             elif config.score:
-                score(model, tokenizer, config.score, config.output)
+                score(model, tokenizer, config.score, given, config.output)
             elif config.question:
                 ask(answerer, config.question, config.max_length, config.compare)
 
@@ -60,8 +63,7 @@ def open_model(config: InferConfig, device: torch.device, parts: int | None) -> 
     first = next(iter(prefixes))
     base_name = config.model_name_or_path or base_of(folders[first], prefixes[first].recorded_base["name_or_path"])
     dtype = resolve_dtype(config.precision, device)
-    if distributed.is_main():
-        print(described(dtype, config.precision, device), file=sys.stderr)
+    distributed.note(described(dtype, config.precision, device))
     base, tokenizer = load_base(base_name, dtype, device, parts)
     model = PrefixBloom(base, tokenizer)
     for name, prefix in prefixes.items():

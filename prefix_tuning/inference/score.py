@@ -1,6 +1,7 @@
 """Loss and perplexity of given answers, by the base and by every prefix."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,10 +18,19 @@ from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.text import display_width, shorten
 
 
-def score(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, dataset: str, output: str | None) -> None:
-    """Prints a table of the dataset's rows, and over all their labels; `output`: also writes it there, as JSON."""
+def score(
+    model: PrefixBloom,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str,
+    given: Mapping[str, str],
+    output: str | None,
+) -> None:
+    """Prints a table of the dataset's rows, and over all their labels; `output`: also writes it there, as JSON.
+
+    given: what --columns says about the dataset.
+    """
     with distributed.local_main_first():
-        rows = load_rows(dataset, splits=("test", "validation", "train"))
+        rows = load_rows(dataset, splits=("test", "validation", "train"), given=given, say=distributed.note)
         tokenized = tokenize(rows, tokenizer, max_length=sys.maxsize)
     names, max_tokens = model.names, suggested_max_tokens(model, is_sharded(model))
     columns = []  # one per name: the summed loss in nats and the number of labels, of each row and then of all

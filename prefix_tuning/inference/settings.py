@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.errors import UserError
-from prefix_tuning.settings import MAX_LENGTH, MAX_SEED, BaseArguments, Needs, check_flags, flag
+from prefix_tuning.settings import COLUMNS_HELP, MAX_LENGTH, MAX_SEED, BaseArguments, Needs, check_flags, flag
 from prefix_tuning.text import as_text
 
 # What a run does is one of these, by the setting that asks for it.
@@ -28,12 +29,15 @@ class AskArguments:
     chat: bool = flag(False, "A conversation in the terminal; /help there lists its commands.")
     input: str | None = flag(
         None,
-        "Answer the rows of a .jsonl, .json, .csv or .parquet file. Columns: instruction; also input and prefix (a name, or "
-        "base) if there are such.",
+        "Answer the rows of a .jsonl, .json, .csv or .parquet file: instruction (or question, prompt, query) and input, or "
+        "talks up to what the user said last, as for train.py; also prefix (a name, or base), if there is such a column.",
     )
     score: str | None = flag(
-        None, "Loss and perplexity of given answers by the base and every prefix: a dataset with outputs, as for train.py."
+        None,
+        "Loss and perplexity of given answers by the base and every prefix: questions with answers, or talks, as for "
+        "train.py.",
     )
+    columns: str | None = flag(None, COLUMNS_HELP, needs=_tasks("input", "score"))
     output: str | None = flag(
         None,
         "Where the answers to --input go, a .jsonl file: each row and its response; or the figures of --score, a .json.",
@@ -102,6 +106,8 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
             raise UserError("--max_new_tokens and --max_length exclude each other; choose one")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        self.columns = self.columns and as_text(self.columns, "--columns")
+        parse_columns(self.columns)
         self.question = self.question and as_text(self.question, "the question")
         longest = self.max_length or MAX_LENGTH
         if self.chat and (self.max_new_tokens or 1) >= longest:

@@ -10,6 +10,7 @@ from prefix_tuning import distributed
 from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
+from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import digest, tokenize
 from prefix_tuning.devices import suggested_max_tokens
@@ -60,9 +61,10 @@ def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
 
 def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     """The training rows, and the held-out rows if there are to be any."""
-    rows = load_rows(config.dataset, splits=("train",))
+    given = parse_columns(config.columns)
+    rows = load_rows(config.dataset, ("train",), given)
     if config.eval_dataset:
-        return rows, load_rows(config.eval_dataset, splits=("validation", "test", "train"))
+        return rows, load_rows(config.eval_dataset, ("validation", "test", "train"), given)
     held_out = number_held_out(config, len(rows))
     if not held_out:
         return rows, None

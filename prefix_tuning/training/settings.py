@@ -8,8 +8,19 @@ from pathlib import Path
 from typing import Literal
 
 from prefix_tuning import bundled
+from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.errors import UserError
-from prefix_tuning.settings import MAX_LENGTH, MAX_SEED, BaseArguments, Needs, check_flags, content_flag, new_flag, same_flag
+from prefix_tuning.settings import (
+    COLUMNS_HELP,
+    MAX_LENGTH,
+    MAX_SEED,
+    BaseArguments,
+    Needs,
+    check_flags,
+    content_flag,
+    new_flag,
+    same_flag,
+)
 from prefix_tuning.text import as_text
 
 _HELD_OUT_ROWS = Needs(("may_hold_out",), "needs held-out rows: --eval_dataset or --eval_fraction")
@@ -33,10 +44,12 @@ class DataArguments:
 
     dataset: str = content_flag(
         bundled.DATASETS[0],
-        "Training rows with the columns instruction, input (may be missing) and output: a .json, .jsonl, .csv or "
-        ".parquet file, a folder written by save_to_disk, a hub name, or a bundled set.",
+        "Training rows: instruction, input (may be missing) and output; or question and answer, prompt and completion or "
+        "response, query and response; or talks, in messages or conversations. A .json, .jsonl, .csv or .parquet file, a "
+        "folder written by save_to_disk, a hub name, or a bundled set.",
     )
     eval_dataset: str | None = content_flag(None, "Held-out rows, named in the same ways.")
+    columns: str | None = new_flag(None, COLUMNS_HELP)  # a resume compares what is read: content of the two above
     eval_fraction: float | None = same_flag(
         None,
         "Without --eval_dataset: hold out this share of the training rows; 0: none. Default: "
@@ -149,6 +162,8 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
             raise UserError(f"--eval_fraction must be below 1, not {self.eval_fraction}")
         if self.eval_fraction and self.eval_dataset:
             raise UserError("--eval_fraction and --eval_dataset exclude each other; choose one")
+        self.columns = self.columns and as_text(self.columns, "--columns")
+        parse_columns(self.columns)
         self.init_text = self.init_text and as_text(self.init_text, "--init_text")
         if self.prefix_init == "text" and not self.init_text:
             raise UserError("--prefix_init text needs a text: --init_text '...'")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import examples_of, random_bloom
+from helpers import complete, examples_of, random_bloom
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -20,7 +20,6 @@ from prefix_tuning.cli import parse_train_config
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix
-from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.batch import pack
 from prefix_tuning.training.run import train

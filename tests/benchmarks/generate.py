@@ -70,7 +70,8 @@ def main() -> None:
         return ours, theirs
 
     def by_us(model: PrefixBloom, batch_size: int) -> list[str]:
-        return complete(model, tokenizer, prompts, prefix_name=styles, batch_size=batch_size, **greedy)
+        ids = tokenizer(prompts, split_special_tokens=True).input_ids
+        return complete(model, tokenizer, ids, prefix_name=styles, batch_size=batch_size, **greedy)
 
     @torch.no_grad()
     def by_peft(model: PeftModel, batch_size: int, by_length: bool = False) -> list[str]:

@@ -38,6 +38,7 @@ TESTS = {
     ],
     "base_model.loading": ["tests/base_model/test_loading.py", "tests/test_strangers.py -k pickled|code"],
     "base_model.identity": ["tests/base_model/test_identity.py", "tests/base_model/test_sharding.py -k kind"],
+    "data.columns": ["tests/data/test_columns.py", "tests/data/test_readers.py tests/data/test_rows.py"],
     "data.readers": ["tests/data/test_readers.py", "tests/data/test_rows.py"],
     "data.rows": ["tests/data/test_rows.py", "tests/data/test_readers.py"],
     "files.writing": ["tests/files/test_writing.py", "tests/training/test_run.py -k one_run"],

@@ -88,7 +88,7 @@ def measure_answers(args) -> dict:
     else:
         model = PrefixBloom(base)
         model.attach("own", prefix)
-        prompts = [plain.prompt_of(row) for row in questions]
+        prompts = tokenizer([plain.prompt_of(row) for row in questions], split_special_tokens=True).input_ids
         answers = complete(model, tokenizer, prompts, prefix_name="own", max_new_tokens=32, do_sample=False)
     return {"per_second": len(answers) / (time.perf_counter() - started), "answers": answers}
 

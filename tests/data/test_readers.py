@@ -17,7 +17,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
     import pandas
 
     rows = [GOOD, {"instruction": "翻译，\n“好”", "input": "a,b", "output": "8"}, GOOD | {"input": None}]
-    expected = [row | {"input": row["input"] or ""} for row in rows]
+    expected = [row | {"input": row["input"] or "", "history": []} for row in rows]
     write_jsonl(tmp_path / "a.jsonl", *rows)
     write_jsonl(tmp_path / "lines.json", *rows)
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), "utf-8")
@@ -34,13 +34,18 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
 
 def test_input_may_be_missing_and_other_columns_are_passed_over(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", {"instruction": "你好", "output": "好", "history": [1]})
-    assert load_rows(path, TRAIN).to_list() == [{"instruction": "你好", "input": "", "output": "好"}]
+    assert load_rows(path, TRAIN).to_list() == [{"instruction": "你好", "input": "", "output": "好", "history": []}]
     assert prompt_of("你好") == "Human: 你好\n\nAssistant: "
     assert prompt_of("你好", "世界") == "Human: 你好\n世界\n\nAssistant: "
 
 
 BAD_FILES = {
-    "missing column": ("a.jsonl", json.dumps({"instruction": "x"}), r"a\.jsonl, line 1: has no column 'output'"),
+    "missing column": (
+        "a.jsonl",
+        json.dumps({"instruction": "x"}),
+        r"a\.jsonl, line 1: its columns are not known .*: 'instruction'",
+    ),
+    "missing later": ("a.jsonl", json.dumps(GOOD) + '\n{"instruction": "x"}', r"line 2: has no column 'output'"),
     "number as output": (
         "a.jsonl",
         json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"output": 3}),
@@ -62,7 +67,7 @@ BAD_FILES = {
     "no CSV": ("a.csv", 'instruction,output\n"a', r"a\.csv, row 1: is not CSV"),
     "CSV with too many cells": ("a.csv", "instruction,output\na,b,c\n", "row 1: has more cells"),
     "CSV with too few cells": ("a.csv", "instruction,output\na\n", "row 1: 'output' must be a text, not null"),
-    "CSV without the column": ("a.csv", "question,answer\na,b\n", "row 1: has no column 'instruction'"),
+    "CSV without the column": ("a.csv", "frage,antwort\na,b\n", "row 1: its columns are not known .*: 'frage', 'antwort'"),
     "no Parquet": ("a.parquet", "hello", r"a\.parquet: cannot be read as Parquet: "),
     "unknown kind": ("a.txt", "hello", r"a\.txt: unknown kind of file"),
 }
@@ -134,13 +139,13 @@ def test_a_table_whose_own_columns_are_wrong_is_named_with_its_row(tmp_path):
     Dataset(table).save_to_disk(tmp_path / "folder")
     with pytest.raises(UserError, match="folder, row 3: cannot be read: 'utf-8'"):
         load_rows(str(tmp_path / "folder"), TRAIN)
-    table = pa.table({"question": ["a"], "answer": ["b"]})
+    table = pa.table({"frage": ["a"], "antwort": ["b"]})
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
     Dataset(table).save_to_disk(tmp_path / "other")
     for name in ("b.parquet", "other"):
-        with pytest.raises(UserError, match=f"{name}, row 1: has no column 'instruction'; it has 'question', 'answer'"):
+        with pytest.raises(UserError, match=f"{name}, row 1: its columns are not known .*: 'frage', 'antwort'; say"):
             load_rows(str(tmp_path / name), TRAIN)
-    damaged = (tmp_path / "b.parquet").read_bytes().replace(b"question", b"quest\xffon")
+    damaged = (tmp_path / "b.parquet").read_bytes().replace(b"frage", b"fr\xffge")
     (tmp_path / "b.parquet").write_bytes(damaged)
     with pytest.raises(UserError, match=r"b\.parquet: cannot be read as Parquet: 'utf-8'"):
         load_rows(str(tmp_path / "b.parquet"), TRAIN)
@@ -198,6 +203,6 @@ def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
 def test_the_bar_names_the_split(tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", GOOD)
     for splits in (TRAIN, ("validation", "test", "train")):
-        assert load_rows(path, splits).to_list() == [GOOD]
+        assert load_rows(path, splits).to_list() == [GOOD | {"history": []}]
         bars = {line.split(":")[0] for line in capsys.readouterr().err.split("\r") if line}
         assert bars == {f"Generating {splits[0]} split"}

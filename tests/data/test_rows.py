@@ -1,6 +1,7 @@
 import copy
 import json
 import resource
+from itertools import pairwise
 
 import pytest
 from datasets import concatenate_datasets
@@ -9,7 +10,7 @@ from helpers import GOOD, REAL_ROWS, TRAIN, needs_real_rows, write_jsonl
 from prefix_tuning.data import readers
 from prefix_tuning.data import rows as rows_module
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import digest, prompt_of, read_questions, take, tokenize
+from prefix_tuning.data.rows import digest, parts_of, prompt_ids, prompt_of, read_questions, take, tokenize
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import IGNORED
 
@@ -121,8 +122,8 @@ def test_a_question_may_name_its_prefix(tmp_path):
     rows = [{"instruction": "你好", "more": 1}, {"instruction": "好", "input": "吗", "prefix": "b"}]
     rows += [{"instruction": "好", "input": None, "prefix": empty} for empty in (None, "")]
     found = list(read_questions(write_jsonl(tmp_path / "a.jsonl", *rows), ["a", "b"]))
-    prompts = [prompt_of("你好"), prompt_of("好", "吗"), prompt_of("好"), prompt_of("好")]
-    assert found == list(zip(rows, prompts, [None, "b", None, None], strict=True))
+    parts = [[prompt_of("你好")], [prompt_of("好", "吗")], [prompt_of("好")], [prompt_of("好")]]
+    assert found == list(zip(rows, parts, [None, "b", None, None], strict=True))
     for change, message in (
         ({"prefix": "c"}, "line 2: names the prefix 'c'; there are a, b"),
         ({"response": ""}, "line 2: has a column 'response' already"),
@@ -142,3 +143,114 @@ def test_what_looks_like_a_special_token_in_a_row_is_plain_text(tmp_path, tokeni
     assert example.input_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(example.input_ids[:-1]) == "Human: a</s>b\n<pad>\n\nAssistant: c</s>d"
     assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == "c</s>d</s>"
+
+
+def talk_rows(tmp_path, *talks):
+    """Talks, each the texts of user and assistant in turn, or None and then the system's: as messages, and as our rows."""
+    rows = []
+    for texts in talks:
+        roles = ["user", "assistant"] * len(texts)
+        roles = ["system", *roles] if texts[0] is None else roles
+        said = zip(roles, [text for text in texts if text is not None], strict=False)
+        rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    return rows, load_rows(write_jsonl(tmp_path / "talks.jsonl", *rows), TRAIN)
+
+
+# What a talk is as text, as a chat template of transformers.
+TEMPLATE = """\
+{%- set first = namespace(text='') -%}
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{%- set first.text = message.content + '\n' -%}
+{%- elif message.role == 'user' -%}
+{{- ('Human: ' + first.text + message.content) | trim + '\n\nAssistant: ' -}}{%- set first.text = '' -%}
+{%- else -%}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
+{%- endif -%}
+{%- endfor -%}"""
+CHINESE = [
+    ("法国的首都是哪里？", "巴黎"),
+    ("法国的首都是哪里？", "巴黎", "德国呢？", "柏林。", "3加5？", "8"),
+    (None, "请简短回答。", "法国的首都是哪里？", "巴黎"),
+    (None, "请简短回答。", "法国的首都是哪里？", "巴黎", " 谢谢\n", "不客气！\n"),
+]
+ENGLISH = [("Hello", "Paris is a city"), (None, "Be brief", "Hello", "Paris", "And this city", "Paris is it")]
+
+
+@pytest.mark.parametrize("language", ["Chinese", "English"])
+def test_a_talk_is_what_a_chat_template_of_transformers_makes_of_it(tmp_path, tokenizer, language):
+    """Segment by segment for all; as a whole where no token reaches from a prompt into its answer."""
+    if language == "English":  # a tokenizer that has tokens such as " Paris", which begin with a prompt's last space
+        texts = [text for texts in ENGLISH for text in texts if text]
+        tokenizer = tokenizer.train_new_from_iterator(["Assistant: " + text for text in texts] * 9, 600)
+    rows, loaded = talk_rows(tmp_path, *(CHINESE if language == "Chinese" else ENGLISH))
+    examples = take(tokenize(loaded, tokenizer, 10**6), range(len(rows)))
+    whole_is_equal = []
+    for row, example in zip(rows, examples, strict=True):
+
+        def render(messages, **options):
+            return tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, **options)
+
+        said = row["messages"]
+        text = render(said, tokenize=False)
+        assert tokenizer.decode(example.input_ids) == text
+        # The segments: prompts and answers, by what each message adds to the text.
+        so_far = ["", *(render(said[:end], tokenize=False) for end in range(1, len(said) + 1))]
+        segments = [after.removeprefix(before) for before, after in pairwise(so_far)]
+        assert "".join(segments) == text
+        ids, labels = [], []
+        for message, segment in zip(said, segments, strict=True):
+            part = tokenizer(segment).input_ids if segment else []  # a system's text comes with what the user says first
+            ids += part
+            labels += part if message["role"] == "assistant" else [IGNORED] * len(part)
+        assert (example.input_ids, example.labels) == (ids, labels)
+        whole = render(said, return_dict=True, return_assistant_tokens_mask=True)
+        masked = [
+            token if of_answer else IGNORED
+            for token, of_answer in zip(whole["input_ids"], whole["assistant_masks"], strict=True)
+        ]
+        whole_is_equal.append((whole["input_ids"], masked) == (example.input_ids, example.labels))
+    assert all(whole_is_equal) if language == "Chinese" else not any(whole_is_equal)
+
+
+def test_a_talk_is_the_rows_of_its_turns_one_after_the_other(tmp_path, tokenizer):
+    texts = ["法国？", "巴黎", "</s>", "a</s>b", "德国？", "柏林"]
+    _, loaded = talk_rows(tmp_path, texts)
+    (talk,) = take(tokenize(loaded, tokenizer, 256), [0])
+    turns = [{"instruction": asked, "output": answer} for asked, answer in zip(texts[::2], texts[1::2], strict=True)]
+    alone = take(tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *turns), TRAIN), tokenizer, 256), range(3))
+    assert talk.input_ids == [token for turn in alone for token in turn.input_ids]
+    assert talk.labels == [label for turn in alone for label in turn.labels]
+    assert talk.input_ids.count(tokenizer.eos_token_id) == talk.labels.count(tokenizer.eos_token_id) == 3
+
+
+def test_a_talk_is_cut_between_turns_and_a_first_turn_like_any_row(tmp_path, tokenizer):
+    texts = ["法国的首都是哪里？", "巴黎，人人都知道", "德国呢？", "柏林", "日本呢？", "东京"]
+    _, loaded = talk_rows(tmp_path, texts)
+    _, first_alone = talk_rows(tmp_path, texts[:2])
+    (whole,) = take(tokenize(loaded, tokenizer, 256), [0])
+    ends = [place + 1 for place, token in enumerate(whole.input_ids) if token == tokenizer.eos_token_id]
+    prompt = len(tokenizer(prompt_of(texts[0])).input_ids)
+    assert len(ends) == 3 and ends[-1] == len(whole.input_ids)
+    for max_length in range(1, ends[-1] + 2):
+        cut = tokenize(loaded, tokenizer, max_length)
+        kept = max((end for end in ends if end <= max_length), default=max_length if max_length > prompt else 0)
+        found = [(example.input_ids, example.labels) for example in (take(cut, [0]) if len(cut) else [])]
+        assert found == ([(whole.input_ids[:kept], whole.labels[:kept])] if kept else [])
+        if max_length <= ends[0]:
+            assert cut.to_list() == tokenize(first_alone, tokenizer, max_length).to_list()
+
+
+def test_prompts_are_those_of_training_without_the_last_answer(tmp_path, tokenizer):
+    talks = [*CHINESE, ("</s>", "b</s>", "c", "d")]
+    _, loaded = talk_rows(tmp_path, *talks)
+    prompts = prompt_ids(tokenizer, [parts_of(row["instruction"], row["input"], row["history"]) for row in loaded])
+    for prompt, example in zip(prompts, take(tokenize(loaded, tokenizer, 10**6), range(len(loaded))), strict=True):
+        last = max(place for place, label in enumerate(example.labels) if label == IGNORED)
+        assert prompt == example.input_ids[: last + 1]
+    assert prompt_ids(tokenizer, []) == []
+    assert parts_of("a") == [prompt_of("a")] and parts_of("a", "b", ["c", "d"]) == [prompt_of("c"), "d", prompt_of("a", "b")]
+
+
+def test_a_digest_covers_the_history(tmp_path):
+    one, other = (talk_rows(tmp_path, [text, "b", "c", "d"])[1] for text in "ax")
+    assert digest(one) != digest(other)
+    assert digest(one) == digest(talk_rows(tmp_path, ["a", "b", "c", "d"])[1])

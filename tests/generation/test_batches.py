@@ -2,11 +2,10 @@ import copy
 import signal
 
 import pytest
-from helpers import GREEDY
+from helpers import GREEDY, complete
 from transformers import GenerationConfig, SuppressTokensAtBeginLogitsProcessor
 
 from prefix_tuning import PrefixBloom, load_prefix, signals
-from prefix_tuning.generation.batches import complete
 
 IS = 267  # the token "是", which most sentences have
 OTHER_DECODING = {

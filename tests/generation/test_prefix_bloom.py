@@ -5,7 +5,7 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GREEDY, PROMPTS, logits_after, prefix_config, random_bloom, random_prefix
+from helpers import GREEDY, PROMPTS, complete, logits_after, prefix_config, random_bloom, random_prefix
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM, DynamicCache, StaticCache, StoppingCriteriaList, TextStreamer, pipeline
@@ -16,7 +16,6 @@ from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_encoder, save_adapter
-from prefix_tuning.generation.batches import complete
 from prefix_tuning.model.encoder import PrefixEncoder
 
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from forks import Fork
-from helpers import questions, refuses, run_infer, wait_until, write_rows
+from helpers import FRANCE, questions, refuses, run_infer, wait_until, write_rows
 
 
 def read_lines(path):
@@ -146,3 +146,40 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path, prefixes):
     assert not (tmp_path / "a.jsonl").exists()
     source.write_text("", "utf-8")
     refuses("holds no rows", "--input", source, "--output", tmp_path / "a.jsonl", *prefixes)
+
+
+def test_talks_are_answered_after_their_history_and_keep_their_columns(tmp_path, prefixes, capsys):
+    said = [FRANCE, "巴黎", "3加5等于多少？", "8"]
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, said, strict=True)]
+    rows = [{"messages": messages[:turns], "id": turns, "prefix": "sentence"} for turns in (1, 2, 3, 4)]
+    source, output = write_rows(tmp_path / "rows.parquet", rows), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--max_new_tokens", 24, "--precision", "fp32"]
+    run_infer(*flags)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count(f"{source}: each row of messages is read as a talk\n") == 1
+    found = read_lines(output)
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+    first, same, third, also = [row["response"] for row in found]
+    assert first == same and third == also  # the last answer is not read
+    alone = write_rows(tmp_path / "alone.jsonl", [{"instruction": said[2], "prefix": "sentence"}])
+    run_infer("--input", alone, "--output", tmp_path / "alone-answers.jsonl", *flags[4:])
+    assert first.startswith("法国的首都是") and third != read_lines(tmp_path / "alone-answers.jsonl")[0]["response"]
+    output.write_bytes(output.read_bytes()[:-9])
+    run_infer(*flags, "--resume")
+    assert read_lines(output) == found
+
+
+def test_questions_may_be_in_other_columns(tmp_path, prefixes, capsys):
+    row = questions(1)[0]
+    names = {"question": "", "frage": "--columns=instruction=frage"}
+    for name, flag in names.items():
+        source, output = (
+            write_rows(tmp_path / f"{name}.csv", [{name: row["instruction"], "id": 1}]),
+            tmp_path / f"{name}.jsonl",
+        )
+        run_infer("--input", source, "--output", output, *prefixes, *flag.split())
+        assert f"{source}: {name} is read as instruction\n" in capsys.readouterr().err
+        assert read_lines(output) == [{name: row["instruction"], "id": "1", "response": row["output"]}]
+    flags = ["--input", source, "--output", tmp_path / "a.jsonl", *prefixes]
+    refuses("row 1: its columns are not known as those of question and answer: 'frage', 'id'", *flags)
+    refuses("row 1: has no column 'x', which --columns names; it has 'frage', 'id'", *flags, "--columns", "instruction=x")

@@ -1,12 +1,11 @@
 import copy
 
 import pytest
-from helpers import FRANCE, GREEDY, refuses, run_infer, write_rows
+from helpers import FRANCE, GREEDY, complete, refuses, run_infer, write_rows
 
 from prefix_tuning import PrefixBloom, load_prefix
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.errors import UserError
-from prefix_tuning.generation.batches import complete
 from prefix_tuning.inference.ask import Answerer
 from prefix_tuning.inference.run import infer
 from prefix_tuning.text import display_width
@@ -38,7 +37,7 @@ def test_a_base_that_returns_dicts_and_ends_at_strings_answers(base, tuned, toke
     for sequences in (1, 2):
         capsys.readouterr()
         options = {"num_beams": 1, "num_return_sequences": sequences, "max_new_tokens": 12, "do_sample": True, "top_k": 1}
-        Answerer(model, tokenizer, options, seed=0).print_answers(prompts[0], compare=False)
+        Answerer(model, tokenizer, options, seed=0).print_answers(tokenizer(prompts[0]).input_ids, compare=False)
         assert capsys.readouterr().out.splitlines() == answers[:1] * sequences
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FRANCE, ROOT
+from helpers import FRANCE, ROOT, TRAIN, write_jsonl
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import tokenize
 from prefix_tuning.inference.ask import Answerer
 from prefix_tuning.inference.run import decoding_options, open_model
 
@@ -149,16 +151,34 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
     config = parse_infer_config(flags)
     model, tokenizer = open_model(config, torch.device("cpu"), None)
     chat = Chat(Answerer(model, tokenizer, decoding_options(config), config.seed), config.max_length, config.compare)
-    asked = []
+    asked: list[str] = []
     for number in range(4):
         chat.answer(f"{number}加5等于多少？")
-        asked.append((f"{number}加5等于多少？", capsys.readouterr().out.strip()))
-    assert chat.turns == asked
+        asked += [f"{number}加5等于多少？", capsys.readouterr().out.removesuffix("\n")]
+    assert chat.history == asked
     prompt = chat.prompt("？")
-    kept = prompt.count("Human: ") - 1
+    kept = prompt.count(tokenizer.eos_token_id)
     assert 0 < kept < 4
-    history = "".join(f"Human: {question}\n\nAssistant: {answer}\n\n" for question, answer in asked[-kept:])
-    assert prompt == history + "Human: ？\n\nAssistant: "
-    assert len(tokenizer(prompt).input_ids) <= 60
+    turns = zip(asked[-2 * kept :: 2], asked[1 - 2 * kept :: 2], strict=True)
+    history = "".join(f"Human: {question}\n\nAssistant: {answer}</s>" for question, answer in turns)
+    assert tokenizer.decode(prompt) == history + "Human: ？\n\nAssistant: "
+    assert len(prompt) <= 60
     chat.answer("长" * 60)
-    assert len(chat.turns) == 4 and "too long" in capsys.readouterr().err
+    assert len(chat.history) == 8 and "too long" in capsys.readouterr().err
+
+
+def test_the_model_sees_a_conversation_as_the_tokens_of_a_talk_in_training(tmp_path, tuned, tokenizer):
+    from prefix_tuning.inference.chat import Chat
+
+    config = parse_infer_config(["--chat", "--prefix", str(tuned["short"])])
+    model, tokenizer = open_model(config, torch.device("cpu"), None)
+    chat = Chat(Answerer(model, tokenizer, decoding_options(config), config.seed), 256, False)
+    chat.history = ["法国的首都是哪里？", "巴黎", "</s>是什么？", " a</s>\n"]
+    prompt, last = chat.prompt("再见"), "好"
+    said = zip(["user", "assistant"] * 3, [*chat.history, "再见", last], strict=True)
+    path = write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": role, "content": text} for role, text in said]})
+    (talk,) = tokenize(load_rows(path, TRAIN), tokenizer, 256)["input_ids"]
+    assert talk == [*prompt, *tokenizer(last).input_ids, tokenizer.eos_token_id]
+    assert prompt.count(tokenizer.eos_token_id) == 2
+    chat.max_length = len(prompt) + chat.answerer.options["max_new_tokens"] - 1
+    assert chat.prompt("再见") == prompt[prompt.index(tokenizer.eos_token_id) + 1 :]

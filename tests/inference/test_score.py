@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from helpers import questions, refuses, run_infer, write_rows
+from helpers import FRANCE, plain_loss, questions, refuses, run_infer, write_rows
 
 from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import tokenize
+from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.evaluation import evaluate_loss
 from prefix_tuning.files.prefixes import load_prefix
 
@@ -46,3 +46,25 @@ def test_scores_are_the_evaluations(tmp_path, tuned, prefixes, tokenizer, capsys
         assert f"{scores['all']['loss'][name]:.4f}" in total.split()
     refuses("scores.json is there already; name another", "--score", source, *prefixes, "--output", output)
     refuses("'output' is empty", "--score", write_rows(source, [{"instruction": "a", "output": " "}]), *prefixes)
+
+
+def test_talks_and_other_columns_are_scored(tmp_path, tuned, tokenizer, capsys):
+    said = [("user", FRANCE), ("assistant", "巴黎"), ("user", "3加5等于多少？"), ("assistant", "8")]
+    talk = {"messages": [{"role": role, "content": text} for role, text in said]}
+    flags = ["--prefix", f"short={tuned['short']}", "--precision", "fp32"]
+    source, output = write_rows(tmp_path / "talks.json", [talk]), tmp_path / "scores.json"
+    run_infer("--score", source, *flags, "--output", output)
+    captured = capsys.readouterr()
+    assert f"{source}: each row of messages is read as a talk\n" in captured.err
+    header, row, _ = captured.out.splitlines()
+    assert header.startswith("   row") and row.endswith("  3加5等于多少？")
+    (figures,) = json.loads(output.read_text("utf-8"))["rows"]
+    assert figures["history"] == [FRANCE, "巴黎"] and figures["labels"] == 4  # two answers, each with its end
+    base, _ = load_base(bundled.MODEL, torch.float32, torch.device("cpu"))
+    examples = take(tokenize(load_rows(str(source), ("train",)), tokenizer, 10**6), [0])
+    for name, prefix in (("base", None), ("short", load_prefix(str(tuned["short"])).tensor)):
+        assert figures["loss"][name] == pytest.approx(plain_loss(base, examples, prefix).item() / 4, rel=1e-5)
+    other = write_rows(tmp_path / "rows.csv", [{"frage": FRANCE, "antwort": "巴黎"}])
+    run_infer("--score", other, *flags, "--columns", "instruction=frage,output=antwort")
+    captured = capsys.readouterr()
+    assert f"{other}: frage is read as instruction, antwort as output\n" in captured.err and FRANCE in captured.out

@@ -1,13 +1,16 @@
 import copy
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import examples_of, loss_and_gradient, plain_loss, prefix_config, random_bloom, relative
+from helpers import TRAIN, examples_of, loss_and_gradient, plain_loss, prefix_config, random_bloom, relative, write_jsonl
 from transformers import BloomForCausalLM, DynamicCache
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.model import attention, bloom
 from prefix_tuning.model.batch import IGNORED, Example, pack
 from prefix_tuning.model.bloom import Bloom, FrozenHeadLoss, PackedBlock, add_packed_forward, prefix_cache
@@ -205,3 +208,24 @@ def test_prefixes_of_different_lengths_are_padded_on_the_left():
             assert torch.equal(rows[1], long[layer, kind])
     own = DynamicCache()
     assert prefix_cache([short], own)[0] is own and own.get_seq_length() == 2
+
+
+def test_labels_in_several_segments_of_a_row_cost_what_they_cost_transformers(attention_form, tmp_path, tokenizer):
+    """Talks: every answer counts, no question does. The equations in float64, transformers' own forward in float32."""
+    said = [f"法国的首都是哪里{'？' * place}" if place % 2 == 0 else f"巴黎{'。' * place}" for place in range(6)]
+    roles = ["user", "assistant"] * 3
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    rows = [{"messages": messages[:turns]} for turns in (4, 2, 6, 6)]
+    talks = tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 80)
+    examples = take(talks, range(4))
+    for example in examples:
+        kinds = "".join("p" if label == IGNORED else "a" for label in example.labels)
+        assert len(re.findall("p+a+", kinds)) == example.input_ids.count(tokenizer.eos_token_id) > 0
+    assert len(examples[2].input_ids) > len(examples[0].input_ids) > len(examples[1].input_ids)
+    for dtype, plain, most in ((torch.float64, plain_float64_loss, 1e-12), (torch.float32, plain_loss, 1e-5)):
+        model = random_bloom(dtype=dtype)
+        prefix = PrefixEncoder(prefix_config(model)).bake().to(dtype)
+        ours, our_gradient = loss_and_gradient(lambda x, m=model: packed_loss(m, examples, x), prefix)
+        theirs, their_gradient = loss_and_gradient(lambda x, m=model, p=plain: p(m, examples, x), prefix)
+        assert ours == pytest.approx(theirs, rel=most)
+        assert relative(our_gradient, their_gradient) < most

@@ -1,4 +1,5 @@
 import pytest
+from helpers import assert_same_run, write_jsonl
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.errors import UserError
@@ -36,3 +37,34 @@ def test_rows_without_labels_are_counted_and_all_of_them_are_an_error(quick_sett
     assert "of 40 rows, whose prompts alone fill --max_length 26" in capsys.readouterr().out
     with pytest.raises(UserError, match="no row has a label left"):
         train(TrainConfig(**quick_settings | {"max_length": 5, "overwrite_output_dir": True}))
+
+
+def test_other_columns_are_trained_on_and_said(quick_settings, tmp_path, capsys):
+    rows = [{"frage": f"{number}加5等于几？", "antwort": str(number + 5)} for number in range(6)]
+    quick_settings |= {"dataset": write_jsonl(tmp_path / "rows.jsonl", *rows)}
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: its columns are not known .*'frage', 'antwort'; .*--columns"):
+        train(TrainConfig(**quick_settings))
+    quick_settings |= {"columns": "instruction=frage,output=antwort", "eval_dataset": quick_settings["dataset"]}
+    capsys.readouterr()
+    train(TrainConfig(**quick_settings | {"save_steps": 1}))
+    line = f"{quick_settings['dataset']}: frage is read as instruction, antwort as output\n"
+    assert capsys.readouterr().out.count(line) == 2
+    # Under our names they are the same rows: the run may be resumed with them.
+    same = [{"instruction": row["frage"], "output": row["antwort"]} for row in rows]
+    ours = {"dataset": write_jsonl(tmp_path / "ours.jsonl", *same), "eval_dataset": str(tmp_path / "ours.jsonl")}
+    train(TrainConfig(**quick_settings | ours | {"columns": None, "output_dir": str(tmp_path / "again")}))
+    assert_same_run(quick_settings["output_dir"], tmp_path / "again")
+    resumed = quick_settings | ours | {"columns": None, "resume_from_checkpoint": "latest", "max_steps": 4}
+    train(TrainConfig(**resumed))
+    with pytest.raises(UserError, match="another --dataset"):
+        train(TrainConfig(**resumed | {"dataset": write_jsonl(tmp_path / "other.jsonl", *same[1:]), "max_steps": 5}))
+
+
+def test_talks_are_trained_and_evaluated_on(quick_settings, tmp_path, capsys):
+    talk = [("human", "法国？"), ("gpt", "巴黎"), ("human", "德国？"), ("gpt", "柏林")]
+    rows = [{"conversations": [{"from": role, "value": text} for role, text in talk]}] * 6
+    source = write_jsonl(tmp_path / "talks.jsonl", *rows)
+    train(TrainConfig(**quick_settings | {"dataset": source, "eval_dataset": source, "eval_exact_match": True}))
+    out = capsys.readouterr().out
+    assert out.count(f"{source}: each row of conversations is read as a talk\n") == 2
+    assert "exact match" in out and "question     德国？" in out and "expected     柏林" in out

@@ -1,0 +1,244 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+from helpers import TRAIN, write_jsonl, write_rows
+
+from prefix_tuning.data.columns import PAIRS, columns_of, parse_columns
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.errors import UserError
+
+KINDS = ("json", "jsonl", "csv", "parquet", "folder")
+
+
+def write(folder, kind, rows):
+    """The rows as a file or a folder of this kind; its path."""
+    if kind == "folder":
+        Dataset.from_list(rows).save_to_disk(folder / "folder")
+        return str(folder / "folder")
+    return str(write_rows(folder / f"rows.{kind}", rows))
+
+
+def ours(instruction, output, input="", history=()):
+    return {"instruction": instruction, "input": input, "output": output, "history": list(history)}
+
+
+def talk(*texts, system=None):
+    """Messages of user and assistant in turn, as both conventions write them."""
+    roles = [("user", "human"), ("assistant", "gpt")] * len(texts)
+    said = [("system", "system", system)] * (system is not None) + [
+        (*role, text) for role, text in zip(roles, texts, strict=False)
+    ]
+    return (
+        {"messages": [{"role": role, "content": text} for role, _, text in said]},
+        {"conversations": [{"from": role, "value": text} for _, role, text in said]},
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asked, answer", PAIRS)
+def test_common_pairs_are_recognised_and_said_also_from_the_cache(tmp_path, capsys, kind, asked, answer):
+    rows = [{"id": "1", asked: "法国？", answer: "巴黎"}, {"id": "2", asked: "3+5", answer: "8"}]
+    source = write(tmp_path, kind, rows)
+    for _ in range(2):
+        assert load_rows(source, TRAIN).to_list() == [ours("法国？", "巴黎"), ours("3+5", "8")]
+        assert capsys.readouterr().out == f"{source}: {asked} is read as instruction, {answer} as output\n"
+
+
+def test_input_stays_input_whichever_row_has_it(tmp_path):
+    rows = [{"question": "a", "answer": "b"}, {"question": "c", "input": "d", "answer": "e"}]
+    assert load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN).to_list() == [ours("a", "b"), ours("c", "e", "d")]
+
+
+def test_our_own_names_come_first_and_nothing_is_said_of_them(tmp_path, capsys):
+    row = {"question": "x", "answer": "y", "instruction": "a", "output": "b", "messages": []}
+    assert load_rows(write_jsonl(tmp_path / "a.jsonl", row), TRAIN).to_list() == [ours("a", "b")]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_other_columns_are_named_by_the_flag(tmp_path, capsys, kind):
+    source = write(tmp_path, kind, [{"frage": "a", "kontext": "b", "antwort": "c", "input": "d"}])
+    assert load_rows(source, TRAIN, parse_columns("instruction=frage,output=antwort")).to_list() == [ours("a", "c", "d")]
+    assert capsys.readouterr().out == f"{source}: frage is read as instruction, antwort as output\n"
+    given = parse_columns("output=antwort, input=kontext,instruction=frage")
+    assert load_rows(source, TRAIN, given).to_list() == [ours("a", "c", "b")]  # the same file, cached otherwise
+    assert capsys.readouterr().out == f"{source}: frage is read as instruction, kontext as input, antwort as output\n"
+    assert load_rows(source, TRAIN, parse_columns("instruction=input,output=kontext")).to_list() == [ours("d", "b")]
+
+
+def test_a_column_that_is_not_named_has_our_name_or_that_of_a_pair(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"instruction": "a", "context": "b", "response": "c"})
+    assert load_rows(path, TRAIN, parse_columns("output=response,input=context")).to_list() == [ours("a", "c", "b")]
+    path = write_jsonl(tmp_path / "a.jsonl", {"question": "a", "context": "b", "answer": "c"})
+    assert load_rows(path, TRAIN, parse_columns("input=context")).to_list() == [ours("a", "c", "b")]
+
+
+UNCLEAR = {
+    "question answer prompt response": ("", True, "can be read in more than one way: 'question', 'answer', 'prompt', 'res"),
+    "question answer messages": ("", True, "more than one way.*--columns instruction=NAME,output=NAME or messages=NAME"),
+    "messages conversations": ("", True, "more than one way"),
+    "frage antwort": ("", True, "are not known as those of question and answer: 'frage', 'antwort'; say .*--columns inst"),
+    "instruction response": ("", True, "are not known as"),
+    "frage": ("instruction=frage", True, "are not known as"),
+    "question answer": (
+        "instruction=frage",
+        True,
+        "has no column 'frage', which --columns names; it has 'question'",
+    ),
+    "messages extra": ("input=extra", True, "are not known as"),
+    "answer": ("", False, "are not known as .*--columns instruction=NAME or"),
+    "question query": ("", False, "more than one way"),
+    "": ("", True, "not known .*: none;"),
+}
+
+
+@pytest.mark.parametrize("found", UNCLEAR)
+def test_columns_that_cannot_be_told_apart_are_listed(found):
+    flag, answered, message = UNCLEAR[found]
+    with pytest.raises(UserError, match=f"^a.jsonl, line 1: .*{message}"):
+        columns_of("a.jsonl, line 1", found.split(), parse_columns(flag), answered)
+
+
+READABLE = {
+    "question answer": ("", {"instruction": "question", "input": "input"}),
+    "question": ("", {"instruction": "question", "input": "input"}),
+    "instruction question": ("", {"instruction": "instruction", "input": "input"}),
+    "prompt messages": ("", {"messages": "messages"}),
+    "conversations messages": ("messages=conversations", {"messages": "conversations"}),
+    "frage": ("instruction=frage", {"instruction": "frage", "input": "input"}),
+}
+
+
+@pytest.mark.parametrize("found", READABLE)
+def test_a_file_of_questions_needs_no_answers(found):
+    flag, sources = READABLE[found]
+    assert columns_of("a", found.split(), parse_columns(flag), answered=False).sources == sources
+
+
+@pytest.mark.parametrize("flag", ["frage", "instruction=", "=a", "instruction=a,", "input=a,input=b", "input=a,output=a"])
+def test_a_malformed_flag_is_refused(flag):
+    with pytest.raises(UserError, match=f"--columns {flag}: (must be like instruction=NAME,output=NAME|there is no '')"):
+        parse_columns(flag)
+
+
+def test_unknown_names_in_the_flag_are_refused():
+    with pytest.raises(UserError, match="no 'question' to read; there are instruction, input, output and messages"):
+        parse_columns("question=frage")
+    with pytest.raises(UserError, match="exclude the others"):
+        parse_columns("messages=a,input=b")
+    assert parse_columns(None) == {} and parse_columns("output=a=b") == {"output": "a=b"}
+
+
+STRANGE = pa.array([0, 2**62], pa.timestamp("us"))  # the second is beyond Python's dates
+
+
+def test_of_a_table_only_the_columns_that_are_needed_are_read(tmp_path):
+    talks = [talk(text, "d")[0]["messages"] for text in "ab"]
+    for name, columns in (
+        ("pair", {"prompt": ["a", "b"], "completion": ["d", "d"], "input": [None, None], "instruction": STRANGE}),
+        ("talk", {"messages": talks, "prompt": STRANGE, "input": STRANGE, "output": STRANGE}),
+    ):
+        table = pa.table(columns)
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        Dataset(table).save_to_disk(tmp_path / name)
+        for source in (f"{name}.parquet", name):
+            assert load_rows(str(tmp_path / source), TRAIN).to_list() == [ours("a", "d"), ours("b", "d")]
+
+
+TALKS = [
+    (talk("a", "b"), ours("a", "b")),
+    (talk("a", "b", system="s"), ours("s", "b", "a")),
+    (talk("a", "b", system=""), ours("a", "b")),
+    (talk("a", "b", "c", "d"), ours("c", "d", history=["a", "b"])),
+    (talk("a", "b", "c", "d", system="s"), ours("c", "d", history=["s\na", "b"])),
+    (talk("a", "b", "c", "d", "e", "f", "g"), ours("e", "f", history=["a", "b", "c", "d"])),  # without the last question
+    (talk("", "b", "c"), ours("", "b")),
+]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "csv"])
+@pytest.mark.parametrize("convention", [0, 1], ids=["messages", "conversations"])
+def test_talks_are_rows_with_a_history(tmp_path, capsys, kind, convention):
+    rows = [form[convention] | {"id": place} for place, (form, _) in enumerate(TALKS)]
+    source = write(tmp_path, kind, rows)
+    assert load_rows(source, TRAIN).to_list() == [row for _, row in TALKS]
+    column = ("messages", "conversations")[convention]
+    assert capsys.readouterr().out == f"{source}: each row of {column} is read as a talk\n"
+
+
+def test_a_talk_may_stand_in_any_column_and_have_more_than_role_and_content(tmp_path):
+    said = [{"role": "user", "content": "a", "weight": 0}, {"from": "gpt", "value": "b", "tools": None}]
+    path = write_jsonl(tmp_path / "a.jsonl", {"chosen": said, "messages": 5})
+    assert load_rows(path, TRAIN, parse_columns("messages=chosen")).to_list() == [ours("a", "b")]
+
+
+def test_many_rows_without_history_may_come_before_one_with(tmp_path):
+    rows = [talk("a", "b")[0]] * 2500 + [talk("a", "b", "c", "d")[0]]
+    assert load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN)[-1] == ours("c", "d", history=["a", "b"])
+
+
+def test_a_question_is_all_up_to_what_the_user_said_last(tmp_path):
+    said = []
+    forms = [talk("a"), talk("a", "b"), talk("a", system="s"), talk("a", "b", "c", system="s"), talk("a", "b", "c", " ")]
+    rows = [form[0] | {"prefix": "p", "note": 1} for form in forms[:4]]
+    found = list(read_questions(write_jsonl(tmp_path / "a.jsonl", *rows), ["p"], say=said.append))
+    assert [row for row, _, _ in found] == rows and {prefix for _, _, prefix in found} == {"p"}
+    a, c = "Human: a\n\nAssistant: ", "Human: c\n\nAssistant: "
+    system = "Human: s\na\n\nAssistant: "
+    assert [parts for _, parts, _ in found] == [[a], [a], [system], [system, "b", c]]
+    assert said == [f"{tmp_path / 'a.jsonl'}: each row of messages is read as a talk"]
+
+
+def said(*pairs):
+    return {"messages": [{"role": role, "content": text} for role, text in pairs]}
+
+
+BAD_TALKS = {
+    "a text": ({"messages": "hello"}, "'messages' must be a list of messages, as .* can hold one, not \"hello\""),
+    "nothing": ({"messages": None}, "'messages' must be a list of messages, .*, not null"),
+    "an empty list": ({"messages": []}, "'messages' holds no answer"),
+    "a question only": (talk("a")[0], "'messages' holds no answer"),
+    "a system only": (talk(system="a")[0], "'messages' holds no answer"),
+    "texts": (
+        {"messages": ["a", "b"]},
+        "message 1 of 'messages' must have role and content, or from and value; it is \"a\"",
+    ),
+    "a tool": (said(("user", "a"), ("tool", "b")), 'message 2 .* is by "tool", where assistant is expected: user and'),
+    "two questions": (said(("user", "a"), ("user", "b")), "message 2 of 'messages' is by \"user\", where assistant is exp"),
+    "two answers": (said(("user", "a"), ("assistant", "b"), ("assistant", "c")), "message 3 .* where user is expected"),
+    "an answer first": (said(("assistant", "b"), ("user", "a")), "message 1 .* where user is expected"),
+    "a late system": (said(("user", "a"), ("system", "b")), 'message 2 .* by "system", where assistant is expected'),
+    "two systems": (said(("system", "a"), ("system", "b")), 'message 2 .* by "system", where user is expected'),
+    "a role that is a list": (said((["user"], "a")), r"message 1 .* is by \[\"user\"\], where user is expected"),
+    "no role": ({"messages": [{"content": "a"}]}, "message 1 of 'messages' is by null, where user is expected"),
+    "parts of content": (
+        said(("user", [{"type": "text"}])),
+        r"the content of message 1 of 'messages' must be a text, not \[",
+    ),
+    "null content": (said(("user", "a"), ("assistant", None)), "the content of message 2 of 'messages' must be a text"),
+    "an empty answer": (said(("user", "a"), ("assistant", " \n")), "message 2 of 'messages' is empty; every answer needs"),
+    "half a character": (said(("user", "\ud83d")), "the content of message 1 of 'messages' holds half of a character"),
+}
+
+
+@pytest.mark.parametrize("row, message", BAD_TALKS.values(), ids=BAD_TALKS)
+def test_a_bad_talk_is_named_with_its_row(tmp_path, row, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(talk("a", "b")[0]) + "\n" + json.dumps(row) + "\n", "utf-8")
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: {message}"):
+        load_rows(str(path), TRAIN)
+
+
+def test_csv_holds_no_talks(tmp_path):
+    (tmp_path / "a.csv").write_text('messages\n"[{""role"": ""user"", ""content"": ""a""}]"\n', "utf-8")
+    with pytest.raises(UserError, match=r"a\.csv, row 1: 'messages' must be a list .* as \.json, \.jsonl and \.parquet"):
+        load_rows(str(tmp_path / "a.csv"), TRAIN)
+
+
+def test_a_file_of_questions_without_a_question_is_refused(tmp_path):
+    with pytest.raises(UserError, match="line 1: 'messages' holds no question"):
+        list(read_questions(write_jsonl(tmp_path / "a.jsonl", talk(system="s")[0]), []))
