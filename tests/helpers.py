@@ -134,7 +134,7 @@ def write_jsonl(path, *rows):
     return str(path)
 
 
-TIMINGS = {"tokens_per_second", "train_seconds", "compile_seconds", "peak_memory_mb"}
+TIMINGS = {"search_seconds", "tokens_per_second", "train_seconds", "compile_seconds", "peak_memory_mb"}
 UNEVALUATED = {"eval_dataset": None, "eval_steps": None, "save_best": False}
 
 

@@ -1,84 +1,118 @@
 """The learning rate, found by a few short trials before the run.
 
-Which rate suits depends on the encoder's width, on whether there is a projection, on the number of virtual tokens, the base
-and the length of the run; no single default fits (tests/benchmarks/README.md has the table). Each trial trains a copy of the
-encoder, which is then thrown away, on the first training rows of the run: the same rows for each, so that the losses can be
-compared. Its rate falls linearly to zero, as it does in most runs. The rates are half a decade apart, and loss over rate has
-one valley, so the search walks downhill from the middle and tries no more rates than it must.
+Which rate suits depends on the encoder's width, on whether there is a projection, on the base and on the length of the
+run; no single default fits (tests/benchmarks/README.md has tables, and what else was tried). A trial trains a copy of the
+encoder, which is then thrown away, on the first training rows of the run, while the rate falls to zero as it does in most
+runs. All trials see the same rows, so their losses can be compared even where they are noisy.
+
+The rates of the trials are half a decade apart. Loss over rate has one valley, so the search walks downhill from a first
+guess and stops where both neighbours are worse; a parabola through these three gives its lowest point. A longer run wants a
+lower rate than a short one: the best rate falls as a power of the number of steps (Bjorck et al. 2025, "Scaling Optimal LR
+Across Token Horizons", ICLR, arXiv 2409.19913: 0.32 in pre-training; here 0.25 fits better), and what the trials found is
+lowered accordingly.
 """
 
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.text import duration
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.state import TrainingState
 from prefix_tuning.training.steps import Steps
 
-SHARE = 0.1  # of the run's steps, for all trials together
-FEWEST_STEPS = 8  # of a trial, also where the run is short
-USUAL_TRIALS = 4
-FIRST_RATE = 1e-2
-LOWEST, HIGHEST = 1e-5, 10.0
+SHARE = 0.1  # of the run's steps, for all trials together, and
+USUAL_TRIALS = 5  # so many share them;
+FEWEST_STEPS = 8  # but a trial has at least these, where the run itself has
+HORIZON = 0.25  # the exponent above
+LOWEST, HIGHEST = 1e-6, 10.0  # rates
 
 
 @dataclass
 class Search:
-    """What was tried: the rates, in this order, and the loss at the end of each trial; which was taken."""
+    """What was tried and found. rates, losses: of the trials, in their order. steps: of each. seconds: of all."""
 
     rates: list[float]
     losses: list[float]
+    steps: int
     rate: float
-    steps: int  # of a trial
     seconds: float
 
     def record(self) -> dict:
         """As a line of metrics.jsonl. A loss that was not finite is None."""
-        losses = [loss if math.isfinite(loss) else None for loss in self.losses]
-        return {"learning_rate_search": asdict(self) | {"losses": losses}}
+        found = asdict(self) | {"losses": [loss if math.isfinite(loss) else None for loss in self.losses]}
+        return {"search_seconds": round(found.pop("seconds"), 3), "learning_rate_search": found}
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{rate:.1e} ({loss:.3f})" for rate, loss in sorted(zip(self.rates, self.losses, strict=True)))
+        tried = ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in sorted(zip(self.rates, self.losses, strict=True)))
         taken = f"learning rate {self.rate:.1e}, found in {duration(self.seconds)}"
-        return f"{taken}: loss after {self.steps} steps at {tried}"
+        return f"{taken} (loss after {self.steps} steps: {tried})"
 
 
 def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Search:
-    """Searches for a learning rate for the run that `state` and `steps` begin, which stay as they are. All ranks call this
-    together, and find the same.
+    """Finds a peak learning rate for the run that `state` and `steps` begin, which stay as they are. All ranks call this
+    together and find the same.
     """
-    begun, length = time.perf_counter(), max(FEWEST_STEPS, round(SHARE * steps.total / USUAL_TRIALS))
-    losses: dict[int, float] = {}  # by half decades above FIRST_RATE
+    begun = time.perf_counter()
+    left = steps.total - steps.done
+    length = max(min(FEWEST_STEPS, left), int(SHARE * left / USUAL_TRIALS))
+    losses = walk_downhill(
+        lambda place: trial(base, state, steps, rate_at(place), length), first_place(state.encoder.config)
+    )
+    found = 10 ** (valley(losses) / 2) * (length / left) ** HORIZON
+    return Search(
+        [rate_at(place) for place in losses],
+        [*losses.values()],
+        length,
+        float(f"{found:.1e}"),
+        time.perf_counter() - begun,
+    )
 
-    def loss_at(place: int) -> float:
-        if place not in losses:
-            losses[place] = trial(base, state, steps, rate_of(place), length)
-        return losses[place]
 
-    place = 0
-    for way in (1, -1):
-        while LOWEST < rate_of(place + way) < HIGHEST and loss_at(place + way) < loss_at(place):
+def rate_at(place: int) -> float:
+    """The rate so many half decades above 1, to two digits."""
+    return float(f"{10 ** (place / 2):.1e}")
+
+
+def first_place(config: PrefixConfig) -> int:
+    """Where to begin. Adam moves each weight by about the rate, and a number of the prefix is a sum over as many weights as
+    the encoder is wide; without a projection it is one weight.
+    """
+    guess = 2 / config.encoder_hidden_size if config.prefix_projection else 0.3
+    return round(2 * math.log10(guess))
+
+
+def walk_downhill(loss_at: Callable[[int], float], place: int) -> dict[int, float]:
+    """The losses of all places that were tried, in their order: from `place` on, those downhill and the first uphill."""
+    losses = {place: loss_at(place)}
+    for way in (-1, 1):
+        while LOWEST < rate_at(place + way) < HIGHEST and place + way not in losses:
+            losses[place + way] = loss_at(place + way)
+            if not losses[place + way] < losses[place]:
+                break
             place += way
-    rates = [rate_of(place) for place in losses]
-    return Search(rates, [*losses.values()], rate_of(place), length, time.perf_counter() - begun)
+    return losses
 
 
-def rate_of(place: int) -> float:
-    """The rate so many half decades above FIRST_RATE, to two digits."""
-    return float(f"{FIRST_RATE * 10 ** (place / 2):.1e}")
+def valley(losses: dict[int, float]) -> float:
+    """The lowest point of a parabola through the lowest loss and those on its sides, at most half a place from it."""
+    place = min(losses, key=lambda place: losses[place])
+    left, middle, right = (losses.get(place + side, math.inf) for side in (-1, 0, 1))
+    curvature = left - 2 * middle + right
+    if not (math.isfinite(curvature) and curvature > 0):
+        return place
+    return place + (left - right) / (2 * curvature)
 
 
 def trial(base: Bloom, state: TrainingState, steps: Steps, rate: float, length: int) -> float:
-    """Trains a copy of the encoder for so many steps. Returns the mean loss of the last quarter of them, in nats."""
+    """Trains a copy of the encoder for so many steps. Returns the mean loss in nats of the last quarter of them."""
     copied = copy.deepcopy(state)
     copied.progress.peak_learning_rate, copied.schedule = rate, lambda updates: 1 - updates / length
-    losses = []
-    for step in replace(steps, total=length):
-        _, loss, _ = optimizer_step(base, copied, step)
-        losses.append(loss.item())
+    losses = [optimizer_step(base, copied, step)[1] for step in replace(steps, total=steps.done + length)]
     last = losses[-math.ceil(length / 4) :]
-    mean = sum(last) / len(last)
+    mean = sum(loss.item() for loss in last) / len(last)
     return mean if math.isfinite(mean) else math.inf

@@ -70,12 +70,12 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
             state.compile_seconds = compile_now(inputs.base, first.batches, state.encoder.bake())
             print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")
         search = None
-        if state.progress.peak_learning_rate is None:
+        if state.progress.peak_learning_rate is None and steps.done < steps.total:
             search = find_learning_rate(inputs.base, state, steps)
             state.progress.peak_learning_rate = search.rate
             print(search)
         if distributed.is_main():
-            settings = dataclasses.asdict(config) | {"learning_rate": state.progress.peak_learning_rate}
+            settings = dataclasses.asdict(config) | {"learning_rate": state.progress.peak_learning_rate or 0.0}
             settings |= {"train_rows": len(steps.train_set), "eval_rows": len(inputs.eval_rows or ())}
             settings |= {"rows_per_step": steps.rows_per_step}
             prepare_output(output_dir, describe_run(settings, state.encoder.config, dtype, device), resumed)
