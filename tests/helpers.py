@@ -135,7 +135,7 @@ def write_jsonl(path, *rows):
 
 
 TIMINGS = {"search_seconds", "tokens_per_second", "train_seconds", "compile_seconds", "peak_memory_mb"}
-UNEVALUATED = {"eval_dataset": None, "eval_steps": None, "save_best": False}
+UNEVALUATED = {"eval_dataset": None, "eval_fraction": 0.0, "eval_steps": None, "save_best": False}
 
 
 def metrics_without_timings(folder) -> list[dict]:

@@ -14,6 +14,7 @@ class Garden:
 
     tree_count: int | None = flag(None, "How many trees.", at_least=1, needs=Needs(("fence",), "needs a fence"))
     width: float = flag(2.5, "In metres.")
+    share: float | None = flag(None, "At most 100% of it.")
     shape: Literal["round", "square"] = flag("round", "Seen from above.")
     fence: bool = flag(True, "Around it.")
     pond: bool = flag(False, "In it.")
@@ -27,17 +28,26 @@ class House:
 
 
 def parse(*argv, question=False):
-    parser = Parser((Garden, House), prog="build")
+    parser = Parser((Garden, House), most_used=("width", "name"), prog="build")
     if question:
         parser.add_argument("question", nargs="?")
     return parser.parse(list(argv))
 
 
 def test_a_flag_has_the_type_and_the_default_of_its_field():
-    defaults = {"tree_count": None, "width": 2.5, "shape": "round", "fence": True, "pond": False, "name": "home"}
+    defaults = {
+        "tree_count": None,
+        "width": 2.5,
+        "share": None,
+        "shape": "round",
+        "fence": True,
+        "pond": False,
+        "name": "home",
+    }
     assert parse() == (defaults, set())
     values, given = parse("--tree-count", "3", "--width=1", "--shape", "square", "--no_fence", "--pond")
-    assert values == {"tree_count": 3, "width": 1.0, "shape": "square", "fence": False, "pond": True, "name": "home"}
+    changed = {"tree_count": 3, "width": 1.0, "shape": "square", "fence": False, "pond": True}
+    assert values == defaults | changed
     assert given == {"tree_count", "width", "shape", "fence", "pond"}
     assert parse("--fence", "false", "--pond", "true")[0] == defaults | {"fence": False, "pond": True}
 
@@ -63,9 +73,11 @@ def test_help_has_the_groups_and_what_the_flags_are_for(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "garden: --tree_count TREE_COUNT, --tree-count TREE_COUNT How many trees. (default: None)" in text
-    assert "--fence [FENCE] Around it. (default: True) --no_fence, --no-fence The same as --fence false." in text
-    assert "house: --name NAME On the door. (default: home)" in text
+    assert "most used: --width X In metres. (default: 2.5) --name NAME On the door. (default: home)" in text
+    assert "garden: --tree_count N How many trees. --share X At most 100% of it. --shape {round,square} Seen" in text
+    assert "--fence {true,false} Around it. (default: true) --pond In it." in text
+    assert "--no_fence" not in text and "--tree-count" not in text
+    assert text.count("--width") == text.count("--name") == 1 and "100% of it" in text
 
 
 def test_a_switch_does_not_take_the_question_for_its_value():

@@ -53,10 +53,12 @@ class Search:
         return f"{taken} (loss after {self.steps} steps: {tried})"
 
 
-def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Search:
-    """Finds a peak learning rate for the run that `state` and `steps` begin, which stay as they are. All ranks call this
-    together and find the same.
+def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Search | None:
+    """Finds the peak learning rate of the run that `state` and `steps` begin, if it has none yet and is to train, and says
+    so. Nothing else of the state changes. All ranks call this together and find the same.
     """
+    if state.progress.peak_learning_rate is not None or steps.done == steps.total:
+        return None
     begun = time.perf_counter()
     left = steps.total - steps.done
     length = max(min(FEWEST_STEPS, left), int(SHARE * left / USUAL_TRIALS))
@@ -64,13 +66,11 @@ def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Searc
         lambda place: trial(base, state, steps, rate_at(place), length), first_place(state.encoder.config)
     )
     found = 10 ** (valley(losses) / 2) * (length / left) ** HORIZON
-    return Search(
-        [rate_at(place) for place in losses],
-        [*losses.values()],
-        length,
-        float(f"{found:.1e}"),
-        time.perf_counter() - begun,
-    )
+    rates, taken = [rate_at(place) for place in losses], float(f"{found:.1e}")
+    search = Search(rates, [*losses.values()], length, taken, time.perf_counter() - begun)
+    state.progress.peak_learning_rate = search.rate
+    print(search)
+    return search
 
 
 def rate_at(place: int) -> float:

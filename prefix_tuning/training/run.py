@@ -69,15 +69,9 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
         if config.torch_compile and (first := next(iter(steps), None)):
             state.compile_seconds = compile_now(inputs.base, first.batches, state.encoder.bake())
             print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")
-        search = None
-        if state.progress.peak_learning_rate is None and steps.done < steps.total:
-            search = find_learning_rate(inputs.base, state, steps)
-            state.progress.peak_learning_rate = search.rate
-            print(search)
+        search = find_learning_rate(inputs.base, state, steps)
         if distributed.is_main():
-            settings = dataclasses.asdict(config) | {"learning_rate": state.progress.peak_learning_rate or 0.0}
-            settings |= {"train_rows": len(steps.train_set), "eval_rows": len(inputs.eval_rows or ())}
-            settings |= {"rows_per_step": steps.rows_per_step}
+            settings = settings_of(config, inputs, state, steps)
             prepare_output(output_dir, describe_run(settings, state.encoder.config, dtype, device), resumed)
         del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
         evaluator = Evaluator(
@@ -104,6 +98,16 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
         push_to_hub(output_dir, repository)
         print(f"uploaded to the hub: {repository}")
     return summary
+
+
+def settings_of(config: TrainConfig, inputs: Inputs, state: TrainingState, steps: Steps) -> dict:
+    """The settings of the command by name, and what the run made of them."""
+    return dataclasses.asdict(config) | {
+        "learning_rate": state.progress.peak_learning_rate or 0.0,
+        "train_rows": len(steps.train_set),
+        "eval_rows": len(inputs.eval_rows or ()),
+        "rows_per_step": steps.rows_per_step,
+    }
 
 
 def size_of_run(inputs: Inputs, state: TrainingState, steps: Steps) -> str:

@@ -5,7 +5,7 @@ from prefix_tuning.generation.batches import batches_of, complete_batch
 
 
 def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_model, tokenizer):
-    options = {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 3}
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0, "num_return_sequences": 3}
     (batch,) = batches_of(tokenizer(PROMPTS).input_ids, ["five"] * 4, range(4), 64)
     texts = complete_batch(random_model, tokenizer, batch, seed=3, **options)
     assert sorted(prompt.number for prompt in batch) == [0, 1, 2, 3] and all(len(set(row)) == 3 for row in texts)
