@@ -89,6 +89,16 @@ def test_two_processes_train_as_one_with_as_many_rows(alone, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
 
 
+def test_processes_find_the_learning_rate_that_one_finds(alone, tmp_path):
+    names = ("dataset", "logging_steps", "per_device_train_batch_size", "num_virtual_tokens", "precision")
+    flags = {name: alone[0][name] for name in names} | {"eval_fraction": 0, "max_steps": 2}
+    train_here(flags | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 4})
+    out = train(2, flags | {"output_dir": tmp_path / "two", "gradient_accumulation_steps": 2})
+    assert out.count("learning rate ") == 1  # only main speaks
+    one, two = (metrics_without_timings(tmp_path / name)[0]["learning_rate_search"] for name in ("one", "two"))
+    assert two == one | {"losses": pytest.approx(one["losses"], rel=1e-4)}
+
+
 def test_gradients_are_those_of_one_process(tmp_path):
     random_bloom(vocab_size=4099).save_pretrained(tmp_path)  # no number of processes divides a prime
     code, _, err = torchrun_forks(4, "tests/processes.py", tmp_path)

@@ -74,7 +74,8 @@ def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | No
     shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "hidden_size", "vocab_size")}
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        weights.update(name.encode() + _sample(tensor).float().numpy().tobytes())
+        if isinstance(tensor, torch.Tensor):  # torch's quantised layers also keep other things there
+            weights.update(name.encode() + _sample(tensor).float().numpy().tobytes())
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if tokenizer else ""
     special = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad", "unk")} if tokenizer else None
     return {

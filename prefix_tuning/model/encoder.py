@@ -18,16 +18,19 @@ They are no embeddings of words: each layer has pairs of its own, which in gener
 prefix steers a model further than a prompt of the same length.
 
 Why is there an MLP? The pairs could be parameters by themselves (`prefix_projection=False`), but Li & Liang found that
-training them directly is unstable and sensitive to the learning rate (section 4.3 of the paper). So they are
-*reparametrised*: one small embedding per virtual token goes through Linear -> Tanh -> Linear, whose last layer is wide
-enough to emit the keys and values of all layers at once:
+training them directly is unstable and sensitive to the learning rate (section 4.3 of the paper). So they *reparametrise*
+them: one small embedding per virtual token goes through Linear -> Tanh -> Linear, whose last layer is wide enough to emit
+the keys and values of all layers at once:
 
     (P, E) --Linear--> (P, W) --Tanh, Linear--> (P, L * 2 * E) = (L, 2, H, P, D)
 
-All pairs then share weights and change together, which smooths the optimisation. What is shared matters: key and value of a
-virtual token come from one hidden vector, and with that structure the pairs can be estimated from far fewer examples than as
-independent parameters (Le et al. 2025, who also get the gain from much simpler shared maps). The price is size: the last
-Linear alone has W x (L * 2 * E) weights, 201 M of the 205.6 M trainable parameters at bloom-1b4-zh's shape.
+All pairs then share weights and change together. Key and value of a virtual token come from one hidden vector, and with
+that structure the pairs can be estimated from fewer examples than as independent parameters (Le et al. 2025, who also get
+the gain from much simpler shared maps). Much of the difference is the size of a step, though: Adam moves each weight by
+about the learning rate, a direct number of the prefix by as much, but a number that the MLP emits by a sum over W weights.
+So direct pairs want a rate 30 to 100 times as large. At one common rate they hardly move; each at its own best rate, they
+end close to the MLP's on the bundled demo and below them on real rows (tests/benchmarks/README.md). The price of the MLP is
+size: the last Linear alone has W x (L * 2 * E) weights, 201 M of the 205.6 M trainable parameters at bloom-1b4-zh's shape.
 
 Why can the MLP be thrown away? Its input is no data, only the fixed virtual tokens 0, 1, 2, .... After training its
 output is therefore one constant tensor. `bake` computes it once; inference, and the file that PEFT reads, need nothing

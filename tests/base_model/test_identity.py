@@ -81,3 +81,15 @@ def test_a_fingerprint_stays_what_it_was():
     for parameter in model.parameters():
         parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / 1000)
     assert fingerprint(model, None)["weights"][:16] == "1c8a20ff45e5b1ab"
+
+
+@pytest.mark.filterwarnings("ignore")  # torch names a successor of this
+def test_a_base_with_quantised_layers_is_another_one_which_can_be_used_by_force(tokenizer):
+    model = random_bloom()
+    base = fingerprint(model, tokenizer)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    found = fingerprint(quantised, tokenizer)
+    assert found["weights"] != base["weights"] and found | {"weights": None} == base | {"weights": None}
+    with pytest.raises(UserError, match=r"not the same weights.*--force"):
+        check_base((3, 2, 6, 5, 8), base, found, "./chatbot", force=False)
+    check_base((3, 2, 6, 5, 8), base, found, "./chatbot", force=True)
