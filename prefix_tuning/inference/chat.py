@@ -7,6 +7,7 @@ import sys
 from itertools import chain
 
 from prefix_tuning.data.rows import part_ids, parts_of
+from prefix_tuning.distributed import note
 from prefix_tuning.inference.ask import Answerer
 
 # readline gives `input` arrow keys, a history, and characters of any width. It reads the locale from the environment
@@ -101,8 +102,3 @@ def ask_user(prompt: str) -> str:
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input(prompt)
     return input()
-
-
-def note(text: str) -> None:
-    """Prints what is no answer, to stderr."""
-    print(text, file=sys.stderr, flush=True)

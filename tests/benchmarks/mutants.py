@@ -145,7 +145,7 @@ def passes(tests: str, tree: ast.AST, module: str, folder: str) -> bool:
 def arguments(tests: str, folder: str) -> list[str]:
     files, _, chosen = tests.partition(" -k ")
     return [
-        *("-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", f"--basetemp={folder}/tests"),
+        *("-x", "-q", "-n", "0", "-p", "no:randomly", "-p", "no:cacheprovider", f"--basetemp={folder}/tests"),
         *files.split(),
         *("-k", chosen.replace("|", " or ").replace("not or ", "not ")),
     ]
