@@ -27,7 +27,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default, text = action.default, action.help or ""
-        if default not in (None, False, argparse.SUPPRESS):
+        if not any(default is nothing for nothing in (None, False, argparse.SUPPRESS)):
             text += f" (default: {'true' if default is True else default})"
         return text.replace("%", "%%")  # argparse formats it
 

@@ -28,7 +28,7 @@ All pairs then share weights and change together. Key and value of a virtual tok
 that structure the pairs can be estimated from fewer examples than as independent parameters (Le et al. 2025, who also get
 the gain from much simpler shared maps). Much of the difference is the size of a step, though: Adam moves each weight by
 about the learning rate, a direct number of the prefix by as much, but a number that the MLP emits by a sum over W weights.
-So direct pairs want a rate 30 to 100 times as large. At one common rate they hardly move; each at its own best rate, they
+So direct pairs want a rate 20 to 100 times as large. At one common rate they hardly move; each at its own best rate, they
 end close to the MLP's on the bundled demo and below them on real rows (tests/benchmarks/README.md). The price of the MLP is
 size: the last Linear alone has W x (L * 2 * E) weights, 201 M of the 205.6 M trainable parameters at bloom-1b4-zh's shape.
 

@@ -49,7 +49,7 @@ def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     max_tokens = config.max_tokens_per_batch or suggested_max_tokens(base, gathers=parts is not None)
     with distributed.local_main_first():
         train_set = tokenize_rows(config.dataset, train_rows, tokenizer, config.max_length)
-        held_out = config.eval_dataset or config.dataset
+        held_out = config.eval_dataset or f"the rows held out of {config.dataset}"
         eval_set = eval_rows and tokenize_rows(held_out, eval_rows, tokenizer, config.max_length)
     contents = {
         "model_name_or_path": {key: value for key, value in base_fingerprint.items() if key != "name_or_path"},

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from prefix_tuning.errors import UserError
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.text import duration
@@ -26,7 +27,7 @@ from prefix_tuning.training.state import TrainingState
 from prefix_tuning.training.steps import Steps
 
 SHARE = 0.1  # of the run's steps, for all trials together, and
-USUAL_TRIALS = 5  # so many share them;
+MOST_TRIALS = 8  # so many share them, 3 to 5 as a rule;
 FEWEST_STEPS = 8  # but a trial has at least these, where the run itself has
 HORIZON = 0.25  # the exponent above
 LOWEST, HIGHEST = 1e-6, 10.0  # rates
@@ -55,17 +56,22 @@ class Search:
 
 def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Search | None:
     """Finds the peak learning rate of the run that `state` and `steps` begin, if it has none yet and is to train, and says
-    so. Nothing else of the state changes. All ranks call this together and find the same.
+    so. Nothing else of the state changes. All ranks call this together and find the same. Raises UserError if no loss is
+    finite at any rate.
     """
     if state.progress.peak_learning_rate is not None or steps.done == steps.total:
         return None
+    print("looking for a learning rate")
     begun = time.perf_counter()
     left = steps.total - steps.done
-    length = max(min(FEWEST_STEPS, left), int(SHARE * left / USUAL_TRIALS))
+    length = max(min(FEWEST_STEPS, left), int(SHARE * left / MOST_TRIALS))
     losses = walk_downhill(
         lambda place: trial(base, state, steps, rate_at(place), length), first_place(state.encoder.config)
     )
     found = 10 ** (valley(losses) / 2) * (length / left) ** HORIZON
+    if min(losses.values()) == math.inf:
+        tried = ", ".join(f"{rate_at(place):.1e}" for place in losses)
+        raise UserError(f"no loss was finite at any of the rates {tried}; try --precision fp32, or give --learning_rate")
     rates, taken = [rate_at(place) for place in losses], float(f"{found:.1e}")
     search = Search(rates, [*losses.values()], length, taken, time.perf_counter() - begun)
     state.progress.peak_learning_rate = search.rate
@@ -87,10 +93,10 @@ def first_place(config: PrefixConfig) -> int:
 
 
 def walk_downhill(loss_at: Callable[[int], float], place: int) -> dict[int, float]:
-    """The losses of all places that were tried, in their order: from `place` on, those downhill and the first uphill."""
+    """The losses of the places that were tried, in their order: from `place` on, those downhill and the first uphill."""
     losses = {place: loss_at(place)}
     for way in (-1, 1):
-        while LOWEST < rate_at(place + way) < HIGHEST and place + way not in losses:
+        while len(losses) < MOST_TRIALS and LOWEST < rate_at(place + way) < HIGHEST and place + way not in losses:
             losses[place + way] = loss_at(place + way)
             if not losses[place + way] < losses[place]:
                 break

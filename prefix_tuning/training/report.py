@@ -20,7 +20,7 @@ from prefix_tuning.files.names import (
 from prefix_tuning.files.writing import atomic_write
 
 WORTH_MENTIONING = 0.01  # of a loss
-WHAT_TO_TRY = "leave out --learning_rate, so that it is found; else more --num_train_epochs or --num_virtual_tokens"
+MORE = "more --num_train_epochs or --num_virtual_tokens may help"
 
 _CARD = Path(__file__).with_name("model_card.md")
 
@@ -101,15 +101,17 @@ def what_was_learnt(records: list[dict], save_best: bool) -> str:
     if len(evaluations := _evaluations(records, save_best)) > 1:
         pairs.append(("held-out loss", *(record["eval_loss"] for record in evaluations)))
     if not pairs:
-        return "too few steps to say what was learnt"
+        return "too few steps to say what was learnt; --logging_steps 1 and held-out rows would tell"
     line = ", ".join(f"{name} {before:.4f} -> {after:.4f}" for name, before, after in pairs)
     if len(matches := [record["eval_exact_match"] for record in evaluations if "eval_exact_match" in record]) > 1:
         line += f", exact match {matches[0]:.1%} -> {matches[1]:.1%}"
     learnt = [after < (1 - WORTH_MENTIONING) * before for _, before, after in pairs]
     if not any(learnt):
-        return f"nothing was learnt: {line}; {WHAT_TO_TRY}"
+        searched = any("learning_rate_search" in record for record in records)
+        first = "" if searched else "leave out --learning_rate, so that it is found; else "
+        return f"nothing was learnt: {line}; {first}{MORE}"
     if not learnt[-1]:
-        return f"learnt by heart only: {line}; fewer --num_train_epochs or more rows may help"
+        return f"learnt by heart only: {line}; more rows, fewer --num_train_epochs or --save_best may help"
     return f"learnt: {line}"
 
 

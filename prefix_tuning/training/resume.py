@@ -121,6 +121,7 @@ def check_same_run(resumed: Resumed, run: dict) -> None:
         if before == now:
             continue
         if name in SAME:
+            before, now = ("unset" if value is None else value for value in (before, now))
             differences.append(f"--{name} {before}, not {now}")
         elif isinstance(before, dict) and isinstance(now, dict):
             differences.append(f"another --{name} ({', '.join(key for key in now if before.get(key) != now[key])})")

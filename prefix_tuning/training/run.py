@@ -91,12 +91,12 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
                 metrics.write(search.record())
             summary = _run(inputs, state, steps, metrics, evaluator, checkpoints)
     print(f"{summary['steps']} steps in {duration(summary['train_seconds'])}; the prefix is saved in {output_dir}")
-    evaluator.show_answers(state.encoder.bake())
-    if distributed.is_main():
-        print(what_was_learnt(read_metrics(output_dir), config.save_best))
     if repository:
         push_to_hub(output_dir, repository)
         print(f"uploaded to the hub: {repository}")
+    evaluator.show_answers(state.encoder.bake())
+    if distributed.is_main():
+        print(what_was_learnt(read_metrics(output_dir), config.save_best))
     return summary
 
 

@@ -228,5 +228,7 @@ def test_what_was_learnt_is_said_in_a_line():
 def test_a_run_that_learnt_nothing_says_so_and_what_to_try():
     line = what_was_learnt(records([13.834, 13.834], [13.9, 13.9]), save_best=False)
     assert line.startswith("nothing was learnt: training loss 13.8340 -> 13.8340, ") and "--learning_rate" in line
+    searched = [{"learning_rate_search": {}}, *records([13.834, 13.834])]
+    assert "--learning_rate" not in what_was_learnt(searched, save_best=False)
     assert what_was_learnt(records([4, 1], [5, 6]), save_best=False).startswith("learnt by heart only: ")
-    assert what_was_learnt(records([4]), save_best=False) == "too few steps to say what was learnt"
+    assert what_was_learnt(records([4]), save_best=False).startswith("too few steps to say")

@@ -41,8 +41,8 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(small_pass_setti
     changes = [({name: value}, f"--{name} ") for name, value in OTHER.items()]
     text = {"prefix_init": "text", "init_text": "请回答。"}
     changes += [
-        (text, "--init_text None, not 请回答"),
-        ({"prefix_from": small_pass_settings["output_dir"]}, "--prefix_from None"),
+        (text, "--init_text unset, not 请回答"),
+        ({"prefix_from": small_pass_settings["output_dir"]}, "--prefix_from unset"),
     ]
     changes += [({"eval_dataset": str(rows), "eval_fraction": 0.0}, "another --eval_dataset")]
     assert {name for change, _ in changes for name in change} - {"eval_dataset"} == set(resume.SAME)
@@ -143,7 +143,7 @@ def test_a_text_start_is_resumed_with_all_its_tensors(small_pass_settings, tmp_p
     train(TrainConfig(**small_pass_settings))
     again = small_pass_settings | {"output_dir": str(tmp_path / "again")}
     train(TrainConfig(**again | {"max_steps": 5}))
-    with pytest.raises(UserError, match="--prefix_from start, not None"):
+    with pytest.raises(UserError, match="--prefix_from start, not unset"):
         train(TrainConfig(**again | LATEST | {"prefix_from": None}))
     # What it started from is in the checkpoint: that folder may be gone.
     shutil.rmtree(tmp_path / "start")
