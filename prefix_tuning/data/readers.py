@@ -59,10 +59,8 @@ def load_rows(
         else:
             reader, source = _read_dataset, _open(name, splits)
             version = source._fingerprint
-        place, first = next(_numbered_rows(name, reader(name, source, ())))
-        columns = columns_of(f"{name}, {place}", first, given or {}, answered=True)
-        if note := columns.note(name):
-            say(note)
+        first = next(_numbered_rows(name, reader(name, source, ())))
+        columns = _columns_by(name, first, given, True, say)
         return Dataset.from_generator(
             _checked_rows,
             features=FEATURES,
@@ -137,12 +135,25 @@ def read_whole_rows(
     """
     path = Path(bundled.resolve(name))
     rows = _numbered_rows(name, _reader_of(name, path)(name, str(path), None))
-    first_place, first = next(rows)
-    columns = columns_of(f"{name}, {first_place}", first, given or {}, answered=False)
+    first = next(rows)
+    columns = _columns_by(name, first, given, False, say)
+    for place, row in itertools.chain([first], rows):
+        yield place, row, columns.read(f"{name}, {place}", row)
+
+
+def _columns_by(
+    name: str,
+    first: tuple[str, dict[str, Any]],
+    given: Mapping[str, str] | None,
+    answered: bool,
+    say: Callable[[str], object] | None,
+) -> Columns:
+    """How the rows of a source are read, by its first one with its place; said if it has other names than ours."""
+    place, row = first
+    columns = columns_of(f"{name}, {place}", row, given or {}, answered)
     if say and (note := columns.note(name)):
         say(note)
-    for place, row in itertools.chain([(first_place, first)], rows):
-        yield place, row, columns.read(f"{name}, {place}", row)
+    return columns
 
 
 def _numbered_rows(name: str, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -59,19 +59,18 @@ def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Searc
     so. Nothing else of the state changes. All ranks call this together and find the same. Raises UserError if no loss is
     finite at any rate.
     """
-    if state.progress.peak_learning_rate is not None or steps.done == steps.total:
+    if state.progress.peak_learning_rate is not None or steps.total == 0:
         return None
     print("looking for a learning rate")
     begun = time.perf_counter()
-    left = steps.total - steps.done
-    length = max(min(FEWEST_STEPS, left), int(SHARE * left / MOST_TRIALS))
+    length = max(min(FEWEST_STEPS, steps.total), int(SHARE * steps.total / MOST_TRIALS))
     losses = walk_downhill(
         lambda place: trial(base, state, steps, rate_at(place), length), first_place(state.encoder.config)
     )
-    found = 10 ** (valley(losses) / 2) * (length / left) ** HORIZON
     if min(losses.values()) == math.inf:
         tried = ", ".join(f"{rate_at(place):.1e}" for place in losses)
         raise UserError(f"no loss was finite at any of the rates {tried}; try --precision fp32, or give --learning_rate")
+    found = 10 ** (valley(losses) / 2) * (length / steps.total) ** HORIZON
     rates, taken = [rate_at(place) for place in losses], float(f"{found:.1e}")
     search = Search(rates, [*losses.values()], length, taken, time.perf_counter() - begun)
     state.progress.peak_learning_rate = search.rate
@@ -118,7 +117,7 @@ def trial(base: Bloom, state: TrainingState, steps: Steps, rate: float, length: 
     """Trains a copy of the encoder for so many steps. Returns the mean loss in nats of the last quarter of them."""
     copied = copy.deepcopy(state)
     copied.progress.peak_learning_rate, copied.schedule = rate, lambda updates: 1 - updates / length
-    losses = [optimizer_step(base, copied, step)[1] for step in replace(steps, total=steps.done + length)]
+    losses = [optimizer_step(base, copied, step)[1] for step in replace(steps, total=length)]
     last = losses[-math.ceil(length / 4) :]
     mean = sum(loss.item() for loss in last) / len(last)
     return mean if math.isfinite(mean) else math.inf

@@ -51,7 +51,6 @@ class Metrics:
     def __init__(self, folder: Path, logging_steps: int, steps: Steps, tensorboard: bool = False):
         self.logging_steps, self.steps = logging_steps, steps
         self.bar: tqdm | None = None
-        self.said_time = False
         path = folder / METRICS_FILE if distributed.is_main() else os.devnull
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         self.board = open_board(folder, steps.done) if tensorboard and distributed.is_main() else None
@@ -98,8 +97,7 @@ class Metrics:
                 "tokens_per_second": round(speed, 1),
             }
         )
-        if not self.said_time and progress.step < self.steps.total:
-            self.said_time = True
+        if progress.logged_step <= self.steps.done and progress.step < self.steps.total:  # the first line since the start
             left = seconds_per_step * (self.steps.total - progress.step)
             tqdm.write(f"about {duration(left)} of training left, at {speed:,.0f} tokens/s")
         if self.bar is not None:

@@ -20,7 +20,6 @@ from prefix_tuning.files.names import (
 from prefix_tuning.files.writing import atomic_write
 
 WORTH_MENTIONING = 0.01  # of a loss
-MORE = "more --num_train_epochs or --num_virtual_tokens may help"
 
 _CARD = Path(__file__).with_name("model_card.md")
 
@@ -109,7 +108,7 @@ def what_was_learnt(records: list[dict], save_best: bool) -> str:
     if not any(learnt):
         searched = any("learning_rate_search" in record for record in records)
         first = "" if searched else "leave out --learning_rate, so that it is found; else "
-        return f"nothing was learnt: {line}; {first}{MORE}"
+        return f"nothing was learnt: {line}; {first}more --num_train_epochs or --num_virtual_tokens may help"
     if not learnt[-1]:
         return f"learnt by heart only: {line}; more rows, fewer --num_train_epochs or --save_best may help"
     return f"learnt: {line}"
@@ -117,13 +116,10 @@ def what_was_learnt(records: list[dict], save_best: bool) -> str:
 
 def plot_curves(folder: Path) -> None:
     """Draws training.png, loss and evaluation over steps, if matplotlib is installed. One of an earlier run is removed."""
-    (folder / PLOT_FILE).unlink(missing_ok=True)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = _new_figure(folder / PLOT_FILE, (8, 4.5))
+    if figure is None:
         return
     records = [record for record in read_metrics(folder) if "step" in record]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
@@ -149,18 +145,23 @@ def plot_curves(folder: Path) -> None:
         figure.savefig(draft, format="png", dpi=120)
 
 
-def plot_search(folder: Path) -> None:
-    """Draws learning_rate.png if a rate was searched for and matplotlib is installed. One of an earlier run is removed."""
-    (folder / SEARCH_FILE).unlink(missing_ok=True)
-    searches = [record["learning_rate_search"] for record in read_metrics(folder) if "learning_rate_search" in record]
+def _new_figure(path: Path, inches: tuple[float, float]):
+    """An empty figure, None if matplotlib is not installed. The picture of an earlier run is removed."""
+    path.unlink(missing_ok=True)
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return
-    if not searches:
+        return None
+    return Figure(figsize=inches, layout="constrained")
+
+
+def plot_search(folder: Path) -> None:
+    """Draws learning_rate.png if a rate was searched for and matplotlib is installed. One of an earlier run is removed."""
+    figure = _new_figure(folder / SEARCH_FILE, (6, 4))
+    searches = [record["learning_rate_search"] for record in read_metrics(folder) if "learning_rate_search" in record]
+    if figure is None or not searches:
         return
     (search,) = searches
-    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="learning rate", ylabel="loss at the end of a trial (nats per token)", xscale="log")
     points = sorted((rate, loss) for rate, loss in zip(search["rates"], search["losses"], strict=True) if loss is not None)
     axes.plot(*zip(*points, strict=True), "o-", markersize=4)

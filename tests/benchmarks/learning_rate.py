@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.files.names import CONFIG_FILE, METRICS_FILE
+from prefix_tuning.files.names import CONFIG_FILE
+from prefix_tuning.training.report import read_metrics
 from prefix_tuning.training.run import train
 
 RATES = ["found", "1e-4", "3.2e-4", "1e-3", "3.2e-3", "1e-2", "3.2e-2", "1e-1"]
@@ -28,7 +29,7 @@ def figures(flags: list[str]) -> tuple[float, float | None, float]:
     """Of one run: the held-out loss at its end, exact match if asked for, and the rate that it had."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train(parse_train_config([*flags, "--output_dir", folder, "--eval_steps", "1000000", "--save_steps", "0"]))
-        lines = [json.loads(line) for line in (Path(folder) / METRICS_FILE).read_text("utf-8").splitlines()]
+        lines = read_metrics(Path(folder))
         rate = json.loads((Path(folder) / CONFIG_FILE).read_text("utf-8"))["learning_rate"]
     last = [line for line in lines if "eval_loss" in line][-1]
     return last["eval_loss"], last.get("eval_exact_match"), rate

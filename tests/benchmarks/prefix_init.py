@@ -5,13 +5,12 @@ python tests/benchmarks/prefix_init.py --dataset a.jsonl --eval_dataset b.jsonl 
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.files.names import METRICS_FILE
+from prefix_tuning.training.report import read_metrics
 from prefix_tuning.training.run import train
 
 TEXTS = {"bare": "请直接回答下面的问题。", "template": "Human: 法国的首都是哪里？\n\nAssistant: 巴黎</s>"}
@@ -34,7 +33,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     argv = ["--dataset", args.dataset, "--prefix_projection", projection, "--output_dir", folder, *init]
                     summary = train(parse_train_config([*argv, "--learning_rate", learning_rate, *flags]))
-                    lines = [json.loads(line) for line in (Path(folder) / METRICS_FILE).read_text("utf-8").splitlines()]
+                    lines = read_metrics(Path(folder))
                 last = [line for line in lines if "eval_loss" in line][-1]
                 rows.append((projection, learning_rate, start, last, summary["train_seconds"]))
     print("| projection | learning rate | init | eval loss | exact match | seconds |\n|---|---|---|---|---|---|")

@@ -391,9 +391,11 @@ def test_pipeline_and_streamer_take_it(tuned_model, tokenizer, capsys, caplog):
 def test_greedy_text_equals_pefts_for_the_saved_prefix(base, tmp_path, tokenizer, projection):
     torch.manual_seed(1)
     encoder = PrefixEncoder(prefix_config(base, projection=projection))
-    save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": bundled.MODEL})
+    prefix = encoder.bake() * (10 if projection else 1)  # large enough to change the text
+    save_adapter(tmp_path, prefix, encoder.config, {"name_or_path": bundled.MODEL})
     model = PrefixBloom(base)
-    model.attach("a", encoder.bake())
+    model.attach("a", prefix)
+    assert complete(model, tokenizer, PROMPTS, prefix_name="base", **GREEDY) != complete(model, tokenizer, PROMPTS, **GREEDY)
     assert complete(model, tokenizer, PROMPTS, **GREEDY) == peft_answers(
         PeftModel.from_pretrained(base, tmp_path), tokenizer
     )
