@@ -28,7 +28,7 @@ FLOORS = [
     ["generation"],
     ["evaluation"],
     ["training", "inference"],
-    ["demo", "parser", "cli", "plain"],
+    ["demo", "parser", "cli", "plain", "study"],
 ]
 PARTS = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # A private name of transformers, which its HfArgumentParser reads off dataclasses.
@@ -138,9 +138,11 @@ def test_the_loop_is_a_screen():
 
 
 def test_every_file_has_its_test():
-    """At the same place below tests/. What only names things has none."""
+    """At the same place below tests/. What only names things has none, nor what only calls cli.py."""
     for module in TREES.keys() - {"errors", "files.names"}:
         *folders, name = module.split(".")
+        if name == "__main__":
+            continue
         assert Path(ROOT, "tests", *folders, f"test_{name}.py").exists(), module
 
 

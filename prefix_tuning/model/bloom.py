@@ -38,6 +38,9 @@ from prefix_tuning.model.batch import Batch
 class PackedBlock(BloomBlock):
     """A decoder layer of Bloom that can also run over packed tokens."""
 
+    # A seam: who wants to see attention weights, or to change them, sets a function of the same arguments on a block.
+    attend: Callable[..., torch.Tensor] = staticmethod(attend)
+
     def forward_packed(
         self, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, only_labels: bool
     ) -> torch.Tensor:
@@ -46,7 +49,7 @@ class PackedBlock(BloomBlock):
         normed = self.input_layernorm(hidden)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden
         qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim).to(bias.dtype)
-        context = attend(qkv, prefix, batch, bias, only_labels).flatten(1).to(hidden.dtype)
+        context = self.attend(qkv, prefix, batch, bias, only_labels).flatten(1).to(hidden.dtype)
         if only_labels:
             context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
         hidden = attention.dense(context) + residual

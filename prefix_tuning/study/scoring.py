@@ -1,0 +1,59 @@
+"""How well the base answers with a prefix: loss and exact match in one forward pass, for the many variants of a prefix."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from prefix_tuning.data.rows import take
+from prefix_tuning.model.batch import Batch, pack
+from prefix_tuning.model.bloom import Bloom
+
+LABELS_AT_ONCE = 1024  # rows of logits that exist at one time
+
+
+class Score(NamedTuple):
+    """loss: mean cross-entropy per label in nats. exact_match: share of rows all of whose labels are the likeliest token."""
+
+    loss: float
+    exact_match: float
+
+
+def batches_of(tokenized: Dataset, max_tokens: int) -> list[Batch]:
+    """The rows of `data.rows.tokenize`, packed."""
+    return list(pack(take(tokenized, list(range(len(tokenized)))), max_tokens))
+
+
+def label_logits(base: Bloom, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+    """The logits at the labels of a batch: (N, V), at least float32. prefix: (L, 2, H, P, D), or None for the base alone."""
+    hidden = base.packed_hidden(batch, prefix)
+    logits = F.linear(hidden, base.gathered(base.lm_head.weight))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@torch.no_grad()
+def score(base: Bloom, batches: list[Batch], prefix: torch.Tensor | None) -> Score:
+    """Loss and exact match over all batches. prefix: (L, 2, H, P, D), or None for the base alone.
+
+    Greedy generation repeats the answer of a row if and only if each of its labels, EOS included, is the likeliest token
+    after those before it. So no token has to be generated to know whether it would.
+    """
+    loss, labels, right, rows = 0.0, 0, 0, 0
+    for batch in batches:
+        batch = batch.to(base.device)
+        hidden, head = base.packed_hidden(batch, prefix), base.gathered(base.lm_head.weight)
+        wrong = torch.zeros(batch.rows, dtype=torch.bool, device=base.device)
+        parts = zip(*(x.split(LABELS_AT_ONCE) for x in (hidden, batch.labels, label_rows(batch))), strict=True)
+        for part, expected, row in parts:
+            logits = F.linear(part, head).float()
+            loss += F.cross_entropy(logits, expected, reduction="sum").item()
+            wrong[row[logits.argmax(dim=-1) != expected]] = True
+        labels, right, rows = labels + len(batch.labels), right + int((~wrong).sum()), rows + batch.rows
+    return Score(loss / labels, right / rows)
+
+
+def label_rows(batch: Batch) -> torch.Tensor:
+    """The row that each label of a batch belongs to: (N,), int64."""
+    ends = torch.tensor(batch.lengths, device=batch.labels.device).cumsum(0)
+    return torch.searchsorted(ends, batch.label_positions, right=True)

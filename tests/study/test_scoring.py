@@ -1,0 +1,36 @@
+import pytest
+import torch
+from helpers import examples_of
+
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import tokenize
+from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
+from prefix_tuning.model.batch import pack
+from prefix_tuning.study.scoring import batches_of, label_rows, score
+
+
+@pytest.mark.parametrize("name", ["short", "sentence"])
+def test_a_score_is_what_evaluation_finds_by_generating(tuned_model, tokenizer, name):
+    """Exact match without a generated token equals that of greedy answers; the loss is evaluate_loss's to 1e-5."""
+    rows = load_rows(f"bundled:{name}-eval", ("train",)).select(range(60))
+    tokenized = tokenize(rows, tokenizer, 256)
+    prefix = tuned_model.prefixes[name]
+    found = score(tuned_model, batches_of(tokenized, max_tokens=300), prefix)
+    assert found.exact_match == exact_match(answer_rows(tuned_model, tokenizer, rows, prefix), rows)
+    assert 0 < found.exact_match < 1
+    assert found.loss == pytest.approx(evaluate_loss(tuned_model, tokenized, prefix, 1000)["eval_loss"], abs=1e-5)
+
+
+def test_the_base_alone_is_scored_too(base, tokenizer):
+    tokenized = tokenize(load_rows("bundled:short-eval", ("train",)).select(range(20)), tokenizer, 256)
+    found = score(base, batches_of(tokenized, 1000), None)
+    assert found.exact_match == 0 and found.loss == pytest.approx(evaluate_loss(base, tokenized, None, 1000)["eval_loss"])
+
+
+def test_labels_know_their_rows():
+    examples = examples_of([9, 4, 6], prompt_share=0.5)
+    batch = next(pack(examples, 100))
+    counts = [
+        sum(label != -100 for label in example.labels[1:]) for example in sorted(examples, key=lambda e: len(e.labels))
+    ]
+    assert torch.bincount(label_rows(batch), minlength=3).tolist() == counts
