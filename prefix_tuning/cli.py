@@ -1,4 +1,4 @@
-"""The commands train.py and infer.py: from the command line to `train` or `infer`, and from errors to exit codes.
+"""The commands train.py, infer.py and `python -m prefix_tuning.study`, from the command line on; errors become exit codes.
 
 Importing this module loads neither transformers nor torch. parser.py imports transformers when a command starts; torch is
 imported when the flags have been checked. So --help and mistakes in flags are answered quickly.
@@ -20,7 +20,8 @@ from typing import Any
 from prefix_tuning import bundled
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.inference.settings import AskArguments, DecodingArguments, InferConfig
-from prefix_tuning.settings import BaseArguments
+from prefix_tuning.settings import SharedBaseArguments
+from prefix_tuning.study.settings import StudyArguments, StudyBaseArguments, StudyConfig
 from prefix_tuning.training.settings import (
     DataArguments,
     LoopArguments,
@@ -59,6 +60,10 @@ MOST_USED_IN_INFERENCE = (
     "max_new_tokens",
     "do_sample",
 )
+MOST_USED_IN_STUDY = ("prefix", "dataset", "output", "rows", "question")
+PREFIX_HELP = "A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be repeated"
+PREFIX_DEFAULT = "(default: ./chatbot)."
+PREFIX_FLAG: dict[str, Any] = {"action": "append", "default": argparse.SUPPRESS, "metavar": "[NAME=]DIR"}
 # --prefix_from fixes these: the encoder that it loads has them already.
 PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
 
@@ -196,7 +201,7 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
     """The settings that infer.py's command line gives. Raises UserError for those that make no sense."""
     from prefix_tuning.parser import Parser
 
-    groups = (AskArguments, BaseArguments, DecodingArguments)
+    groups = (AskArguments, SharedBaseArguments, DecodingArguments)
     parser = Parser(groups, MOST_USED_IN_INFERENCE, prog="infer.py", description="Ask a frozen Bloom with a prefix.")
     parser.add_argument(
         "question",
@@ -204,14 +209,8 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
         default=argparse.SUPPRESS,
         help="The question, in quotes. One that begins with - goes behind --.",
     )
-    parser.add_argument(
-        "--prefix",
-        action="append",
-        default=argparse.SUPPRESS,
-        metavar="[NAME=]DIR",
-        help="A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be given "
-        "several times; the first answers where none is named (default: ./chatbot).",
-    )
+    help = f"{PREFIX_HELP}; the first answers where none is named {PREFIX_DEFAULT}"
+    parser.add_argument("--prefix", help=help, **PREFIX_FLAG)
     values, _ = parser.parse(argv)
     return InferConfig(**values)
 
@@ -223,9 +222,35 @@ def _infer(argv: list[str]) -> Callable[[], object]:
     return partial(infer, config)
 
 
+def parse_study_config(argv: list[str]) -> StudyConfig:
+    """The settings that the study's command line gives. Raises UserError for those that make no sense."""
+    from prefix_tuning.parser import Parser
+
+    parser = Parser(
+        (StudyArguments, StudyBaseArguments),
+        MOST_USED_IN_STUDY,
+        prog="python -m prefix_tuning.study",
+        description="What a prefix does: its attention, what breaks without parts of it, and more, as one page of pictures.",
+    )
+    parser.add_argument("--prefix", help=f"{PREFIX_HELP} {PREFIX_DEFAULT}", **PREFIX_FLAG)
+    values, _ = parser.parse(argv)
+    return StudyConfig(**values)
+
+
+def _study(argv: list[str]) -> Callable[[], object]:
+    config = parse_study_config(argv)
+    from prefix_tuning.study.run import study
+
+    return partial(study, config)
+
+
 def train_command() -> None:
     _run(_train)
 
 
 def infer_command() -> None:
     _run(_infer)
+
+
+def study_command() -> None:
+    _run(_study)
