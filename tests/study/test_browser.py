@@ -1,4 +1,4 @@
-"""The page in a real browser: Debian's chromium without a window, driven by playwright. .ci/browser installs both and runs this.
+"""The page in a real browser: Debian's chromium, headless, driven by playwright. .ci/browser installs both and runs this.
 
 Screenshots land in a folder of the test session, or in the one that the variable SCREENSHOTS names.
 """
@@ -56,7 +56,7 @@ def test_every_picture_is_drawn_without_an_error_or_a_request(page, page_file, s
     assert page.said == []
     assert [url for url in page.asked if not url.startswith(("data:", "blob:"))] == [page_file.as_uri()]
     pictures = page.locator(".plotly-graph-div")
-    assert pictures.count() == 14
+    assert pictures.count() == 15
     for number in range(pictures.count()):
         picture = pictures.nth(number)
         assert picture.locator(".main-svg").count() >= 2 and picture.bounding_box()["height"] > 200

@@ -38,15 +38,14 @@ def test_two_prefixes_become_a_page_and_its_numbers(tuned, tmp_path, capsys):
     assert set(pair["after"][0]) == {"bundled:short", "bundled:sentence"} and pair["between"] is None  # 16 and 10 tokens
     assert set(numbers["quiz"]["right"]) == {"base", "short", "sentence"} and numbers["quiz"]["right"]["base"] == 1
     assert len(page.encode()) < 6e6
-    assert (
-        page.count("<h2>") == 9 and page.count('class="plotly-graph-div"') == 2 * 6 + 1 + 1
-    )  # six for each, without checkpoints; a pair; the quiz
+    assert [stage["step"] for stage in short["growth"]["stages"]] == [50, 100]
+    assert page.count("<h2>") == 9
+    assert page.count('class="plotly-graph-div"') == 2 * 6 + 3  # six for each; growth of short, the two together, the quiz
     for said in ("虚拟词的数目不同", "they differ in length", "--save_steps 50", "12 of the 3218 rows of bundled:short"):
         assert said in page
     assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"'](?!data:)", page)
-    assert capsys.readouterr().out.endswith(
-        "study.html: open it in a browser; the numbers are in " + str(tmp_path / "study.json\n")
-    )
+    said = f"{tmp_path / 'study.html'}: open it in a browser; the numbers are in {tmp_path / 'study.json'}\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_a_prefix_of_peft_is_studied_on_rows_that_are_named(tuned, tmp_path, rows_file):
