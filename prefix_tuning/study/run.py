@@ -36,7 +36,6 @@ from prefix_tuning.study.shares import attention_shares
 from prefix_tuning.study.vectors import nearest_words, prefix_norms, text_norms
 
 ROWS, ROWS_OF_LARGE, LARGE = 200, 20, 100_000_000  # rows that are used by default, of a base with more weights than this
-QUIZ_QUESTIONS = 400  # evenly spaced over all facts
 GROWTH_ROWS = 64  # on which attention is measured at every checkpoint
 
 
@@ -155,8 +154,7 @@ def measure(
 
 
 def _quiz_of(model: PrefixBloom) -> list:
-    """Questions about what the bundled base learnt in its pre-training; none for another base."""
+    """Questions about all that the bundled base learnt in its pre-training; none for another base."""
     if portable_name(model.name_or_path or "") != bundled.MODEL:
         return []
-    questions = [question for relation in load_relations() for question in quiz_questions(relation)]
-    return [questions[place * len(questions) // QUIZ_QUESTIONS] for place in range(QUIZ_QUESTIONS)]
+    return [question for relation in load_relations() for question in quiz_questions(relation)]

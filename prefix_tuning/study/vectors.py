@@ -5,6 +5,7 @@ Legend: T tokens, L layers, H heads, P prefix tokens, D head_dim, E = H * D, V v
 
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def prefix_norms(prefix: torch.Tensor) -> list[list[list[float]]]:
 
 
 def _quantiles(norms: torch.Tensor) -> list[list[float]]:
-    return torch.quantile(norms.cpu(), torch.tensor(QUANTILES), dim=-1).T.tolist()
+    return np.quantile(norms.cpu().numpy(), QUANTILES, axis=-1).T.tolist()  # torch's takes 16 million numbers at most
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefix_tuning.cli import parse_study_config
+from prefix_tuning.demo.build import load_relations
 from prefix_tuning.study import run
 from prefix_tuning.study.run import study
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 def page_file(tuned, tmp_path_factory):
     """The study of two prefixes, one of them from a run with checkpoints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "QUIZ_QUESTIONS", 8)
+        patch.setattr(run, "load_relations", lambda: load_relations()[-1:])
         path = tmp_path_factory.mktemp("page") / "study.html"
         flags = [f"--prefix={name}={folder}" for name, folder in tuned.items()]
         study(parse_study_config([*flags, "--rows", "12", "--output", str(path)]))
