@@ -1,12 +1,15 @@
 """Training seen from inside: what the prefix was at each checkpoint that its run kept."""
 
+import json
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint, step_of
-from prefix_tuning.files.names import METRICS_FILE
+from prefix_tuning.files.names import CONFIG_FILE
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.study.shares import attention_shares
@@ -17,31 +20,48 @@ MOST_CHECKPOINTS = 24  # evenly spaced, if there are more
 
 
 def growth(base: Bloom, batches: list[Batch], folder: Path, prefix: torch.Tensor) -> dict | None:
-    """The prefix at every checkpoint in an output folder, and at last; None if there is no checkpoint or no metrics.jsonl.
+    """The prefix at every checkpoint in an output folder, and the one that was saved at the end. Damaged checkpoints are
+    skipped and named on stderr. None if there is no intact one, or no intact metrics.jsonl.
 
-    step: of each. norm: mean length of its keys and of its values, each of D numbers (2). share: of attention, mean over
-    heads, by layer (L). singular_values: of the prefix as a matrix (P, L * 2 * H * D), descending (P). losses: [step, loss]
-    of the training rows, held_out: [step, loss]. left_out: checkpoints that were not looked at.
+    stages: by step: norm, the mean length of its keys and of its values, each of D numbers (2); share, of attention, mean
+    over heads, by layer (L); singular_values, of the prefix as a matrix (P, L * 2 * H * D), descending (P). losses: [step,
+    loss] of the training rows, held_out: [step, loss]. left_out: checkpoints that were not looked at.
     """
     paths = find_checkpoints(folder)
-    if not paths or not (folder / METRICS_FILE).is_file():
-        return None
     chosen = [paths[round(place)] for place in torch.linspace(0, len(paths) - 1, min(len(paths), MOST_CHECKPOINTS)).tolist()]
-    records = read_metrics(folder)
-    stages = []
+    try:
+        records = read_metrics(folder)
+        last = saved_step(records, json.loads((folder / CONFIG_FILE).read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    stages = {}
     for path in tqdm(chosen, desc="checkpoints", leave=False):
-        stages.append(
-            {"step": step_of(path), **_stage(base, batches, Resumed(path, *load_checkpoint(path)).encoder().bake())}
-        )
-    last = max(record.get("step", 0) for record in records)
-    if last > stages[-1]["step"]:
-        stages.append({"step": last, **_stage(base, batches, prefix)})
+        try:
+            encoder = Resumed(path, *load_checkpoint(path)).encoder()
+        except UserError as error:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            continue
+        stages[step_of(path)] = _stage(base, batches, encoder.bake())
+    if not stages:
+        return None
+    stages[last] = _stage(base, batches, prefix)
     return {
-        "stages": stages,
+        "stages": [{"step": step, **stages[step]} for step in sorted(stages)],
         "losses": [[record["step"], record["loss"]] for record in records if record.get("loss") is not None],
         "held_out": [[record["step"], record["eval_loss"]] for record in records if record.get("eval_loss") is not None],
         "left_out": len(paths) - len(chosen),
     }
+
+
+def saved_step(records: list[dict], settings: dict) -> int:
+    """The step whose prefix a finished run has saved: the last, or with save_best that of the lowest loss on held-out rows.
+
+    records, settings: of its metrics.jsonl and training_config.json. Raises ValueError if there are no such records.
+    """
+    tuned = [record for record in records if "step" in record and not record.get("frozen_base")]
+    if settings["save_best"]:
+        return min((record["eval_loss"], record["step"]) for record in tuned if record.get("eval_loss") is not None)[1]
+    return max(record["step"] for record in tuned)
 
 
 def _stage(base: Bloom, batches: list[Batch], prefix: torch.Tensor) -> dict:
@@ -56,4 +76,4 @@ def _stage(base: Bloom, batches: list[Batch], prefix: torch.Tensor) -> dict:
 
 def singular_values(prefix: torch.Tensor) -> list[float]:
     """Those of a prefix (L, 2, H, P, D) as a matrix with a row for each of its tokens: P numbers, descending."""
-    return torch.linalg.svdvals(prefix.movedim(3, 0).flatten(1).double()).tolist()
+    return torch.linalg.svdvals(prefix.movedim(3, 0).flatten(1).cpu().double()).tolist()

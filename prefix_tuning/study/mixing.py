@@ -28,10 +28,12 @@ def mixtures(base: Bloom, rows: dict[str, list[Batch]], first: torch.Tensor, sec
     if equal:
         variants["exchanged"] = [torch.stack((a[:, 0], b[:, 1]), dim=1) for a, b in ((first, second), (second, first))]
         variants["between"] = [torch.lerp(first, second, step / STEPS) for step in range(STEPS + 1)]
-    jobs = [(kind, prefix, name) for kind, prefixes in variants.items() for prefix in prefixes for name in rows]
-    found: dict[str, list[dict]] = {kind: [{} for _ in prefixes] for kind, prefixes in variants.items()}
-    places = {kind: iter([line for line in lines for _ in rows]) for kind, lines in found.items()}
-    for kind, prefix, name in tqdm(jobs, desc="two prefixes", leave=False):
-        next(places[kind])[name] = score(base, rows[name], prefix)._asdict()
+    with tqdm(total=sum(map(len, variants.values())), desc="two prefixes", leave=False) as bar:
+
+        def scores(prefix: torch.Tensor) -> dict[str, dict[str, float]]:
+            bar.update()
+            return {name: score(base, batches, prefix)._asdict() for name, batches in rows.items()}
+
+        found = {kind: [scores(prefix) for prefix in prefixes] for kind, prefixes in variants.items()}
     cosine = F.cosine_similarity(first, second, dim=-1).mean(dim=(2, 3)).T.tolist() if equal else None
     return {"exchanged": None, "between": None, **found, "cosine": cosine}

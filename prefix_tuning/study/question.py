@@ -4,7 +4,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from prefix_tuning.data.rows import parts_of, prompt_ids
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
 from prefix_tuning.study.attention import watching
@@ -17,42 +16,41 @@ MOST_MAPS = 64  # layers x heads whose attention is kept; of a larger base, thos
 
 @torch.no_grad()
 def follow(
-    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, question: str, name: str, shares: list[list[float]]
+    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, prompt: list[int], name: str, shares: list[list[float]]
 ) -> dict:
-    """Follows a question and the greedy answer that the prefix `name` gives. shares: (L, H), of `attention_shares`.
+    """Follows a prompt, token ids, and the greedy answer that the prefix `name` gives.
 
-    question: its text. answers: by base and prefix. tokens: of the prompt and the prefix's answer, T texts. prompt: how many
-    of them are the prompt's.
+    shares: (L, H), of `attention_shares`.
+
+    question: the prompt's text. answers: by base and prefix. tokens: of the prompt and the prefix's answer, T texts. prompt:
+    how many of them are the prompt's.
     expected: of each token after the first, T - 1, by base and prefix: the probability of that token, and the likeliest ones
     with theirs.
-    attention: of some layers and heads, the weights that each token gives to each prefix token (T, P). left_out: how many
-    layers and heads it does not have.
+    attention: of some layers and heads, the weights that each token gives to each prefix token (T, P).
     """
-    prompt = prompt_ids(tokenizer, [parts_of(question)])[0]
-    replies = {side: _reply(model, prompt, side) for side in (BASE, name)}
-    ids = prompt + replies[name]
+    replies = {"base": _reply(model, prompt, BASE), "prefix": _reply(model, prompt, name)}
+    ids = prompt + replies["prefix"]
     (batch,) = pack([Example(ids, ids)], max_tokens=len(ids))  # every token after the first is a label
     batch = batch.to(model.device)
-    prefix, maps = model.prefixes[name], {}
+    prefix = model.prefixes[name]
     places = [(layer, head) for layer, line in enumerate(shares) for head in range(len(line))]
     places.sort(key=lambda place: -shares[place[0]][place[1]])
+    kept, maps = places[:MOST_MAPS], {}
 
     def keep(layer: int, weights: torch.Tensor) -> None:
-        maps.update({(layer, head): weights[0, head, :, : prefix.shape[3]].cpu() for head in range(weights.shape[1])})
+        for head in (head for at, head in kept if at == layer):
+            maps[layer, head] = weights[0, head, :, : prefix.shape[3]].tolist()
 
     with watching(model, keep):
         tuned = label_logits(model, batch, prefix)
-    logits = {BASE: label_logits(model, batch, None), name: tuned}
+    logits = {"base": label_logits(model, batch, None), "prefix": tuned}
     return {
-        "question": question,
+        "question": tokenizer.decode(prompt),
         "answers": {side: tokenizer.decode(reply, skip_special_tokens=True) for side, reply in replies.items()},
         "tokens": [token_text(tokenizer, token) for token in ids],
         "prompt": len(prompt),
         "expected": {side: _expected(tokenizer, logits[side].softmax(dim=-1), batch.labels) for side in logits},
-        "attention": [
-            {"layer": layer, "head": head, "weights": maps[layer, head].tolist()} for layer, head in places[:MOST_MAPS]
-        ],
-        "left_out": len(places[MOST_MAPS:]),
+        "attention": [{"layer": layer, "head": head, "weights": maps[layer, head]} for layer, head in kept],
     }
 
 

@@ -1,7 +1,7 @@
 """A study from its settings to its files: what is measured, in which order, and the page that is made of it."""
 
-import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +14,13 @@ from prefix_tuning import bundled
 from prefix_tuning.base_model.identity import LOCAL, portable_name
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import tokenize
+from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
 from prefix_tuning.demo.build import load_relations, quiz, quiz_questions
 from prefix_tuning.devices import out_of_memory_explained, resolve_device, suggested_max_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import CONFIG_FILE
-from prefix_tuning.files.writing import write_json
+from prefix_tuning.files.reading import locate
+from prefix_tuning.files.writing import atomic_write
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.inference.run import open_model
 from prefix_tuning.model.batch import Batch
@@ -40,43 +41,59 @@ GROWTH_ROWS = 64  # on which attention is measured at every checkpoint
 
 
 class Rows(NamedTuple):
-    """Rows that a prefix is studied on. question: that of the first row. there: how many the dataset has."""
+    """Rows that a prefix is studied on: some of those that are `there`, evenly spaced.
+
+    few: again some of them. used, cut: how many have labels, and how many of these were cut. prompt: the token ids of the
+    question that is followed, that of the first row whose prompt is not too long.
+    """
 
     name: str
     batches: list[Batch]
+    few: list[Batch]
     used: int
+    cut: int
     there: int
-    question: str
-
-    def few(self, rows: int) -> list[Batch]:
-        """The first batches, of at least so many rows if there are as many."""
-        ends = itertools.accumulate(batch.rows for batch in self.batches)
-        return [batch for batch, end in zip(self.batches, ends, strict=True) if end - batch.rows < rows]
+    prompt: list[int]
 
 
 def study(config: StudyConfig) -> None:
     """Measures what `config` asks for and writes the page and its numbers. Raises UserError for mistakes in the settings."""
     device, folders = resolve_device(config.device), config.named_prefixes()
     names = {name: config.dataset or trained_on(name, folder) for name, folder in folders.items()}
+    given, splits = parse_columns(config.columns), ("validation", "test", "train")
+    # Before the base, which may take minutes to load.
+    sets = {name: load_rows(name, splits, given) for name in dict.fromkeys(names.values())}
     model, tokenizer = open_model(folders, config, device)
-    sets = {name: read_rows(name, config, model, tokenizer) for name in dict.fromkeys(names.values())}
-    with out_of_memory_explained(device, lambda: "lower --rows"):
-        numbers = measure(
-            model, tokenizer, folders, {name: sets[dataset] for name, dataset in names.items()}, config.question
-        )
-    page = Path(config.output)
-    write_json(page.with_suffix(".json"), numbers)
+    with out_of_memory_explained(device, lambda: "try --precision auto, or a shorter --question"):
+        rows = {name: prepare(name, one, config, model, tokenizer) for name, one in sets.items()}
+        numbers = measure(model, tokenizer, folders, {name: rows[dataset] for name, dataset in names.items()})
+    page, numbers = Path(config.output), rounded(numbers, math.nan)
+    with atomic_write(page.with_suffix(".json")) as draft:
+        draft.write_text(json.dumps(rounded(numbers, None), ensure_ascii=False), "utf-8")
     write_page(page, say("title"), summary(numbers), sections_of(numbers))
     print(f"{page}: open it in a browser; the numbers are in {page.with_suffix('.json')}")
+
+
+def rounded(value: Any, not_finite: float | None) -> Any:
+    """Dicts and lists of numbers and texts, with 6 digits of each fraction. not_finite: instead of infinity and NaN, which
+    JSON does not have.
+    """
+    if isinstance(value, dict):
+        return {name: rounded(one, not_finite) for name, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one, not_finite) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else not_finite
+    return value
 
 
 def trained_on(name: str, folder: str) -> str:
     """The dataset that a prefix's folder names: the held-out rows of its training, else the training rows. Raises UserError
     if it names none that can be found by its name.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = locate(folder, CONFIG_FILE)
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8")) if path else {"eval_dataset": None, "dataset": None}
         found = [settings["eval_dataset"], settings["dataset"]]
     except (OSError, ValueError, KeyError, TypeError):
         found = []
@@ -86,27 +103,45 @@ def trained_on(name: str, folder: str) -> str:
     return known
 
 
-def read_rows(name: str, config: StudyConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Evenly spaced rows of a dataset. Raises UserError if none has a label left."""
-    rows = load_rows(name, ("validation", "test", "train"), parse_columns(config.columns))
-    wanted = min(len(rows), config.rows or (ROWS if model.num_parameters() <= LARGE else ROWS_OF_LARGE))
-    chosen: Dataset = rows.select([place * len(rows) // wanted for place in range(wanted)])
+def prepare(name: str, rows: Dataset, config: StudyConfig, model: PrefixBloom, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Some of the rows of a dataset, tokenised. Raises UserError if none has a label left, or the question is too long."""
+    wanted = config.rows or (ROWS if model.num_parameters() <= LARGE else ROWS_OF_LARGE)
+    chosen = spaced(rows, wanted)
     tokenized = tokenize(chosen, tokenizer, MAX_LENGTH)
     if not len(tokenized):
         raise UserError(f"{name}: no row has a label left; every prompt fills {MAX_LENGTH} tokens")
-    batches = batches_of(tokenized, suggested_max_tokens(model, gathers=False))
-    question = "\n".join([chosen[0]["instruction"], chosen[0]["input"]]).strip()
-    return Rows(name, batches, len(tokenized), len(rows), question)
+    max_tokens = suggested_max_tokens(model, gathers=False)
+    return Rows(
+        portable_name(name).removeprefix(LOCAL),
+        batches_of(tokenized, max_tokens),
+        batches_of(spaced(tokenized, GROWTH_ROWS), max_tokens),
+        used=len(tokenized),
+        cut=sum(ids[-1] != tokenizer.eos_token_id for ids in tokenized["input_ids"]),
+        there=len(rows),
+        prompt=_prompt(config.question, chosen, tokenizer),
+    )
 
 
-def measure(
-    model: PrefixBloom,
-    tokenizer: PreTrainedTokenizerBase,
-    folders: dict[str, str],
-    rows: dict[str, Rows],
-    question: str | None,
-) -> dict:
-    """All numbers of the study, as study.json has them. folders, rows: of each prefix, by name. question: to be followed."""
+def spaced(rows: Dataset, count: int) -> Dataset:
+    """So many of the rows, or all if there are fewer, evenly spaced."""
+    count = min(count, len(rows))
+    return rows.select([place * len(rows) // count for place in range(count)])
+
+
+def _prompt(question: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The question to follow as token ids: the given one, else that of the first row that fits, a talk's turns included."""
+    if question:
+        (ids,) = prompt_ids(tokenizer, [parts_of(question)])
+        if len(ids) > MAX_LENGTH:
+            raise UserError(f"--question takes {len(ids)} tokens; it must fit into {MAX_LENGTH}")
+        return ids
+    talks = [parts_of(row["instruction"], row["input"], row["history"]) for row in rows]
+    talks += [parts[:1] for parts in talks]  # of talks that are all too long, the first turn: one of them has a label
+    return next(ids for ids in prompt_ids(tokenizer, talks) if len(ids) <= MAX_LENGTH)
+
+
+def measure(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dict[str, str], rows: dict[str, Rows]) -> dict:
+    """All numbers of the study, as study.json has them. folders, rows: of each prefix, by name."""
     names = list(model.prefixes)
     pairs = [(names[0], other) for other in names[1:]]
     facts = _quiz_of(model)
@@ -125,12 +160,13 @@ def measure(
         prefixes[name] = {
             "dataset": own.name,
             "rows": own.used,
+            "rows_cut": own.cut,
             "rows_there": own.there,
             "num_virtual_tokens": prefix.shape[3],
             "attention": shares,
-            "question": step(f"{name}: question", follow, model, tokenizer, question or own.question, name, shares["share"]),
+            "question": step(f"{name}: question", follow, model, tokenizer, own.prompt, name, shares["share"]),
             "removal": step(f"{name}: removal", removals, model, own.batches, prefix, shares["share"]),
-            "growth": step(f"{name}: training", growth, model, own.few(GROWTH_ROWS), Path(folders[name]), prefix),
+            "growth": step(f"{name}: training", growth, model, own.few, Path(folders[name]), prefix),
             "norms": {
                 "text": step(f"{name}: norms of text", text_norms, model, own.batches),
                 "prefix": step(f"{name}: norms", prefix_norms, prefix),

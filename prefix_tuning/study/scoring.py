@@ -10,7 +10,7 @@ from prefix_tuning.data.rows import take
 from prefix_tuning.model.batch import Batch, pack
 from prefix_tuning.model.bloom import Bloom
 
-LABELS_AT_ONCE = 1024  # rows of logits that exist at one time
+LABELS_AT_ONCE = 256  # rows of logits that exist at one time
 
 
 class Score(NamedTuple):
@@ -37,7 +37,8 @@ def score(base: Bloom, batches: list[Batch], prefix: torch.Tensor | None) -> Sco
     """Loss and exact match over all batches. prefix: (L, 2, H, P, D), or None for the base alone.
 
     Greedy generation repeats the answer of a row if and only if each of its labels, EOS included, is the likeliest token
-    after those before it. So no token has to be generated to know whether it would.
+    after those before it. So no token has to be generated to know whether it would. Of a row that was cut, this holds for
+    what is left of its answer; of a talk, for all its answers, each after the true ones before it.
     """
     loss, labels, right, rows = 0.0, 0, 0, 0
     for batch in batches:

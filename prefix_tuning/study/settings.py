@@ -1,6 +1,7 @@
 """Every setting of the study. Imports no torch: see prefix_tuning/settings.py."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,8 +45,11 @@ class StudyConfig(StudyArguments, StudyBaseArguments, Prefixes):
         check_flags(self)
         if Path(self.output).suffix != ".html":
             raise UserError(f"--output {self.output}: must end in .html")
-        if not Path(self.output).absolute().parent.is_dir():
+        folder = Path(self.output).absolute().parent
+        if not folder.is_dir():
             raise UserError(f"--output {self.output}: there is no such folder; make it, or name another")
+        if Path(self.output).is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"--output {self.output}: cannot be written; name another file")
         self.question = self.question and as_text(self.question, "--question")
         self.columns = self.columns and as_text(self.columns, "--columns")
         parse_columns(self.columns)

@@ -32,8 +32,8 @@ def attention_shares(base: Bloom, batches: list[Batch], prefix: torch.Tensor) ->
 
         def add(layer: int, weights: torch.Tensor, batch: Batch = batch, places: torch.Tensor = places) -> None:
             share = batch.from_grid(weights[..., :length].sum(dim=-1).transpose(1, 2))  # (T, H)
-            answers[layer] += share[batch.label_positions].double().sum(dim=0).cpu()
-            by_place[layer].index_add_(1, places, share.double().cpu().T)
+            answers[layer] += share[batch.label_positions].cpu().double().sum(dim=0)
+            by_place[layer].index_add_(1, places, share.cpu().double().T)
 
         with watching(base, add):
             base.packed_hidden(batch, prefix)

@@ -67,7 +67,8 @@ def nearest_words(base: Bloom, tokenizer: PreTrainedTokenizerBase, prefix: torch
     weight = linear.weight.float().view(*shape, -1)[:, 1:].transpose(0, 1).flatten(0, 2)  # (2 * E, E): keys, then values
     bias = linear.bias.float().view(shape)[:, 1:].transpose(0, 1).flatten()
     pairs = prefix[0].float().movedim(2, 0).flatten(1) - bias  # (P, 2 * E)
-    found = torch.linalg.lstsq(weight, pairs.T).solution.T  # (P, E)
+    solution = torch.linalg.lstsq(weight.cpu(), pairs.T.cpu()).solution  # on the CPU: Apple's mps has none
+    found = solution.T.to(pairs.device)  # (P, E)
     unexplained = (found @ weight.T - pairs).norm(dim=1) / pairs.norm(dim=1)
     cosines = torch.cat(
         [

@@ -23,7 +23,7 @@ def test_the_map_names_every_head_by_its_slope():
 
 
 def test_a_menu_chooses_the_layer_and_penalties_stay():
-    figure = figures.share_by_distance(SHARES, "short")
+    figure = figures.share_by_distance(SHARES, "short", [0, 1])
     assert [button.label for button in figure.layout.updatemenus[0].buttons] == ["层 layer 0", "层 layer 1"]
     assert shown(figure, 0) == [0, 1, 4, 5] and shown(figure, 1) == [2, 3, 4, 5]
     assert [bool(trace.visible) for trace in figure.data] == [True, True, False, False, True, True]
@@ -31,19 +31,16 @@ def test_a_menu_chooses_the_layer_and_penalties_stay():
     np.testing.assert_allclose(figure.data[4].y, [0.0625, 0.125])  # nats, of head 0 at token 1 and 2
 
 
-def test_tokens_are_ticks_that_can_be_seen():
-    ticks = figures.token_axis(["a", "\n", " b", "</s>"])["ticktext"]
-    assert ticks == ["a", "⏎", "␣b", "‹/s›"]  # plotly takes <...> for a tag
-
-
 def test_a_question_s_pictures():
-    side = [{"probability": 0.5, "likeliest": [["x", 0.5]]}, {"probability": 1.0, "likeliest": [["y", 1.0]]}]
-    question = {"tokens": ["a", "b", "c"], "prompt": 2, "expected": {"base": side, "short": side[::-1]}}
+    side = [{"probability": 0.5, "likeliest": [["</s>", 0.5]]}, {"probability": 1.0, "likeliest": [["y", 1.0]]}]
+    question = {"tokens": ["a", "b", "c"], "prompt": 2, "expected": {"base": side, "prefix": side[::-1]}}
     bars = figures.next_tokens(question, "short").data
-    assert [list(bar.y) for bar in bars] == [[0.5, 1], [1, 0.5]] and "'x' 50.0%" in bars[0].customdata[0]
-    maps = [{"layer": 0, "head": head, "weights": [[0.1 * head, 0.2]] * 3} for head in (1, 0)]
-    figure = figures.question_attention(question | {"attention": maps}, "short")
-    assert shown(figure, 1) == [1] and figure.data[0].z.shape == (2, 3)  # prefix tokens x tokens
+    assert [(list(bar.x), list(bar.y)) for bar in bars] == [([1, 2], [0.5, 1]), ([1, 2], [1, 0.5])]
+    assert figures.next_tokens(question, "short").layout.shapes[0].x0 == 1.5  # the answer begins with token 2
+    assert bars[0].customdata[0] == "'‹/s›' 50.0%"
+    maps = [{"layer": 0, "head": head, "weights": [[0.1 * head, 0.256]] * 3} for head in (1, 0)]
+    figure = figures.question_attention(question | {"attention": [*maps, {}]}, "short", 2)
+    assert shown(figure, 1) == [1] and figure.data[0].z.tolist() == [[10] * 3, [26] * 3]  # prefix tokens x tokens
     assert figure.layout.updatemenus[0].buttons[0].label == "层 layer 0, 头 head 1"
 
 
@@ -65,9 +62,10 @@ def test_combinations_are_named_by_their_halves(equal):
 
     pair = {"first": "a", "second": "b", "alone": [scores(0.1), scores(0.2)], "after": [scores(0.3), scores(0.4)]}
     pair |= {"exchanged": [scores(0.5), scores(0.6)] if equal else None, "between": [scores(0.1), scores(0.2)]}
-    (bar,) = figures.combination_bars(pair).data
+    bar, losses = figures.combination_bars(pair).data
     names = ["a", "b", "a, b", "b, a", "键 keys a<br>值 values b", "键 keys b<br>值 values a"]
     assert list(bar.x) == names[: len(bar.y)] and list(bar.y) == pytest.approx([10, 20, 30, 40, 50, 60][: 6 if equal else 4])
+    assert list(losses.y) == [1] * len(bar.y) and figures.combination_bars(pair).layout.xaxis.type == "category"
     lines = figures.between_lines(pair).data
     assert list(lines[0].x) == [0, 1] and list(lines[0].y) == pytest.approx([10, 20])
 

@@ -8,7 +8,7 @@ from prefix_tuning.data.rows import tokenize
 from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.study import growth as module
-from prefix_tuning.study.growth import growth, singular_values
+from prefix_tuning.study.growth import growth, saved_step, singular_values
 from prefix_tuning.study.scoring import batches_of
 from prefix_tuning.study.shares import attention_shares
 
@@ -31,9 +31,31 @@ def test_every_checkpoint_is_a_stage_and_the_last_is_the_prefix(settings, tmp_pa
     monkeypatch.setattr(module, "MOST_CHECKPOINTS", 2)
     found = growth(base, batches, tmp_path / "out", prefix)
     assert [stage["step"] for stage in found["stages"]] == [3, 9, 11] and found["left_out"] == 1
+
+
+def test_damaged_checkpoints_are_skipped_and_damaged_records_are_no_growth(settings, tmp_path, capsys):
+    run_quietly(settings | {"save_steps": 5, "save_total_limit": 100})
+    base, tokenizer = load_base(settings["model_name_or_path"], torch.float32, torch.device("cpu"))
+    batches = batches_of(tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256), 300)
+    prefix, first = load_prefix(tmp_path / "out").tensor, find_checkpoints(tmp_path / "out")[0]
+    first.write_bytes(first.read_bytes()[:-10])
+    steps = [stage["step"] for stage in growth(base, batches, tmp_path / "out", prefix)["stages"]]
+    assert 10 in steps and 5 not in steps and "skipped: " in capsys.readouterr().err
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    whole = metrics.read_text("utf-8")
+    for damaged in (whole[:-20], "", "[1]\n"):
+        metrics.write_text(damaged, "utf-8")
+        assert growth(base, batches, tmp_path / "out", prefix) is None
+    metrics.write_text(whole, "utf-8")
     for path in find_checkpoints(tmp_path / "out"):
         path.unlink()
     assert growth(base, batches, tmp_path / "out", prefix) is None
+
+
+def test_with_save_best_the_saved_prefix_stands_at_the_step_of_the_lowest_held_out_loss():
+    records = [{"step": 0, "frozen_base": True, "eval_loss": 0.1}, {"step": 5, "eval_loss": 1.0}, {"step": 7, "loss": 0.5}]
+    records += [{"step": 10, "eval_loss": 2.0}, {"summary": True}]
+    assert saved_step(records, {"save_best": True}) == 5 and saved_step(records, {"save_best": False}) == 10
 
 
 def test_alike_tokens_have_one_singular_value():

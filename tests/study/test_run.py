@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_study_config
+from prefix_tuning.data.readers import load_rows
 from prefix_tuning.demo.build import load_relations
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_encoder
@@ -33,7 +34,7 @@ def test_two_prefixes_become_a_page_and_its_numbers(tuned, tmp_path, capsys):
     assert list(numbers["prefixes"]) == ["short", "sentence"] and numbers["base"] == bundled.MODEL
     short = numbers["prefixes"]["short"]
     assert (short["dataset"], short["rows"], short["num_virtual_tokens"]) == ("bundled:short", 12, 16)
-    assert short["question"]["question"] == "法国的首都是哪里？"
+    assert short["question"]["question"] == "Human: 法国的首都是哪里？\n\nAssistant: "
     assert set(short) >= {"attention", "removal", "growth", "norms", "nearest_words"}
     (pair,) = numbers["pairs"]
     assert set(pair["after"][0]) == {"bundled:short", "bundled:sentence"} and pair["between"] is None  # 16 and 10 tokens
@@ -42,7 +43,12 @@ def test_two_prefixes_become_a_page_and_its_numbers(tuned, tmp_path, capsys):
     assert [stage["step"] for stage in short["growth"]["stages"]] == [50, 100]
     assert page.count("<h2>") == 9
     assert page.count('class="plotly-graph-div"') == 2 * 6 + 3  # six for each; growth of short, the two together, the quiz
-    for said in ("虚拟词的数目不同", "they differ in length", "--save_steps 50", "12 of the 3218 rows of bundled:short"):
+    for said in (
+        "虚拟词的数目不同",
+        "they differ in length",
+        "--save_steps 50",
+        "12 of the 3218 rows of bundled:short, 0 of them cut",
+    ):
         assert said in page
     assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"'](?!data:)", page)
     said = f"{tmp_path / 'study.html'}: open it in a browser; the numbers are in {tmp_path / 'study.json'}\n"
@@ -58,7 +64,7 @@ def test_a_prefix_of_peft_is_studied_on_rows_that_are_named(tuned, tmp_path, row
     assert not (tmp_path / "study.html").exists()
     flags = ["--prefix", tmp_path / "adapter", "--dataset", rows_file, "--rows", 6, "--model_name_or_path", bundled.MODEL]
     numbers, page = studied(tmp_path, *flags)
-    assert numbers["prefixes"]["adapter"]["rows"] == 6 and not numbers["pairs"] and page.count("<h2>") == 8
+    assert numbers["prefixes"]["adapter"]["rows"] == 6 and not numbers["pairs"] and page.count("<h2>") == 9
 
 
 def test_another_base_has_no_quiz(random_base, tuned, tmp_path, settings):
@@ -75,14 +81,73 @@ def test_rows_without_labels_are_one_line(tuned, tmp_path):
         studied(tmp_path, "--prefix", tuned["short"], "--dataset", rows)
 
 
-def test_rows_are_evenly_spaced(tuned, tmp_path, tuned_model, tokenizer):
-    rows = [{"instruction": f"第{number}题", "input": "", "output": "好"} for number in range(10)]
-    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    config = parse_study_config(["--rows", "4", "--output", str(tmp_path / "x.html")])
-    found = run.read_rows(str(path), config, tuned_model, tokenizer)
-    questions = [tokenizer.decode(batch.input_ids) for batch in found.batches]
+@pytest.fixture
+def prepared(tuned_model, tokenizer, tmp_path):
+    """What `prepare` makes of rows, by the flags of the command."""
+
+    def of(rows, *flags):
+        path = write_jsonl(tmp_path / "rows.jsonl", *rows)
+        config = parse_study_config([*flags, "--output", str(tmp_path / "x.html")])
+        return run.prepare(str(path), load_rows(str(path), ("train",)), config, tuned_model, tokenizer)
+
+    return of
+
+
+def test_rows_are_evenly_spaced(prepared, tokenizer):
+    rows = prepared([{"instruction": f"第{number}题", "output": "好"} for number in range(10)], "--rows", "4")
+    questions = [tokenizer.decode(batch.input_ids) for batch in rows.batches]
     assert re.findall(r"第(\d)题", "".join(questions)) == ["0", "2", "5", "7"]
-    assert (found.used, found.there, found.question) == (4, 10, "第0题")
+    assert (rows.name, rows.used, rows.cut, rows.there) == ("rows.jsonl", 4, 0, 10)
+    assert tokenizer.decode(rows.prompt) == "Human: 第0题\n\nAssistant: "
+
+
+def test_growth_is_measured_on_rows_of_all_lengths(prepared):
+    rows = prepared([{"instruction": "好" * (1 + number % 100), "output": "好"} for number in range(200)])
+    assert rows.used == 200 and sum(batch.rows for batch in rows.few) == 64
+    lengths = [length for batch in rows.few for length in batch.lengths]
+    assert max(lengths) > 100 and min(lengths) < 30
+
+
+def test_the_question_fits_and_has_the_turns_before_it(prepared, tokenizer):
+    long, short = {"instruction": "长" * 500, "output": "好"}, {"instruction": "短？", "output": "好" * 600}
+    rows = prepared([long, short])
+    assert (rows.used, rows.cut) == (1, 1) and tokenizer.decode(rows.prompt) == "Human: 短？\n\nAssistant: "
+    turns = [("user", "法国的首都是哪里？"), ("assistant", "巴黎"), ("user", "那德国呢？"), ("assistant", "柏林")]
+    talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    said = tokenizer.decode(prepared([talk]).prompt)
+    assert said.startswith("Human: 法国的首都是哪里？\n\nAssistant: 巴黎</s>Human: 那德国呢？") and "柏林" not in said
+    with pytest.raises(UserError, match=r"--question takes \d+ tokens; it must fit into 256"):
+        prepared([short], "--question", "长" * 500)
+
+
+def test_a_base_that_is_large_gets_few_rows(prepared, monkeypatch):
+    monkeypatch.setattr(run, "LARGE", 1000)
+    assert prepared([{"instruction": f"{number}", "output": "好"} for number in range(50)]).used == 20
+
+
+def test_held_out_rows_are_preferred_to_training_rows(tmp_path):
+    for settings, expected in (
+        ({"dataset": "bundled:short", "eval_dataset": "bundled:short-eval"}, "bundled:short-eval"),
+        ({"dataset": "bundled:short", "eval_dataset": "local:others.jsonl"}, "bundled:short"),
+        ({"dataset": "bundled:short", "eval_dataset": None}, "bundled:short"),
+    ):
+        (tmp_path / "training_config.json").write_text(json.dumps(settings), "utf-8")
+        assert run.trained_on("name", str(tmp_path)) == expected
+
+
+def test_mistakes_are_found_before_the_base_is_loaded(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "open_model", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"typo.jsonl: no such file"):
+        studied(tmp_path, "--prefix", tuned["short"], "--dataset", "typo.jsonl")
+
+
+def test_json_has_six_digits_and_no_infinity():
+    assert run.rounded({"a": [1.23456789, float("inf"), float("nan")], "b": 7, "c": True, "d": "x"}, None) == {
+        "a": [1.23457, None, None],
+        "b": 7,
+        "c": True,
+        "d": "x",
+    }
 
 
 def test_training_rows_that_only_this_machine_had_are_asked_for(tuned, tmp_path):

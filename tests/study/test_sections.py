@@ -1,9 +1,16 @@
-"""What the page says: in both languages, all fields filled, and what was left out."""
+"""What the page says: in both languages, all fields filled, what was left out, within its size."""
 
 import string
 
-from prefix_tuning.study.page import Text
-from prefix_tuning.study.sections import TEXTS, say
+import numpy as np
+import pytest
+
+from prefix_tuning.study import sections
+from prefix_tuning.study.page import Text, write_page
+from prefix_tuning.study.question import MOST_MAPS
+from prefix_tuning.study.removal import MOST_HEADS
+from prefix_tuning.study.run import rounded
+from prefix_tuning.study.sections import TEXTS, say, sections_of, share_out, summary
 
 
 def fields(text):
@@ -19,3 +26,105 @@ def test_both_languages_say_the_same_fields():
 def test_a_text_in_a_text_is_of_its_language():
     said = say("summary", base="b", precision="p", prefixes=Text("中", "en"))
     assert "中" in said.zh and "en" in said.en and "中" not in said.en
+
+
+def test_the_room_is_shared_out(monkeypatch):
+    monkeypatch.setattr(sections, "ROOM", 2000)
+    monkeypatch.setattr(sections, "OF_A_PREFIX", 0)
+    assert share_out(0.5, 2, fixed=100, each=50, most=24) == (2, 8)
+    assert share_out(0.5, 2, fixed=100, each=50, most=5) == (2, 5)
+    assert share_out(0.5, 10, fixed=300, each=100, most=24) == (2, 2)
+    assert share_out(0.001, 3, fixed=300, each=100, most=24) == (1, 1)
+    monkeypatch.setattr(sections, "OF_A_PREFIX", 500)
+    assert share_out(0.5, 2, fixed=100, each=50, most=24) == (2, 3)
+
+
+def numbers_of(names, layers, heads, tokens, places):
+    """Random numbers in the shape of a study of so large a base, with a question of so many tokens."""
+    rng = np.random.default_rng(0)
+    score = {"loss": 1.23456789, "exact_match": 0.5}
+    part = [{"kind": "head", "layer": layer, "head": head} for layer in range(layers) for head in range(heads)][:MOST_HEADS]
+    prefix = {
+        "dataset": "rows",
+        "rows": 20,
+        "rows_cut": 3,
+        "rows_there": 3000,
+        "num_virtual_tokens": tokens,
+        "attention": {
+            "share": rng.random((layers, heads)).tolist(),
+            "by_distance": rng.random((layers, heads, 256)).tolist(),
+            "slopes": rng.random(heads).tolist(),
+        },
+        "question": {
+            "question": "问" * 100,
+            "answers": {"base": "甲", "prefix": "乙"},
+            "tokens": ["词"] * places,
+            "prompt": places - 40,
+            "expected": {
+                side: [{"probability": rng.random(), "likeliest": [["词", rng.random()]] * 5}] * (places - 1)
+                for side in ("base", "prefix")
+            },
+            "attention": [
+                {"layer": 0, "head": head, "weights": rng.random((places, tokens)).tolist()}
+                for head in range(min(MOST_MAPS, layers * heads))
+            ],
+        },
+        "removal": {
+            "whole": score,
+            "base": score,
+            "parts": [one | score for one in part],
+            "left_out": max(0, layers * heads - MOST_HEADS),
+        },
+        "growth": {
+            "stages": [
+                {
+                    "step": step,
+                    "norm": [1.5, 2.5],
+                    "share": rng.random(layers).tolist(),
+                    "singular_values": rng.random(tokens).tolist(),
+                }
+                for step in range(25)
+            ],
+            "losses": [[step, rng.random()] for step in range(500)],
+            "held_out": [],
+            "left_out": 7,
+        },
+        "norms": dict.fromkeys(("text", "prefix"), rng.random((layers, 2, 5)).tolist()),
+        "nearest_words": [{"words": [["词", 0.123]] * 5, "unexplained": 0.5}] * tokens,
+    }
+    scores = [{"rows": score}] * 2
+    pair = {"first": names[0], "alone": scores, "after": scores, "exchanged": scores, "between": scores * 5}
+    pair |= {"cosine": rng.random((2, layers)).tolist()}
+    numbers = {
+        "base": "bloom",
+        "precision": "float32",
+        "prefixes": dict.fromkeys(names, prefix),
+        "pairs": [pair | {"second": name} for name in names[1:]],
+        "quiz": None,
+    }
+    return rounded(numbers, None)
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_of_a_large_base_the_page_stays_small_and_says_what_it_leaves_out(count, tmp_path):
+    """bloom-1b4's 24 x 16 heads, 16 virtual tokens, a question and answer of 300 tokens."""
+    numbers = numbers_of([f"prefix-{number}" for number in range(count)], 24, 16, 16, 300)
+    parts = sections_of(numbers)
+    write_page(tmp_path / "page.html", say("title"), summary(numbers), parts)
+    assert (tmp_path / "page.html").stat().st_size < 6e6
+    said = {note.en for part in parts for note in part.notes}
+    distance, maps = (14, 62) if count == 1 else (1, 6)
+    for note in (
+        f"Left out: {24 - distance} layers, which are in the JSON file.",
+        f"Left out: the attention of {24 * 16 - maps} heads, which look at the prefix least.",
+        "Not removed one by one: 320 heads, which look at the prefix least.",
+        "Left out: 7 checkpoints.",
+        "Left out: the 4 that matter least, which are in the JSON file.",
+    ):
+        assert note in said
+    assert ("Only the first prefix is compared with each of the others." in said) == (count > 1)
+    assert "20 of the 3000 rows of rows, 3 of them cut at 256 tokens" in summary(numbers).en
+    second = "Name a second --prefix NAME=DIR, and two are compared here"
+    assert any(part.reading.en.startswith(second) for part in parts) == (count == 1)
+    distances = parts[1].figures[0]
+    assert len(distances.layout.updatemenus[0].buttons) == distance
