@@ -7,6 +7,7 @@ imported when the flags have been checked. So --help and mistakes in flags are a
 import argparse
 import codecs
 import dataclasses
+import importlib.util
 import io
 import os
 import shlex
@@ -223,9 +224,27 @@ def _infer(argv: list[str]) -> Callable[[], object]:
     return partial(infer, config)
 
 
+def _claims(argv: list[str]) -> Callable[[], object]:
+    from prefix_tuning.parser import Parser
+    from prefix_tuning.study.claims.settings import ClaimsConfig
+
+    description = "Try each claim of the papers in a small experiment on the bundled base."
+    values, _ = Parser((ClaimsConfig,), (), prog="python -m prefix_tuning.study.claims", description=description).parse(argv)
+    if importlib.util.find_spec("plotly") is None:
+        raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
+    config = ClaimsConfig(**values)
+    from prefix_tuning.study.claims.run import try_claims
+
+    return partial(try_claims, config)
+
+
 def train_command() -> None:
     _run(_train)
 
 
 def infer_command() -> None:
     _run(_infer)
+
+
+def claims_command() -> None:
+    _run(_claims)
