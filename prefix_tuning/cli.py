@@ -22,6 +22,7 @@ from prefix_tuning import bundled
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.inference.settings import AskArguments, DecodingArguments, InferConfig
 from prefix_tuning.settings import BaseArguments
+from prefix_tuning.study.claims.settings import ClaimsConfig
 from prefix_tuning.training.settings import (
     DataArguments,
     LoopArguments,
@@ -224,15 +225,19 @@ def _infer(argv: list[str]) -> Callable[[], object]:
     return partial(infer, config)
 
 
-def _claims(argv: list[str]) -> Callable[[], object]:
+def parse_claims_config(argv: list[str]) -> ClaimsConfig:
+    """The settings of the claims' command line. Raises UserError for those that make no sense, or if plotly is missing."""
     from prefix_tuning.parser import Parser
-    from prefix_tuning.study.claims.settings import ClaimsConfig
 
-    description = "Try each claim of the papers in a small experiment on the bundled base."
+    description = "Try each claim of the papers in a small experiment on the bundled base, and write a page of the verdicts."
     values, _ = Parser((ClaimsConfig,), (), prog="python -m prefix_tuning.study.claims", description=description).parse(argv)
     if importlib.util.find_spec("plotly") is None:
         raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
-    config = ClaimsConfig(**values)
+    return ClaimsConfig(**values)
+
+
+def _claims(argv: list[str]) -> Callable[[], object]:
+    config = parse_claims_config(argv)
     from prefix_tuning.study.claims.run import try_claims
 
     return partial(try_claims, config)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from prefix_tuning.study.claims.lab import Lab
-from prefix_tuning.study.claims.record import Chart, Finding, Part, Table, percent
+from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table, percent
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.tables import joined, medians, numbers_of, table_of, training
+from prefix_tuning.study.claims.tables import medians, numbers_of, table_of, training
 from prefix_tuning.study.claims.tasks import load_task
 from prefix_tuning.study.claims.trials import Trial, held_out_batches, tune
 from prefix_tuning.study.page import Text
@@ -56,6 +56,25 @@ def mix(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.stack((keys[:, 0], values[:, 1]), dim=1)
 
 
+EXCHANGE = Claim(
+    Text(
+        "在任务之间交换键",
+        "Keys exchanged between tasks",
+    ),
+    "Learned Structure in Cartridges 2025, arXiv 2508.17032",
+    Text(
+        "键像可共享的路由，可在任务之间交换而代价很小；学到的内容主要在值里。",
+        "Keys act as routers that tasks can share: to exchange them costs little, while most of what is learnt "
+        "lies in the values.",
+    ),
+    Text(
+        "任务 short 与 sentence，同一起点。相符：换键后两个任务都保住八成以上的完全匹配；换值后都失去一半以上。",
+        "Tasks short and sentence, from the same start. Agreement: with the other's keys both keep at least 80 % "
+        "of their exact match; with the other's values both lose more than half.",
+    ),
+)
+
+
 def exchange(lab: Lab) -> Finding:
     """Keys of one Cartridge can stand in for those of another at little cost; what is learnt lies mostly in the values."""
     scale = lab.scale
@@ -85,24 +104,8 @@ def exchange(lab: Lab) -> Finding:
         {"method": job.method, "seed": job.seed, "rates": job.rates, "exact_match": found}
         for job, found in zip(jobs, results, strict=True)
     ]
-    return Finding(
-        Text("在任务之间交换键", "Keys exchanged between tasks"),
-        "Learned Structure in Cartridges 2025, arXiv 2508.17032",
-        Text(
-            "键像可共享的路由，可在任务之间交换而代价很小；学到的内容主要在值里。",
-            "Keys act as routers that tasks can share: to exchange them costs little, while most of what is "
-            "learnt lies in the "
-            "values.",
-        ),
-        joined(
-            training(scale),
-            Text(
-                "任务 short 与 sentence，同一起点。相符：换键后两个任务都保住八成以上的完全匹配；换值后都失去一半以上。",
-                "Tasks short and sentence, from the same start. Agreement: with the other's keys both keep at "
-                "least 80 % of "
-                "their exact match; with the other's values both lose more than half.",
-            ),
-        ),
+    return EXCHANGE.finding(
+        training(scale),
         parts,
         table,
         charts,
@@ -130,6 +133,24 @@ def parts_of_exchange(title: Text, middle: dict[str, list[float]]) -> list[Part]
     ]
 
 
+FIXED_KEYS = Claim(
+    Text(
+        "只训练值，键随机固定",
+        "Values alone, behind random fixed keys",
+    ),
+    "Learned Structure in Cartridges 2025, arXiv 2508.17032",
+    Text(
+        "学到的内容主要在值里；键是稳定的路由。",
+        "Most of what is learnt lies in the values; keys are stable routers. If so, keys need not be trained.",
+    ),
+    Text(
+        "值来自 MLP，键从不改变：标准正态，或冻结模型为 16 个随机词算出的键。相符：完全匹配至多低 5 个百分点。",
+        "The MLP emits values only; keys never change: standard normal, or those that the frozen base computes for "
+        "16 random words. Agreement: an exact match at most 5 points lower.",
+    ),
+)
+
+
 def fixed_keys(lab: Lab) -> Finding:
     """If keys only route, values that are trained behind random keys, which never change, do about as well."""
     trials = [Trial(method) for method in ("prefix", "fixed normal", "fixed words")]
@@ -140,22 +161,8 @@ def fixed_keys(lab: Lab) -> Finding:
         Text("固定：正态随机键", "fixed: normal random keys"),
         Text("固定：随机词的键", "fixed: keys of random words"),
     ]
-    return Finding(
-        Text("只训练值，键随机固定", "Values alone, behind random fixed keys"),
-        "Learned Structure in Cartridges 2025, arXiv 2508.17032",
-        Text(
-            "学到的内容主要在值里；键是稳定的路由。",
-            "Most of what is learnt lies in the values; keys are stable routers. If so, keys need not be trained.",
-        ),
-        joined(
-            training(lab.scale),
-            Text(
-                "值来自 MLP，键从不改变：标准正态，或冻结模型为 16 个随机词算出的键。相符：完全匹配至多低 5 个百分点。",
-                "The MLP emits values only; keys never change: standard normal, or those that the frozen base "
-                "computes for 16 "
-                "random words. Agreement: an exact match at most 5 points lower.",
-            ),
-        ),
+    return FIXED_KEYS.finding(
+        training(lab.scale),
         [
             Part(
                 Text(

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import datasets
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.trials import Measured, Trial, measure
@@ -56,9 +58,11 @@ def settle() -> None:
     """
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
+    disable_progress_bar()  # transformers' own
     parent = multiprocessing.parent_process()
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())  # an orderly end: it gives its semaphores back
         threading.Thread(target=end_after, args=(parent,), daemon=True).start()
 
 

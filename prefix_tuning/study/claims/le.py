@@ -3,13 +3,32 @@ https://arxiv.org/abs/2410.02200.
 """
 
 from prefix_tuning.study.claims.lab import Lab
-from prefix_tuning.study.claims.record import Chart, Finding, Part
-from prefix_tuning.study.claims.tables import joined, medians, numbers_of, table_of, training
+from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part
+from prefix_tuning.study.claims.tables import medians, numbers_of, table_of, training
 from prefix_tuning.study.claims.trials import Trial
 from prefix_tuning.study.page import Text
 
 METHODS = ("prefix", "separate", "direct")
 NAMES = ("shared · 共享", "separate MLPs · 各自的 MLP", "direct, no sharing · 直接，不共享")
+
+
+SHARED = Claim(
+    Text(
+        "键和值来自同一嵌入",
+        "Keys and values from one shared embedding",
+    ),
+    "Le et al. 2025, arXiv 2410.02200",
+    Text(
+        "键和值由同一嵌入产生（共享结构）比互相独立需要的样本少；样本越少差别越明显。",
+        "Keys and values that come from one embedding need fewer samples than independent ones; the gain is "
+        "largest with few samples.",
+    ),
+    Text(
+        "共享：本项目的 MLP；各自：键和值各有嵌入与 MLP；直接：键值本身为参数。相符：共享的留出损失更低。",
+        "Shared: the MLP as it is; separate: an embedding and an MLP for keys and another for values; direct: the "
+        "pairs are parameters. Agreement: a lower held-out loss of the shared form.",
+    ),
+)
 
 
 def shared(lab: Lab) -> Finding:
@@ -33,24 +52,8 @@ def shared(lab: Lab) -> Finding:
                 f"loss with {text.en}: shared {together:.3f}, {en} {other:.3f}",
             )
             parts.append(Part(found, together < other))
-    return Finding(
-        Text("键和值来自同一嵌入", "Keys and values from one shared embedding"),
-        "Le et al. 2025, arXiv 2410.02200",
-        Text(
-            "键和值由同一嵌入产生（共享结构）比互相独立需要的样本少；样本越少差别越明显。",
-            "Keys and values that come from one embedding need fewer samples than independent ones; the gain "
-            "is largest with "
-            "few samples.",
-        ),
-        joined(
-            training(lab.scale),
-            Text(
-                "共享：本项目的 MLP；各自：键和值各有嵌入与 MLP；直接：键值本身为参数。相符：共享的留出损失更低。",
-                "Shared: the MLP as it is; separate: an embedding and an MLP for keys and another for values; "
-                "direct: the pairs "
-                "are parameters. Agreement: a lower held-out loss of the shared form.",
-            ),
-        ),
+    return SHARED.finding(
+        training(lab.scale),
         parts,
         table_of(Text("方法与行数", "method and rows"), names, measured),
         [

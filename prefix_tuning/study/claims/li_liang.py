@@ -1,12 +1,30 @@
 """Li & Liang 2021, "Prefix-Tuning", https://arxiv.org/abs/2101.00190: what makes up a prefix (sections 4.3 and 7)."""
 
 from prefix_tuning.study.claims.lab import Lab
-from prefix_tuning.study.claims.record import Chart, Finding, Part, percent
-from prefix_tuning.study.claims.tables import joined, medians, numbers_of, table_of, training
+from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, percent
+from prefix_tuning.study.claims.tables import medians, numbers_of, table_of, training
 from prefix_tuning.study.claims.trials import Trial
 from prefix_tuning.study.page import Text
 
 METHOD = Text("方法", "method")
+
+
+LENGTH = Claim(
+    Text(
+        "前缀长度",
+        "The length of a prefix",
+    ),
+    "Li & Liang 2021, arXiv 2101.00190, section 7.1, figure 4",
+    Text(
+        "前缀越长训练损失越低，测试成绩却在某一长度之后略降：XSum 最佳 200，DART 最佳 10。",
+        "A longer prefix lowers the training loss on and on; the test score is best at some length, 200 tokens on "
+        "XSum and 10 on DART, and falls slightly beyond it.",
+    ),
+    Text(
+        "相符：最长者训练损失最低；留出损失最低者不是最长者。",
+        "Agreement: the longest has the lowest training loss; the lowest held-out loss is at a shorter one.",
+    ),
+)
 
 
 def length(lab: Lab) -> Finding:
@@ -18,25 +36,8 @@ def length(lab: Lab) -> Finding:
     measured = lab.measure(*trials)
     train, held_out = medians(measured, "train_loss"), medians(measured, "held_out_loss")
     lowest, best = lengths[train.index(min(train))], lengths[held_out.index(min(held_out))]
-    rows = lab.scale.length_rows
-    return Finding(
-        Text("前缀长度", "The length of a prefix"),
-        "Li & Liang 2021, arXiv 2101.00190, section 7.1, figure 4",
-        Text(
-            "前缀越长训练损失越低，测试成绩却在某一长度之后略降：XSum 最佳 200，DART 最佳 10。",
-            "A longer prefix lowers the training loss on and on; the test score is best at some length, 200 "
-            "tokens on XSum "
-            "and 10 on DART, and falls slightly beyond it.",
-        ),
-        joined(
-            training(lab.scale, f" × {rows}"),
-            Text(
-                f"训练集 {rows} 行。相符：最长者训练损失最低；留出损失最低者不是最长者。",
-                f"The training set has {rows} rows. Agreement: the longest has the lowest training loss; the "
-                "lowest held-out "
-                "loss is at a shorter one.",
-            ),
-        ),
+    return LENGTH.finding(
+        training(lab.scale, lab.scale.length_rows),
         [
             Part(
                 Text(
@@ -65,6 +66,26 @@ def length(lab: Lab) -> Finding:
     )
 
 
+INFIX = Claim(
+    Text(
+        "前缀、中缀与仅嵌入",
+        "Prefix, infix and embedding-only",
+    ),
+    "Li & Liang 2021, arXiv 2101.00190, sections 7.2-7.3, table 4",
+    Text(
+        "E2E 的 BLEU（GPT-2 medium）：前缀 70.3，中缀 66.7–67.9，仅嵌入 48.1–62.2。",
+        "BLEU on E2E with GPT-2 medium: prefix 70.3, infix 66.7-67.9, embedding-only 48.1-62.2.",
+    ),
+    Text(
+        "各 16 个虚拟词；中缀的键值位于问题最后一个词之前，只有预测答案的位置看得到；仅嵌入从随机词的嵌入开始。"
+        "相符：中位完全匹配低于前缀。",
+        "16 tokens each. The infix stands before the last token of the prompt, so that only positions that predict "
+        "the answer see it; embedding-only starts with the embeddings of random words. Agreement: a lower median "
+        "exact match than the prefix.",
+    ),
+)
+
+
 def infix(lab: Lab) -> Finding:
     """Sections 7.2 and 7.3, table 4: E2E, GPT-2 medium, BLEU: prefix 70.3, infix 66.7 to 67.9, embedding-only 48.1 to 62.2
     (both with 1 to 20 tokens).
@@ -77,25 +98,8 @@ def infix(lab: Lab) -> Finding:
     trials = [Trial(method) for method in ("prefix", "infix", "embeddings")]
     measured = lab.measure(*trials)
     prefix, middle, embeddings = medians(measured)
-    return Finding(
-        Text("前缀、中缀与仅嵌入", "Prefix, infix and embedding-only"),
-        "Li & Liang 2021, arXiv 2101.00190, sections 7.2-7.3, table 4",
-        Text(
-            "E2E 的 BLEU（GPT-2 medium）：前缀 70.3，中缀 66.7–67.9，仅嵌入 48.1–62.2。",
-            "BLEU on E2E with GPT-2 medium: prefix 70.3, infix 66.7-67.9, embedding-only 48.1-62.2.",
-        ),
-        joined(
-            training(lab.scale),
-            Text(
-                "各 16 个虚拟词；中缀的键值位于问题最后一个词之前，只有预测答案的位置看得到；"
-                "仅嵌入从随机词的嵌入开始。相符：中位完全匹配低于前缀。",
-                "16 tokens each. The infix stands before the last token of the prompt, so that only positions "
-                "that predict the "
-                "answer see it; embedding-only starts with the embeddings of random words. Agreement: a lower "
-                "median exact "
-                "match than the prefix.",
-            ),
-        ),
+    return INFIX.finding(
+        training(lab.scale),
         [
             Part(
                 Text(
@@ -118,6 +122,23 @@ def infix(lab: Lab) -> Finding:
         ],
         numbers_of(trials, measured),
     )
+
+
+PROJECTION = Claim(
+    Text(
+        "投影与直接训练",
+        "Projection and direct pairs",
+    ),
+    "Li & Liang 2021, arXiv 2101.00190, section 4.3",
+    Text(
+        "直接训练键值不稳定，成绩略低，因此用 MLP 重参数化。",
+        "Training the pairs directly is unstable and slightly worse; hence the reparametrisation by an MLP.",
+    ),
+    Text(
+        "相符：直接训练的中位完全匹配较低；种子之间相差更大。",
+        "Agreement: a lower median exact match of the direct pairs; a larger difference between seeds.",
+    ),
+)
 
 
 def projection(lab: Lab) -> Finding:
@@ -147,20 +168,8 @@ def projection(lab: Lab) -> Finding:
                 spread[1] > spread[0],
             )
         )
-    return Finding(
-        Text("投影与直接训练", "Projection and direct pairs"),
-        "Li & Liang 2021, arXiv 2101.00190, section 4.3",
-        Text(
-            "直接训练键值不稳定，成绩略低，因此用 MLP 重参数化。",
-            "Training the pairs directly is unstable and slightly worse; hence the reparametrisation by an MLP.",
-        ),
-        joined(
-            training(lab.scale),
-            Text(
-                "相符：直接训练的中位完全匹配较低；种子之间相差更大。",
-                "Agreement: a lower median exact match of the direct pairs; a larger difference between seeds.",
-            ),
-        ),
+    return PROJECTION.finding(
+        training(lab.scale),
         parts,
         table_of(METHOD, names, measured),
         [

@@ -4,12 +4,30 @@ https://arxiv.org/abs/2310.19698.
 
 from prefix_tuning.study.claims.checks import identities_of_a_tuned_prefix
 from prefix_tuning.study.claims.lab import Lab
-from prefix_tuning.study.claims.record import Chart, Finding, Part, Table, percent
-from prefix_tuning.study.claims.tables import joined, medians, numbers_of, table_of, training
+from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table, percent
+from prefix_tuning.study.claims.tables import medians, numbers_of, table_of, training, training_once
 from prefix_tuning.study.claims.trials import Trial
 from prefix_tuning.study.page import Text
 
 EXACT = 1e-6
+
+
+IDENTITY = Claim(
+    Text(
+        "前缀缩放文本的注意力，并加上自己的值",
+        "A prefix scales the attention of the text and adds its values",
+    ),
+    "Petrov et al. 2023, arXiv 2310.19698, section 4",
+    Text(
+        "前缀不能改变文本词之间注意力的比例：它把全部乘以（1 − 自己的份额），再加上自己的值。",
+        "A prefix cannot change the ratios of the attention between text tokens: it multiplies all of it by one "
+        "minus its own share and adds its values.",
+    ),
+    Text(
+        f"在真实行上，float64，逐层逐头比较。相符：最大误差不超过 {EXACT:g}。",
+        f"Real rows, float64, every layer and head by itself. Agreement: no error above {EXACT:g}.",
+    ),
+)
 
 
 def identity(lab: Lab) -> Finding:
@@ -29,19 +47,8 @@ def identity(lab: Lab) -> Finding:
     for layer in layers:
         figures = (errors.weights[layer].max(), errors.scaled[layer].max())
         table.append([str(layer), percent(errors.share[layer].mean().item()), *(f"{x.item():.1e}" for x in figures)])
-    return Finding(
-        Text("前缀缩放文本的注意力，并加上自己的值", "A prefix scales the attention of the text and adds its values"),
-        "Petrov et al. 2023, arXiv 2310.19698, section 4",
-        Text(
-            "前缀不能改变文本词之间注意力的比例：它把全部乘以（1 − 自己的份额），再加上自己的值。",
-            "A prefix cannot change the ratios of the attention between text tokens: it multiplies all of it "
-            "by one minus its "
-            "own share and adds its values.",
-        ),
-        Text(
-            f"在真实行上用一个训练好的前缀，float64，逐层逐头比较。相符：最大误差不超过 {EXACT:g}。",
-            f"Real rows, a tuned prefix, float64, every layer and head by itself. Agreement: no error above {EXACT:g}.",
-        ),
+    return IDENTITY.finding(
+        training_once(lab.scale),
         [Part(Text(f"最大误差 {worst:.1e}", f"largest error {worst:.1e}"), worst <= EXACT)],
         table,
         [
@@ -57,6 +64,27 @@ def identity(lab: Lab) -> Finding:
     )
 
 
+UNLOCK = Claim(
+    Text(
+        "解锁已会的，学不了新的注意力",
+        "It unlocks what the base can do, and teaches no new attention",
+    ),
+    "Petrov et al. 2023, arXiv 2310.19698, section 5",
+    Text(
+        "预训练里有的四个任务，前缀达到 94–99.8 %；需要新注意力模式的任务，前缀 0 %，全量微调 85 %。",
+        "Four tasks of the pre-training: a prefix reaches 94-99.8 %. A task that needs a new attention pattern: "
+        "0 %, where full fine-tuning reaches 85 %.",
+    ),
+    Text(
+        "已知任务：演示的问答（留出的事实）。新任务：把三个词倒过来写，词取自事实，每个词一个词元。相符："
+        "已知任务前缀不低于 80 %；新任务前缀不到 10 %；新任务全量微调高于 80 %。",
+        "Known: the demo's questions about other facts. New: three words to be written in reverse order, words of "
+        "the facts, one token each. Agreement: known, prefix: at least 80 %; new, prefix: below 10 %; new, full "
+        "fine-tuning: at least 80 %.",
+    ),
+)
+
+
 def unlock(lab: Lab) -> Finding:
     """Section 5: on four tasks that were part of pre-training a prefix reaches 94 to 99.8 %; a task whose attention pattern
     pre-training had no use for stays at 0 %, where full fine-tuning reaches 85 %.
@@ -69,26 +97,8 @@ def unlock(lab: Lab) -> Finding:
         for task_zh, task_en in (("已知的事实", "known facts"), ("倒序", "reversed words"))
         for zh, en in (("前缀", "prefix"), ("全量微调", "full fine-tuning"))
     ]
-    return Finding(
-        Text("解锁已会的，学不了新的注意力", "It unlocks what the base can do, and teaches no new attention"),
-        "Petrov et al. 2023, arXiv 2310.19698, section 5",
-        Text(
-            "预训练里有的四个任务，前缀达到 94–99.8 %；需要新注意力模式的任务，前缀 0 %，全量微调 85 %。",
-            "Four tasks of the pre-training: a prefix reaches 94-99.8 %. A task that needs a new attention "
-            "pattern: 0 %, where "
-            "full fine-tuning reaches 85 %.",
-        ),
-        joined(
-            training(lab.scale),
-            Text(
-                "已知任务：演示的问答（留出的事实）。新任务：把三个词倒过来写，词取自事实，每个词一个词元。"
-                "相符：已知任务前缀不低于 80 %；新任务前缀不到 10 %；新任务全量微调高于 80 %。",
-                "Known: the demo's questions about other facts. New: three words to be written in reverse "
-                "order, words of the "
-                "facts, one token each. Agreement: known, prefix: at least 80 %; new, prefix: below 10 %; new, full "
-                "fine-tuning: at least 80 %.",
-            ),
-        ),
+    return UNLOCK.finding(
+        training(lab.scale),
         [
             Part(Text(f"已知任务，前缀 {percent(known)}", f"known task, prefix {percent(known)}"), known >= 0.8),
             Part(Text(f"新任务，前缀 {percent(new)}", f"new task, prefix {percent(new)}"), new < 0.1),

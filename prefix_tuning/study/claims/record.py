@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefix_tuning.study.page import Text
 
@@ -33,7 +33,8 @@ class Part:
 @dataclass
 class Finding:
     """A claim of a paper and what its experiment found. says: the paper's words in ours, with its figures. ran: what was run
-    here, and what would count as agreement. numbers: all of them, for the JSON."""
+    here, and what would count as agreement. numbers: all of them, for the JSON.
+    """
 
     title: Text
     source: str
@@ -73,6 +74,22 @@ class Finding:
         values["table"] = [[Text(*cell) if isinstance(cell, list) else cell for cell in row] for row in values["table"]]
         values["charts"] = [Chart(**chart) for chart in values["charts"]]
         return cls(**values)
+
+
+class Claim(NamedTuple):
+    """What is known of a claim before its experiment. here: what the experiment is, and what counts as agreement."""
+
+    title: Text
+    source: str
+    says: Text
+    here: Text
+
+    def finding(
+        self, trained: Text, parts: list[Part], table: Table, charts: list[Chart], numbers: dict[str, Any]
+    ) -> Finding:
+        """trained: how, as a sentence."""
+        ran = Text(trained.zh + self.here.zh, f"{trained.en} {self.here.en}")
+        return Finding(self.title, self.source, self.says, ran, parts, table, charts, numbers)
 
 
 def percent(share: float) -> str:

@@ -21,10 +21,10 @@ from prefix_tuning.study.claims.record import Finding
 from prefix_tuning.study.claims.report import write_claims
 from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig, Scale
 
-Claim = Callable[[Lab], Finding]
+Experiment = Callable[[Lab], Finding]
 
 # In the order of the page, by their names in the JSON.
-CLAIMS: dict[str, Claim] = {
+CLAIMS: dict[str, Experiment] = {
     "length": length,
     "infix": infix,
     "low_data": low_data,
@@ -49,7 +49,7 @@ def try_claims(config: ClaimsConfig) -> None:
         run_claims(Lab(scale, imap), CLAIMS, Path(config.output), config.quick)
 
 
-def run_claims(lab: Lab, claims: dict[str, Claim], page: Path, quick: bool) -> None:
+def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool) -> None:
     """Runs those of the claims that the record beside `page` does not hold yet. Prints a line for each, and writes record
     and page after each.
     """
@@ -77,7 +77,7 @@ def scale_record(scale: Scale) -> dict[str, Any]:
     return json.loads(json.dumps(vars(scale)))
 
 
-def taken_over(record_file: Path, scale: dict[str, Any], claims: dict[str, Claim]) -> dict[str, Finding]:
+def taken_over(record_file: Path, scale: dict[str, Any], claims: dict[str, Experiment]) -> dict[str, Finding]:
     """The findings of an earlier start at the same scale; none, if there was no such start. Raises UserError if the file
     holds something else.
     """

@@ -1,7 +1,9 @@
 """The settings of the claims' command, and how large its experiments are. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from prefix_tuning.errors import UserError
 from prefix_tuning.settings import flag
 
 
@@ -20,6 +22,13 @@ class ClaimsConfig:
         "again with the "
         "same settings, the command takes over the claims that stand there; delete the .json to measure all anew.",
     )
+
+    def __post_init__(self):
+        page = Path(self.output)
+        if page.suffix != ".html":
+            raise UserError(f"--output {page}: must end in .html; the numbers go beside it, to a .json")
+        if not page.parent.is_dir():
+            raise UserError(f"--output {page}: there is no folder {page.parent}")
 
 
 @dataclass(frozen=True)
@@ -42,4 +51,4 @@ class Scale:
 
 
 FULL = Scale(300, 16, (1, 2, 3), (1, 2, 4, 8, 16, 32, 64), (20, 50, 100, 500), 800, 400)
-QUICK = Scale(80, 16, (1,), (1, 4, 16, 64), (20, 100), 200, 200)
+QUICK = Scale(60, 16, (1,), (1, 8, 64), (20, 100), 200, 200)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from prefix_tuning import bundled
 from prefix_tuning.study.claims.record import Table, percent
 from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.trials import Measured, Trial
@@ -42,14 +43,15 @@ def medians(measured: list[Measured], figure: str = "exact_match") -> list[float
     return [found.median(figure) for found in measured]
 
 
-def training(scale: Scale, rows: str = "") -> Text:
-    """How the trials of a claim were trained, as a sentence."""
+def training(scale: Scale, rows: int | None = None) -> Text:
+    """How the trials of a claim were trained, as a sentence. rows: of the training set, if that is not said elsewhere."""
     steps, each, seeds, scored = scale.steps, scale.rows_per_step, len(scale.seeds), scale.scored
+    of_zh, of_en = (f"（共 {rows} 行）", f" out of {rows}") if rows else ("", "")
     return Text(
-        f"每次训练 {steps} 步，每步 {each} 行{rows}，float32；"
+        f"每次训练 {steps} 步，每步 {each} 行{of_zh}，float32；"
         "每种方法各自在半个数量级的网格上按另外的留出行选学习率（用第一个种子）；"
         f"{seeds} 个种子取中位数；在至多 {scored} 个留出问题上评分。",
-        f"Each training: {steps} steps of {each} rows{rows}, float32; each method at its own best rate of a "
+        f"Each training: {steps} steps of {each} rows{of_en}, float32; each method at its own best rate of a "
         "grid of half "
         f"decades, chosen with the first seed on other held-out rows; median of {seeds} seeds; scored on at "
         f"most {scored} "
@@ -57,5 +59,10 @@ def training(scale: Scale, rows: str = "") -> Text:
     )
 
 
-def joined(*texts: Text) -> Text:
-    return Text("".join(text.zh for text in texts), " ".join(text.en for text in texts))
+def training_once(scale: Scale) -> Text:
+    """How the one prefix of a claim was trained, as a sentence."""
+    rate = bundled.SETTINGS["learning_rate"]
+    return Text(
+        f"一个训练了 {scale.steps} 步的前缀，学习率为演示的 {rate:g}。",
+        f"One prefix, tuned for {scale.steps} steps at the demo's rate of {rate:g}.",
+    )

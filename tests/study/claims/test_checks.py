@@ -38,4 +38,4 @@ def test_an_error_would_be_seen(base, monkeypatch):
 
 def test_the_prefix_of_the_check_is_tuned(tiny):
     found = identities_of_a_tuned_prefix(tiny)
-    assert found.scaled.max() < 1e-6 and 0 < found.share.min() and found.share.max() < 1
+    assert found.scaled.max() < 1e-6 and found.share.min() > 0 and found.share.max() < 1

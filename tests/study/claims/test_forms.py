@@ -21,8 +21,9 @@ def examples():
 
 
 def infix_logits(model, example, pairs):
-    """Twin, with transformers' softmax in float32: its own forward reads the prompt but for its last token; the pairs are appended to that cache; then it
-    reads the rest behind them."""
+    """Twin: transformers' own forward, whose softmax is float32, reads the prompt but for its last token; the pairs are
+    appended to that cache; then it reads the rest behind them.
+    """
     first = next(place for place, label in enumerate(example.labels) if label != -100) - 1
     ids = torch.tensor([example.input_ids])
     cache = model(ids[:, :first], use_cache=True).past_key_values

@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from prefix_tuning.cli import claims_command
-from prefix_tuning.study.claims.settings import FULL, QUICK
+from prefix_tuning.cli import parse_claims_config
+from prefix_tuning.errors import UserError
+from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig
 
 
 def test_quick_is_less_of_the_same():
@@ -18,24 +19,20 @@ def test_settings_load_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    "flags, missing, message",
-    [
-        (["--fast"], False, "unknown argument --fast"),
-        ([], True, "error: the page needs plotly: pip install 'prefix-tuning[study]'\n"),
-    ],
-)
-def test_mistakes_are_one_line_before_any_work(flags, missing, message, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["claims", *flags])
-    if missing:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    streams = sys.stdin, sys.stdout, sys.stderr
-    for name in ("stdin", "stdout", "stderr"):  # the command sets them up anew
-        monkeypatch.setattr(
-            sys, name, open(getattr(sys, f"__{name}__").fileno(), "r" if name == "stdin" else "w", closefd=False)
-        )
-    with pytest.raises(SystemExit) as stop:
-        claims_command()
-    sys.stdin, sys.stdout, sys.stderr = streams
-    error = capfd.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+def test_mistakes_and_a_missing_plotly_are_told_before_any_work(monkeypatch):
+    assert parse_claims_config(["--quick"]) == ClaimsConfig(quick=True, output="claims.html")
+    for output, message in (("claims.json", "must end in .html"), ("gone/claims.html", "there is no folder gone")):
+        with pytest.raises(UserError, match=message):
+            parse_claims_config(["--output", output])
+    with pytest.raises(UserError, match="unknown argument --fast"):
+        parse_claims_config(["--fast"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'prefix-tuning\[study\]'"):
+        parse_claims_config([])
+
+
+def test_help_says_what_a_second_start_does(capsys):
+    with pytest.raises(SystemExit):
+        parse_claims_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "takes over the claims that stand there" in text and "--quick" in text and "most used" not in text

@@ -1,4 +1,4 @@
-from prefix_tuning.study.claims.tables import joined, medians, numbers_of, table_of, training
+from prefix_tuning.study.claims.tables import medians, numbers_of, table_of, training, training_once
 from prefix_tuning.study.claims.trials import Measured, Trial
 from prefix_tuning.study.page import Text
 
@@ -18,5 +18,6 @@ def test_numbers_are_all_of_them():
 
 
 def test_what_was_run_is_said_with_its_numbers(tiny):
-    text = joined(training(tiny), Text("好。", "Good."))
-    assert "2 steps of 2 rows" in text.en and text.en.endswith(" Good.") and text.zh.endswith("好。")
+    assert "2 steps of 2 rows, float32" in training(tiny).en and "每步 2 行，" in training(tiny).zh
+    assert "2 steps of 2 rows out of 8, float32" in training(tiny, 8).en and "每步 2 行（共 8 行）" in training(tiny, 8).zh
+    assert "2 steps at the demo's rate of 0.005" in training_once(tiny).en
