@@ -156,8 +156,7 @@ def fixed_keys(lab: Lab) -> Finding:
     trials = [Trial(method) for method in ("prefix", "fixed normal", "fixed words")]
     measured = lab.measure(*trials)
     shares = medians(measured)
-    names: list[str | Text] = [
-        Text("键也训练", "keys trained, too"),
+    fixed = [
         Text("固定：正态随机键", "fixed: normal random keys"),
         Text("固定：随机词的键", "fixed: keys of random words"),
     ]
@@ -171,10 +170,9 @@ def fixed_keys(lab: Lab) -> Finding:
                 ),
                 share >= shares[0] - 0.05,
             )
-            for name, share in zip(names[1:], shares[1:], strict=True)
-            if isinstance(name, Text)
+            for name, share in zip(fixed, shares[1:], strict=True)
         ],
-        table_of(Text("键", "keys"), names, measured),
+        table_of(Text("键", "keys"), [Text("键也训练", "keys trained, too"), *fixed], measured),
         [
             Chart(
                 "bar",

@@ -18,6 +18,8 @@ from prefix_tuning.study.claims.tasks import load_task
 from prefix_tuning.study.claims.trials import Trial, spaced, tune
 from prefix_tuning.study.scoring import label_logits
 
+EXACT = 1e-6  # an error up to this is one of rounding
+
 
 class Errors(NamedTuple):
     """The largest absolute differences over all tokens.

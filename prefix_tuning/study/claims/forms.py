@@ -5,7 +5,6 @@ functions named attend_* have the arguments of model/attention.py's `attend` and
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -32,36 +31,20 @@ def attend_infix(
     return attend_padded(qkv, pairs, batch, own)
 
 
-class Gate(NamedTuple):
-    """The two attentions of a token and the gate between them. share: (R, H, S), the prefix's part of the softmax. prefix,
-    text: (R, H, S, D), attention over the prefix alone and over the text alone. text_weights: (R, H, S, S) of the latter."""
-
-    share: torch.Tensor
-    prefix: torch.Tensor
-    text: torch.Tensor
-    text_weights: torch.Tensor
-
-
-def gate(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor) -> Gate:
-    """Both attentions, each with a softmax of its own. The share follows from the sums of the two softmaxes."""
-    query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (R, H, S, D)
-    length = prefix.shape[2]
-    prefix_key, prefix_value = prefix.to(qkv.dtype)
-    scale = math.sqrt(query.shape[-1])
-    on_prefix = query @ prefix_key.mT / scale + bias[..., :length]
-    on_text = query @ key.mT / scale + bias[..., length:]
-    share = torch.sigmoid(on_prefix.logsumexp(-1) - on_text.logsumexp(-1))
-    weights = on_text.softmax(-1)
-    return Gate(share, on_prefix.softmax(-1) @ prefix_value, weights @ value, weights)
-
-
 def attend_gated(
     qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, only_labels: bool
 ) -> torch.Tensor:
     """The adapter form of He et al. 2021 (arXiv 2110.04366, section 3.1): the prefix beside the attention, behind a gate.
 
     (1 - share) * softmax(q K^T) V + share * softmax(q P_k^T) P_v
+
+    Each softmax is one of its own; the share follows from their sums.
     """
-    parts = gate(qkv, prefix, batch, bias)
-    share = parts.share.unsqueeze(-1)
-    return batch.from_grid(((1 - share) * parts.text + share * parts.prefix).transpose(1, 2))
+    query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (R, H, S, D)
+    prefix_key, prefix_value = prefix.to(qkv.dtype)  # each (H, P, D)
+    length, scale = prefix.shape[2], math.sqrt(query.shape[-1])
+    on_prefix = query @ prefix_key.mT / scale + bias[..., :length]  # (R, H, S, P)
+    on_text = query @ key.mT / scale + bias[..., length:]  # (R, H, S, S)
+    share = torch.sigmoid(on_prefix.logsumexp(-1, keepdim=True) - on_text.logsumexp(-1, keepdim=True))
+    context = (1 - share) * (on_text.softmax(-1) @ value) + share * (on_prefix.softmax(-1) @ prefix_value)
+    return batch.from_grid(context.transpose(1, 2))

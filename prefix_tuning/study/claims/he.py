@@ -1,13 +1,10 @@
 """He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning", https://arxiv.org/abs/2110.04366."""
 
-from prefix_tuning.study.claims.checks import identities_of_a_tuned_prefix
+from prefix_tuning.study.claims.checks import EXACT, identities_of_a_tuned_prefix
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table
 from prefix_tuning.study.claims.tables import training_once
 from prefix_tuning.study.page import Text
-
-EXACT = 1e-6
-
 
 GATED = Claim(
     Text(

@@ -2,15 +2,12 @@
 https://arxiv.org/abs/2310.19698.
 """
 
-from prefix_tuning.study.claims.checks import identities_of_a_tuned_prefix
+from prefix_tuning.study.claims.checks import EXACT, identities_of_a_tuned_prefix
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table, percent
 from prefix_tuning.study.claims.tables import medians, numbers_of, table_of, training, training_once
 from prefix_tuning.study.claims.trials import Trial
 from prefix_tuning.study.page import Text
-
-EXACT = 1e-6
-
 
 IDENTITY = Claim(
     Text(
