@@ -1,4 +1,4 @@
-"""The commands train.py and infer.py: from the command line to `train` or `infer`, and from errors to exit codes.
+"""The commands train.py, infer.py, `python -m prefix_tuning.study` and `... .claims`: from flags on, to exit codes.
 
 Importing this module loads neither transformers nor torch. parser.py imports transformers when a command starts; torch is
 imported when the flags have been checked. So --help and mistakes in flags are answered quickly.
@@ -7,7 +7,6 @@ imported when the flags have been checked. So --help and mistakes in flags are a
 import argparse
 import codecs
 import dataclasses
-import importlib.util
 import io
 import os
 import shlex
@@ -21,8 +20,9 @@ from typing import Any
 from prefix_tuning import bundled
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.inference.settings import AskArguments, DecodingArguments, InferConfig
-from prefix_tuning.settings import BaseArguments
+from prefix_tuning.settings import SharedBaseArguments
 from prefix_tuning.study.claims.settings import ClaimsConfig
+from prefix_tuning.study.settings import StudyArguments, StudyBaseArguments, StudyConfig
 from prefix_tuning.training.settings import (
     DataArguments,
     LoopArguments,
@@ -61,6 +61,10 @@ MOST_USED_IN_INFERENCE = (
     "max_new_tokens",
     "do_sample",
 )
+MOST_USED_IN_STUDY = ("prefix", "dataset", "output", "rows", "question")
+PREFIX_HELP = "A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be repeated"
+PREFIX_DEFAULT = "(default: ./chatbot)."
+PREFIX_FLAG: dict[str, Any] = {"action": "append", "default": argparse.SUPPRESS, "metavar": "[NAME=]DIR"}
 # --prefix_from fixes these: the encoder that it loads has them already.
 PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
 
@@ -198,7 +202,7 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
     """The settings that infer.py's command line gives. Raises UserError for those that make no sense."""
     from prefix_tuning.parser import Parser
 
-    groups = (AskArguments, BaseArguments, DecodingArguments)
+    groups = (AskArguments, SharedBaseArguments, DecodingArguments)
     parser = Parser(groups, MOST_USED_IN_INFERENCE, prog="infer.py", description="Ask a frozen Bloom with a prefix.")
     parser.add_argument(
         "question",
@@ -206,14 +210,8 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
         default=argparse.SUPPRESS,
         help="The question, in quotes. One that begins with - goes behind --.",
     )
-    parser.add_argument(
-        "--prefix",
-        action="append",
-        default=argparse.SUPPRESS,
-        metavar="[NAME=]DIR",
-        help="A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be given "
-        "several times; the first answers where none is named (default: ./chatbot).",
-    )
+    help = f"{PREFIX_HELP}; the first answers where none is named {PREFIX_DEFAULT}"
+    parser.add_argument("--prefix", help=help, **PREFIX_FLAG)
     values, _ = parser.parse(argv)
     return InferConfig(**values)
 
@@ -225,14 +223,34 @@ def _infer(argv: list[str]) -> Callable[[], object]:
     return partial(infer, config)
 
 
+def parse_study_config(argv: list[str]) -> StudyConfig:
+    """The settings that the study's command line gives. Raises UserError for those that make no sense."""
+    from prefix_tuning.parser import Parser
+
+    parser = Parser(
+        (StudyArguments, StudyBaseArguments),
+        MOST_USED_IN_STUDY,
+        prog="python -m prefix_tuning.study",
+        description="What a prefix does: its attention, what breaks without parts of it, and more, as one page of pictures.",
+    )
+    parser.add_argument("--prefix", help=f"{PREFIX_HELP} {PREFIX_DEFAULT}", **PREFIX_FLAG)
+    values, _ = parser.parse(argv)
+    return StudyConfig(**values)
+
+
+def _study(argv: list[str]) -> Callable[[], object]:
+    config = parse_study_config(argv)
+    from prefix_tuning.study.run import study
+
+    return partial(study, config)
+
+
 def parse_claims_config(argv: list[str]) -> ClaimsConfig:
-    """The settings of the claims' command line. Raises UserError for those that make no sense, or if plotly is missing."""
+    """The settings of the claims' command line. Raises UserError for those that make no sense."""
     from prefix_tuning.parser import Parser
 
     description = "Try each claim of the papers in a small experiment on the bundled base, and write a page of the verdicts."
     values, _ = Parser((ClaimsConfig,), (), prog="python -m prefix_tuning.study.claims", description=description).parse(argv)
-    if importlib.util.find_spec("plotly") is None:
-        raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
     return ClaimsConfig(**values)
 
 
@@ -249,6 +267,10 @@ def train_command() -> None:
 
 def infer_command() -> None:
     _run(_infer)
+
+
+def study_command() -> None:
+    _run(_study)
 
 
 def claims_command() -> None:

@@ -1,4 +1,4 @@
-"""What the flags of both commands have in common. Imports no torch, so that --help and mistakes in flags are quick.
+"""What the flags of the commands have in common. Imports no torch, so that --help and mistakes in flags are quick.
 
 The settings of a command are dataclasses, of which parser.py makes flags. A field says all that holds for its setting:
 
@@ -18,7 +18,7 @@ MAX_LENGTH = 256  # tokens per row in training, so also the longest text that a 
 MAX_SEED = 2**62  # torch takes 64-bit seeds; the rest is room for counting up from one
 
 
-# The flag --columns of both commands. Its values: data/columns.py.
+# The flag --columns of every command. Its values: data/columns.py.
 COLUMNS_HELP = (
     "The columns to read, where they are not recognised: instruction=NAME,output=NAME; also input=NAME, or messages=NAME "
     "for talks."
@@ -77,7 +77,7 @@ def check_flags(settings: Any, **words: str) -> None:
 
 @dataclass
 class BaseArguments:
-    """The frozen base, for both commands."""
+    """The frozen base, for every command."""
 
     _argument_group_name = "base"
 
@@ -88,6 +88,15 @@ class BaseArguments:
         "training, encoder and optimizer are always fp32, and with fp16 the loss is scaled.",
     )
     device: str = new_flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
+    force: bool = new_flag(
+        False, "Use a prefix even if the base has other weights or another tokenizer than the one that it was trained on."
+    )
+
+
+@dataclass
+class SharedBaseArguments(BaseArguments):
+    """A base that several processes may share."""
+
     shard_base: bool = new_flag(
         False,
         "Split the weights of the base over the processes that torchrun starts, and gather them layer by layer: for a base "
@@ -98,7 +107,4 @@ class BaseArguments:
         "With --shard_base: how many processes share one copy of the base. Default: all. On several machines, those of one "
         "if the base fits there: then gathering stays off the network.",
         needs=Needs(("shard_base",), "goes with --shard_base; add that flag"),
-    )
-    force: bool = new_flag(
-        False, "Use a prefix even if the base has other weights or another tokenizer than the one that it was trained on."
     )

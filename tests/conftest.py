@@ -73,6 +73,7 @@ def tuned(tmp_path_factory):
         folders[style] = tmp_path_factory.mktemp("tuned") / style
         flags = f"--dataset bundled:{style} --eval_fraction 0 --max_steps 100 --num_virtual_tokens {tokens}"
         flags += " --per_device_train_batch_size 16 --precision fp32"
+        flags += " --save_steps 50" if style == "short" else ""  # two checkpoints, for the study
         train(parse_train_config([*flags.split(), "--output_dir", str(folders[style])]))
     return folders
 

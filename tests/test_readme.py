@@ -12,8 +12,10 @@ from helpers import ROOT
 from transformers import AutoModelForCausalLM
 
 from prefix_tuning import bundled
-from prefix_tuning.cli import parse_infer_config, parse_train_config
+from prefix_tuning.cli import parse_infer_config, parse_study_config, parse_train_config
 from prefix_tuning.inference.run import infer
+from prefix_tuning.study import run
+from prefix_tuning.study.run import study
 
 READMES = ["README.md", "README.zh-CN.md"]
 MOST_LINES = 220  # of a README; what is longer has a place of its own, such as tests/benchmarks/README.md
@@ -67,6 +69,16 @@ def test_every_train_command_has_known_flags(name, desk):
     assert len(found) >= 5
     for words in found:
         parse_train_config([word for word in words if word != "..."])
+
+
+def test_the_study_s_command_makes_its_page(desk, monkeypatch):
+    pattern = re.compile(r"^ {4}python -m prefix_tuning\.study (.+)$", re.MULTILINE)
+    found, same = (pattern.findall((ROOT / name).read_text("utf-8")) for name in READMES)
+    assert found == same and found
+    monkeypatch.setattr(run, "load_relations", lambda: [])  # no quiz
+    for line in found:
+        study(parse_study_config([*shlex.split(line), "--rows", "4"]))
+    assert (desk / "study.html").exists()
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
 from prefix_tuning.generation.batches import complete
-from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
 from prefix_tuning.model.bloom import Bloom
 
@@ -179,21 +179,25 @@ def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
 
 
-def recall(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, relations: list[dict]) -> dict[str, float]:
-    """Share of facts per relation that the base completes greedily from one of its own quiz forms: does it know them?"""
-    shares = {}
-    for relation in relations:
-        question = relation["questions"][0]
-        prompts = [f"问：{question.format(s=subject)}答：" for subject in relation["facts"]]
-        ids = tokenizer(prompts, split_special_tokens=True).input_ids
-        replies = complete(PrefixBloom(model), tokenizer, ids, max_new_tokens=24, do_sample=False)
-        facts = relation["facts"].items()
-        known = [
-            reply.rstrip("。") in (answer, relation["sentence"].format(s=subject, o=answer).rstrip("。"))
-            for reply, (subject, answer) in zip(replies, facts, strict=True)
-        ]
-        shares[relation["relation"]] = sum(known) / len(known)
-    return shares
+def quiz_questions(relation: dict) -> list[tuple[str, tuple[str, str]]]:
+    """Of each fact of a relation, a prompt in one of the base's own quiz forms, and the answers that are right: the bare one
+    and the full sentence, both without full stop.
+    """
+    question, sentence = relation["questions"][0], relation["sentence"]
+    return [
+        (f"问：{question.format(s=subject)}答：", (answer, sentence.format(s=subject, o=answer).rstrip("。")))
+        for subject, answer in relation["facts"].items()
+    ]
+
+
+def quiz(
+    model: PrefixBloom, tokenizer: PreTrainedTokenizerFast, questions: list[tuple[str, tuple[str, str]]], prefix_name: str
+) -> float:
+    """Share of `quiz_questions` whose greedy answer, up to its full stop, is right. prefix_name: "base": no prefix."""
+    prompts, answers = zip(*questions, strict=True)
+    ids = tokenizer(list(prompts), split_special_tokens=True).input_ids
+    replies = complete(model, tokenizer, ids, prefix_name, max_new_tokens=24, do_sample=False)
+    return sum(reply.rstrip("。") in right for reply, right in zip(replies, answers, strict=True)) / len(questions)
 
 
 def main() -> None:
@@ -217,7 +221,8 @@ def main() -> None:
     start = time.perf_counter()
     model = pretrain(relations, tokenizer, args)
     print(f"pre-trained {model.num_parameters():,} parameters in {time.perf_counter() - start:.0f} s")
-    shares = recall(model, tokenizer, relations)
+    prefixed = PrefixBloom(model)
+    shares = {relation["relation"]: quiz(prefixed, tokenizer, quiz_questions(relation), BASE) for relation in relations}
     for name, share in sorted(shares.items(), key=lambda item: item[1]):
         print(f"  {name:20s} recalls {share:6.1%}")
     model.__class__ = BloomForCausalLM  # config.json names the class, and others know this one

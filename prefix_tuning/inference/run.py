@@ -20,7 +20,7 @@ from prefix_tuning.inference.answer_file import answer_file, check_output
 from prefix_tuning.inference.ask import Answerer, ask
 from prefix_tuning.inference.score import score
 from prefix_tuning.inference.settings import InferConfig
-from prefix_tuning.settings import MAX_LENGTH
+from prefix_tuning.settings import MAX_LENGTH, BaseArguments
 
 
 def infer(config: InferConfig) -> None:
@@ -40,7 +40,7 @@ def infer(config: InferConfig) -> None:
         rows = sum(1 for _ in questions(say=distributed.note)) if config.input else 0
         if config.output:
             check_output(config.output, config.input, config.resume)
-        model, tokenizer = open_model(config, device, parts)
+        model, tokenizer = open_model(config.named_prefixes(), config, device, parts)
         hint = f"lower --batch_size (it was {config.batch_size}), and --resume" if config.input else "ask for less"
         with out_of_memory_explained(model.device, lambda: hint):
             answerer = Answerer(model, tokenizer, decoding_options(config), config.seed)
@@ -56,9 +56,14 @@ def infer(config: InferConfig) -> None:
                 ask(answerer, config.question, config.max_length, config.compare)
 
 
-def open_model(config: InferConfig, device: torch.device, parts: int | None) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
-    """The base with all prefixes attached, and its tokenizer. parts: how many processes share one copy of the base."""
-    folders = config.named_prefixes()
+def open_model(
+    folders: dict[str, str], config: BaseArguments, device: torch.device, parts: int | None = None
+) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
+    """The base with all prefixes attached, and its tokenizer.
+
+    folders: of the prefixes, by name; without another name in `config`, the first one's base is used. parts: how many
+    processes share one copy of the base.
+    """
     prefixes = {name: load_prefix(folder) for name, folder in folders.items()}
     first = next(iter(prefixes))
     base_name = config.model_name_or_path or base_of(folders[first], prefixes[first].recorded_base["name_or_path"])

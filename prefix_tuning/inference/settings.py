@@ -7,7 +7,7 @@ from typing import Literal
 
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.errors import UserError
-from prefix_tuning.settings import COLUMNS_HELP, MAX_LENGTH, MAX_SEED, BaseArguments, Needs, check_flags, flag
+from prefix_tuning.settings import COLUMNS_HELP, MAX_LENGTH, MAX_SEED, Needs, SharedBaseArguments, check_flags, flag
 from prefix_tuning.text import as_text
 
 # What a run does is one of these, by the setting that asks for it.
@@ -84,11 +84,33 @@ class DecodingArguments:
 
 
 @dataclass
-class InferConfig(DecodingArguments, BaseArguments, AskArguments):
+class Prefixes:
+    """--prefix, each DIR or NAME=DIR."""
+
+    prefix: list[str] = field(default_factory=lambda: ["./chatbot"])
+
+    def named_prefixes(self) -> dict[str, str]:
+        """The folder or hub name of every --prefix, by the prefix's name: that of NAME=DIR, else the last part of DIR."""
+        folders: dict[str, str] = {}
+        for given in self.prefix:
+            name, equals, folder = given.partition("=")
+            if not equals or "/" in name or os.path.exists(given):
+                name, folder = Path(given).resolve().name, given
+            if name == "base" or not name:
+                hint = f"give it another name than {name!r}: --prefix NAME=DIR; base is the model's"
+                raise UserError(f"--prefix {given}: {hint}")
+            if name in folders:
+                hint = "give it another name: --prefix NAME=DIR"
+                raise UserError(f"--prefix {given}: there is a prefix {name} already; {hint}")
+            folders[name] = folder
+        return folders
+
+
+@dataclass
+class InferConfig(DecodingArguments, SharedBaseArguments, AskArguments, Prefixes):
     """All settings of infer.py. Raises UserError for values that make no sense."""
 
     question: str | None = None
-    prefix: list[str] = field(default_factory=lambda: ["./chatbot"])  # each DIR or NAME=DIR
 
     def __post_init__(self) -> None:
         tasks = [task for name, task in _TASKS.items() if getattr(self, name)]
@@ -116,19 +138,3 @@ class InferConfig(DecodingArguments, BaseArguments, AskArguments):
             raise UserError(f"--num_return_sequences {self.num_return_sequences} needs --do_sample, or as many --num_beams")
         if self.do_sample and self.num_return_sequences > self.num_beams > 1:
             raise UserError("--num_return_sequences cannot be above --num_beams, where there are beams")
-
-    def named_prefixes(self) -> dict[str, str]:
-        """The folder or hub name of every --prefix, by the prefix's name: that of NAME=DIR, else the last part of DIR."""
-        folders: dict[str, str] = {}
-        for given in self.prefix:
-            name, equals, folder = given.partition("=")
-            if not equals or "/" in name or os.path.exists(given):
-                name, folder = Path(given).resolve().name, given
-            if name == "base" or not name:
-                hint = f"give it another name than {name!r}: --prefix NAME=DIR; base is the model's"
-                raise UserError(f"--prefix {given}: {hint}")
-            if name in folders:
-                hint = "give it another name: --prefix NAME=DIR"
-                raise UserError(f"--prefix {given}: there is a prefix {name} already; {hint}")
-            folders[name] = folder
-        return folders

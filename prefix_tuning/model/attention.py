@@ -65,11 +65,14 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
     """
     keys = torch.arange(prefix_length + max_length, device=like.device)
     distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative before it
-    # transformers' table is slope * position; at position 1 it holds the slopes.
-    slopes = build_alibi_tensor(torch.ones(1, 2, device=like.device), num_heads, torch.float32)[:, :, 1:]
-    slopes = slopes.to(torch.promote_types(like.dtype, torch.float32))
+    slopes = alibi_slopes(num_heads).to(like.device, torch.promote_types(like.dtype, torch.float32))[:, None, None]
     bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(attention_dtype(like.dtype, like.device))
     return bias.unsqueeze(0)  # SDPA on CPU uses a slow kernel for a 3-D mask; the batch axis avoids it
+
+
+def alibi_slopes(num_heads: int) -> torch.Tensor:
+    """slope_h of the formula above: (H,), float32."""
+    return build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]  # of slope * position, at position 1
 
 
 @torch.compiler.disable  # row lengths differ from batch to batch: it would be compiled anew for each

@@ -22,7 +22,7 @@ from prefix_tuning.model.bloom import Bloom, PackedBlock
 
 @contextmanager
 def attending(base: Bloom, attend_in: Callable[[int], Callable[..., torch.Tensor]]) -> Iterator[None]:
-    """Inside, layer l of the base attends by `attend_in(l)`, a function with the arguments of model/attention.py's `attend`."""
+    """Inside, layer l of the base attends by `attend_in(l)`, which takes the arguments of model/attention.py's `attend`."""
     blocks = cast(list[PackedBlock], base.transformer.h)
     for layer, block in enumerate(blocks):
         block.attend = attend_in(layer)

@@ -14,8 +14,8 @@ from prefix_tuning.settings import (
     COLUMNS_HELP,
     MAX_LENGTH,
     MAX_SEED,
-    BaseArguments,
     Needs,
+    SharedBaseArguments,
     check_flags,
     content_flag,
     new_flag,
@@ -30,7 +30,7 @@ _PROJECTION = Needs(("prefix_projection",), "is the width of the projection, and
 
 
 @dataclass
-class ModelArguments(BaseArguments):
+class ModelArguments(SharedBaseArguments):
     _argument_group_name = "model"
 
     model_name_or_path: str = content_flag(

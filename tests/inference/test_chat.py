@@ -149,7 +149,7 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
 
     flags = ["--chat", "--prefix", str(tuned["short"]), "--max_length", "80", "--max_new_tokens", "20"]
     config = parse_infer_config(flags)
-    model, tokenizer = open_model(config, torch.device("cpu"), None)
+    model, tokenizer = open_model(config.named_prefixes(), config, torch.device("cpu"))
     chat = Chat(Answerer(model, tokenizer, decoding_options(config), config.seed), config.max_length, config.compare)
     asked: list[str] = []
     for number in range(4):
@@ -171,7 +171,7 @@ def test_the_model_sees_a_conversation_as_the_tokens_of_a_talk_in_training(tmp_p
     from prefix_tuning.inference.chat import Chat
 
     config = parse_infer_config(["--chat", "--prefix", str(tuned["short"])])
-    model, tokenizer = open_model(config, torch.device("cpu"), None)
+    model, tokenizer = open_model(config.named_prefixes(), config, torch.device("cpu"))
     chat = Chat(Answerer(model, tokenizer, decoding_options(config), config.seed), 256, False)
     chat.history = ["法国的首都是哪里？", "巴黎", "</s>是什么？", " a</s>\n"]
     prompt, last = chat.prompt("再见"), "好"

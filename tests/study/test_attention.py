@@ -3,20 +3,10 @@
 import pytest
 import torch
 from helpers import examples_of, random_prefix
-from transformers import AutoModelForCausalLM
 
-from prefix_tuning import bundled
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.study.attention import attend_openly, attending, watching, without
-
-
-@pytest.fixture(scope="module")
-def eager():
-    """transformers' own Bloom, which returns attention weights."""
-    return AutoModelForCausalLM.from_pretrained(
-        bundled.resolve(bundled.MODEL), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The settings of the claims' command, and how large its experiments are. Imports no torch."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from prefix_tuning.settings import flag
 
 @dataclass
 class ClaimsConfig:
-    """What the command line says."""
+    """What the command line says. Raises UserError for values that make no sense, and if plotly is not installed."""
 
     _argument_group_name = "claims"
 
@@ -23,12 +24,14 @@ class ClaimsConfig:
         "same settings, the command takes over the claims that stand there; delete the .json to measure all anew.",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         page = Path(self.output)
         if page.suffix != ".html":
             raise UserError(f"--output {page}: must end in .html; the numbers go beside it, to a .json")
         if not page.parent.is_dir():
             raise UserError(f"--output {page}: there is no folder {page.parent}")
+        if importlib.util.find_spec("plotly") is None:
+            raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Every setting of the study. Imports no torch: see prefix_tuning/settings.py."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from prefix_tuning.data.columns import parse_columns
+from prefix_tuning.errors import UserError
+from prefix_tuning.inference.settings import Prefixes
+from prefix_tuning.settings import COLUMNS_HELP, BaseArguments, check_flags, flag
+from prefix_tuning.text import as_text
+
+
+@dataclass
+class StudyArguments:
+    _argument_group_name = "study"
+
+    dataset: str | None = flag(
+        None,
+        "Rows with answers on which every prefix is studied, named as for train.py. Default: for each prefix, the held-out "
+        "rows that its training names, else its training rows.",
+    )
+    columns: str | None = flag(None, COLUMNS_HELP)
+    output: str = flag("study.html", "The page. All its numbers are written beside it, to a .json of the same name.")
+    rows: int | None = flag(
+        None, "How many rows of a dataset to use, evenly spaced. Default: 200, of a base above 100 M weights 20.", at_least=1
+    )
+    question: str | None = flag(None, "The question that is followed token by token. Default: that of the first row.")
+
+
+@dataclass
+class StudyBaseArguments(BaseArguments):
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        "fp32", "Compute type of the base. auto: bf16 where there are units for it, which rounds the figures to 2 digits."
+    )
+
+
+@dataclass
+class StudyConfig(StudyArguments, StudyBaseArguments, Prefixes):
+    """All settings of a study. Raises UserError for values that make no sense, and if plotly is not installed."""
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        if Path(self.output).suffix != ".html":
+            raise UserError(f"--output {self.output}: must end in .html")
+        if not Path(self.output).absolute().parent.is_dir():
+            raise UserError(f"--output {self.output}: there is no such folder; make it, or name another")
+        self.question = self.question and as_text(self.question, "--question")
+        self.columns = self.columns and as_text(self.columns, "--columns")
+        parse_columns(self.columns)
+        if importlib.util.find_spec("plotly") is None:
+            raise UserError("the study's pictures need a package that is not here: pip install plotly")

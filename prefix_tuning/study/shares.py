@@ -1,0 +1,47 @@
+"""How much attention a prefix draws: by layer and head, and by distance from the prefix.
+
+Legend: R rows, T tokens of all rows (packed, model/batch.py), S tokens of the longest row, N labels, L layers, H heads, P
+prefix tokens.
+"""
+
+import torch
+
+from prefix_tuning.model.attention import alibi_slopes
+from prefix_tuning.model.batch import Batch
+from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.study.attention import watching
+
+FEWEST_ROWS = 5  # that a mean over rows is taken of: farther from the prefix than the fifth longest row, it is not
+
+
+@torch.no_grad()
+def attention_shares(base: Bloom, batches: list[Batch], prefix: torch.Tensor) -> dict:
+    """The share of attention that goes to the prefix (L, 2, H, P, D), 0 to 1.
+
+    share: (L, H), the mean over all answer positions, those whose output predicts a label
+    by_distance: (L, H, K), the mean over all rows at their token 1, 2, ... K, answer or not
+    slopes: (H,), ALiBi's: a key d positions before the query is penalised by slope * d nats
+    """
+    layers, _, heads, length, _ = prefix.shape
+    longest = max(batch.max_length for batch in batches)
+    answers, labels = torch.zeros(layers, heads, dtype=torch.float64), 0
+    by_place, rows = torch.zeros(layers, heads, longest, dtype=torch.float64), torch.zeros(longest)
+    for batch in batches:
+        batch = batch.to(base.device)
+        places = torch.cat([torch.arange(tokens) for tokens in batch.lengths])
+
+        def add(layer: int, weights: torch.Tensor, batch: Batch = batch, places: torch.Tensor = places) -> None:
+            share = batch.from_grid(weights[..., :length].sum(dim=-1).transpose(1, 2))  # (T, H)
+            answers[layer] += share[batch.label_positions].double().sum(dim=0).cpu()
+            by_place[layer].index_add_(1, places, share.double().cpu().T)
+
+        with watching(base, add):
+            base.packed_hidden(batch, prefix)
+        labels += len(batch.labels)
+        rows += torch.bincount(places, minlength=longest)
+    enough = rows >= min(FEWEST_ROWS, rows[0].item())
+    return {
+        "share": (answers / labels).tolist(),
+        "by_distance": (by_place / rows)[:, :, enough].tolist(),
+        "slopes": alibi_slopes(heads).tolist(),
+    }

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from helpers import run_quietly
+
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import tokenize
+from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint
+from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.study import growth as module
+from prefix_tuning.study.growth import growth, singular_values
+from prefix_tuning.study.scoring import batches_of
+from prefix_tuning.study.shares import attention_shares
+
+
+def test_every_checkpoint_is_a_stage_and_the_last_is_the_prefix(settings, tmp_path, monkeypatch):
+    run_quietly(settings | {"save_steps": 3, "save_total_limit": 100, "save_best": False})
+    base, tokenizer = load_base(settings["model_name_or_path"], torch.float32, torch.device("cpu"))
+    batches = batches_of(tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256), 300)
+    prefix = load_prefix(tmp_path / "out").tensor
+    found = growth(base, batches, tmp_path / "out", prefix)
+    assert [stage["step"] for stage in found["stages"]] == [3, 6, 9, 11] and found["left_out"] == 0
+    last = found["stages"][-1]
+    assert last["norm"] == pytest.approx([prefix[:, half].norm(dim=-1).mean().item() for half in range(2)], rel=1e-5)
+    share = torch.tensor(attention_shares(base, batches, prefix)["share"])
+    assert last["share"] == pytest.approx(share.mean(dim=1).tolist())
+    assert last["singular_values"] == pytest.approx(singular_values(prefix)) and len(last["singular_values"]) == 10
+    weights, _ = load_checkpoint(find_checkpoints(tmp_path / "out")[0])
+    assert found["stages"][0]["norm"] != last["norm"] and "encoder.embedding.weight" in weights
+    assert [step for step, _ in found["losses"]] == [4, 8, 11] and found["held_out"][0][0] == 0
+    monkeypatch.setattr(module, "MOST_CHECKPOINTS", 2)
+    found = growth(base, batches, tmp_path / "out", prefix)
+    assert [stage["step"] for stage in found["stages"]] == [3, 9, 11] and found["left_out"] == 1
+    for path in find_checkpoints(tmp_path / "out"):
+        path.unlink()
+    assert growth(base, batches, tmp_path / "out", prefix) is None
+
+
+def test_alike_tokens_have_one_singular_value():
+    one = torch.randn(2, 2, 3, 1, 4, generator=torch.Generator().manual_seed(0))
+    values = singular_values(one * torch.tensor([1.0, 2.0, -2.0]).view(1, 1, 1, 3, 1))
+    assert values == pytest.approx([3 * one.norm().item(), 0, 0], abs=1e-5)

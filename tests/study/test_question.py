@@ -1,0 +1,75 @@
+import itertools
+
+import pytest
+import torch
+
+from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.study import question
+from prefix_tuning.study.question import follow, token_text
+from prefix_tuning.study.shares import attention_shares
+
+QUESTION = "法国的首都是哪里？"
+
+
+@pytest.fixture(scope="module")
+def shares(tuned_model, batches):
+    return attention_shares(tuned_model, batches["short"], tuned_model.prefixes["short"])["share"]
+
+
+@pytest.fixture(scope="module")
+def followed(tuned_model, tokenizer, shares):
+    return follow(tuned_model, tokenizer, QUESTION, "short", shares)
+
+
+def test_probabilities_are_those_of_generate_with_scores(followed, tuned_model, tokenizer):
+    ids = tokenizer(prompt_of(QUESTION), return_tensors="pt", split_special_tokens=True).input_ids
+    output = tuned_model.generate(
+        ids, prefix_name="short", max_new_tokens=48, do_sample=False, output_scores=True, return_dict_in_generate=True
+    )
+    reply = output.sequences[0, ids.shape[1] :]
+    assert followed["prompt"] == ids.shape[1] and len(followed["tokens"]) == output.sequences.shape[1]
+    assert followed["answers"]["short"] == tokenizer.decode(reply, skip_special_tokens=True)
+    expected = followed["expected"]["short"][ids.shape[1] - 1 :]
+    for token, scores, one in zip(reply, output.scores, expected, strict=True):
+        probabilities = scores[0].softmax(dim=0)
+        assert one["probability"] == pytest.approx(probabilities[token].item(), abs=1e-5)
+        assert [value for _, value in one["likeliest"]] == pytest.approx(probabilities.topk(5).values.tolist(), abs=1e-5)
+        assert one["likeliest"][0][0] == token_text(tokenizer, token.item())
+
+
+def test_the_base_s_side_knows_no_prefix(followed, eager, tokenizer):
+    ids = tokenizer(prompt_of(QUESTION), return_tensors="pt", split_special_tokens=True).input_ids
+    with torch.no_grad():
+        probabilities = eager(ids).logits[0].softmax(dim=-1)
+    expected = [probabilities[place, ids[0, place + 1]].item() for place in range(ids.shape[1] - 1)]
+    found = [one["probability"] for one in followed["expected"]["base"][: len(expected)]]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_attention_is_what_transformers_reports(followed, tuned_model, eager, tokenizer):
+    ids = tokenizer(prompt_of(QUESTION), return_tensors="pt", split_special_tokens=True).input_ids
+    cache, mask = prefix_cache([tuned_model.prefixes["short"]])
+    mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
+    with torch.no_grad():
+        reported = eager(ids, past_key_values=cache, attention_mask=mask, output_attentions=True).attentions
+    assert len(followed["attention"]) == 24 and followed["left_out"] == 0
+    for one in followed["attention"]:
+        expected = reported[one["layer"]][0, one["head"], :, :16]
+        torch.testing.assert_close(torch.tensor(one["weights"])[: ids.shape[1]], expected, atol=1e-5, rtol=0)
+
+
+def test_of_many_heads_those_with_the_largest_share_are_kept(tuned_model, tokenizer, shares, monkeypatch):
+    monkeypatch.setattr(question, "MOST_MAPS", 2)
+    found = follow(tuned_model, tokenizer, QUESTION, "short", shares)
+    kept = [shares[one["layer"]][one["head"]] for one in found["attention"]]
+    assert kept == sorted(itertools.chain(*shares), reverse=True)[:2] and found["left_out"] == 22
+
+
+def test_tokens_are_text_or_the_bytes_of_a_part_of_a_character(tokenizer):
+    ids = tokenizer("巴黎 brave 𰻝").input_ids
+    texts = [token_text(tokenizer, token) for token in ids]
+    assert "巴黎" in texts
+    pieces = [bytes.fromhex(text[1:-1].replace(" ", "")) if text.startswith("<") else text.encode() for text in texts]
+    assert b"".join(pieces).decode() == "巴黎 brave 𰻝"
+    assert token_text(tokenizer, tokenizer.eos_token_id) == "</s>"

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from prefix_tuning.study.vectors import QUANTILES, nearest_words, prefix_norms, text_norms
+
+
+@torch.no_grad()
+def cached(base, ids):
+    """Keys and values that transformers keeps for a text: (layers, 2, heads, tokens, head_dim)."""
+    layers = base(ids[None], use_cache=True).past_key_values.layers
+    return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers])
+
+
+def test_norms_of_text_are_those_of_transformers_cache(base, batches):
+    pairs = [cached(base, ids) for batch in batches["short"] for ids in batch.input_ids.split(batch.lengths)]
+    norms = torch.cat([pair.norm(dim=-1).flatten(2) for pair in pairs], dim=2)  # (layers, 2, heads * tokens)
+    expected = torch.quantile(norms, torch.tensor(QUANTILES), dim=2).permute(1, 2, 0)
+    torch.testing.assert_close(torch.tensor(text_norms(base, batches["short"])), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_norms_of_a_prefix():
+    prefix = torch.ones(2, 2, 3, 5, 4)
+    prefix[1, 0] *= 3
+    found = torch.tensor(prefix_norms(prefix))
+    assert found.shape == (2, 2, 5)
+    assert (found[0] == 2).all() and (found[1, 0] == 6).all() and (found[1, 1] == 2).all()
+
+
+def test_the_pairs_of_words_are_recognised_as_these_words(base, tokenizer):
+    """A prefix whose first layer holds the pairs that the base computes for words: nothing is left unexplained."""
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(token) for token in tokenizer.tokenize("法国的首都是巴黎")])
+    found = nearest_words(base, tokenizer, cached(base, ids))
+    assert len(found) == len(ids)
+    for token, one in zip(ids, found, strict=True):
+        assert one["words"][0][0] == tokenizer.decode([token])
+        assert one["words"][0][1] == pytest.approx(1, abs=1e-4) and one["words"][1][1] < 0.9
+        assert one["unexplained"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_trained_prefix_is_no_words(tuned_model, tokenizer):
+    for one in nearest_words(tuned_model, tokenizer, tuned_model.prefixes["short"]):
+        assert one["unexplained"] > 0.3 and one["words"][0][1] < 0.7
