@@ -141,12 +141,14 @@ FIXED_KEYS = Claim(
     "Learned Structure in Cartridges 2025, arXiv 2508.17032",
     Text(
         "学到的内容主要在值里；键是稳定的路由。",
-        "Most of what is learnt lies in the values; keys are stable routers. If so, keys need not be trained.",
+        "Most of what is learnt lies in the values; keys are stable routers.",
     ),
     Text(
-        "值来自 MLP，键从不改变：标准正态，或冻结模型为 16 个随机词算出的键。相符：完全匹配至多低 5 个百分点。",
-        "The MLP emits values only; keys never change: standard normal, or those that the frozen base computes for "
-        "16 random words. Agreement: an exact match at most 5 points lower.",
+        "我们的推论：如果键只是路由，就不必训练。值来自 MLP，键从不改变：标准正态，或冻结模型为 16 个随机词算出的键。"
+        "相符：完全匹配至多低 5 个百分点。",
+        "Our reading: if keys only route, they need not be trained. The MLP emits values only; keys never change: "
+        "standard normal, or those that the frozen base computes for 16 random words. Agreement: an exact match at "
+        "most 5 points lower.",
     ),
 )
 

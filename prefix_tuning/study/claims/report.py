@@ -62,7 +62,7 @@ def figure_of(chart: Chart) -> go.Figure:
     figure.update_xaxes(title=chart.x_title, type="log" if chart.log_x else None)
     if chart.log_x:
         figure.update_xaxes(tickvals=chart.x, ticktext=[f"{x:g}" for x in chart.x])
-    figure.update_yaxes(title=chart.y_title, type="log" if chart.log_y else None)
+    figure.update_yaxes(title=chart.y_title, type="log" if chart.log_y else None, exponentformat="power")
     if not chart.log_y:
         figure.update_yaxes(rangemode="tozero", tickformat=".0%" if chart.y_title.startswith("exact") else None)
     figure.update_layout(height=380, margin={"t": 30}, showlegend=len(chart.series) > 1)
