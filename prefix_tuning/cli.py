@@ -1,4 +1,4 @@
-"""The commands train.py, infer.py and `python -m prefix_tuning.study`, from the command line on; errors become exit codes.
+"""The commands train.py, infer.py, `python -m prefix_tuning.study` and `... .claims`: from flags on, to exit codes.
 
 Importing this module loads neither transformers nor torch. parser.py imports transformers when a command starts; torch is
 imported when the flags have been checked. So --help and mistakes in flags are answered quickly.
@@ -21,6 +21,7 @@ from prefix_tuning import bundled
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.inference.settings import AskArguments, DecodingArguments, InferConfig
 from prefix_tuning.settings import SharedBaseArguments
+from prefix_tuning.study.claims.settings import ClaimsConfig
 from prefix_tuning.study.settings import StudyArguments, StudyBaseArguments, StudyConfig
 from prefix_tuning.training.settings import (
     DataArguments,
@@ -244,6 +245,22 @@ def _study(argv: list[str]) -> Callable[[], object]:
     return partial(study, config)
 
 
+def parse_claims_config(argv: list[str]) -> ClaimsConfig:
+    """The settings of the claims' command line. Raises UserError for those that make no sense."""
+    from prefix_tuning.parser import Parser
+
+    description = "Try each claim of the papers in a small experiment on the bundled base, and write a page of the verdicts."
+    values, _ = Parser((ClaimsConfig,), (), prog="python -m prefix_tuning.study.claims", description=description).parse(argv)
+    return ClaimsConfig(**values)
+
+
+def _claims(argv: list[str]) -> Callable[[], object]:
+    config = parse_claims_config(argv)
+    from prefix_tuning.study.claims.run import try_claims
+
+    return partial(try_claims, config)
+
+
 def train_command() -> None:
     _run(_train)
 
@@ -254,3 +271,7 @@ def infer_command() -> None:
 
 def study_command() -> None:
     _run(_study)
+
+
+def claims_command() -> None:
+    _run(_claims)

@@ -1,0 +1,165 @@
+"""What is trained: the prefix of this package, and what the papers compare it with.
+
+Legend: L layers, H heads, P prefix tokens, D head_dim, E hidden size.
+
+`optimizer_step` (training/loop.py) trains whatever emits a prefix (L, 2, H, P, D): it needs the call, `bake` and the
+parameters. So each method here is such a module, and the mechanism stays as it is.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from prefix_tuning.model.batch import Batch
+from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.study.attention import attending
+from prefix_tuning.study.claims.forms import attend_infix
+from prefix_tuning.study.scoring import label_logits
+from prefix_tuning.training.start import text_prefix
+
+RELATED = "请简短回答问题。"  # "answer the question briefly": words that name the task
+UNRELATED = "大象、分开、蓝色。"  # "elephant, divide, blue"
+
+
+class Emitter(nn.Module):
+    """Emits a prefix, as PrefixEncoder does."""
+
+    @torch.no_grad()
+    def bake(self) -> torch.Tensor:
+        """The prefix as one constant tensor (L, 2, H, P, D)."""
+        return self()
+
+
+class SeparateEncoders(Emitter):
+    """Keys and values from an embedding and an MLP each, with nothing shared (Le et al. 2025, arXiv 2410.02200)."""
+
+    def __init__(self, config: PrefixConfig):
+        super().__init__()
+        self.keys, self.values = PrefixEncoder(config), PrefixEncoder(config)  # half of what each emits has no use
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack((self.keys()[:, 0], self.values()[:, 1]), dim=1)
+
+
+class FixedKeys(Emitter):
+    """Values from an MLP behind keys that never change. keys: (L, H, P, D)."""
+
+    keys: torch.Tensor
+
+    def __init__(self, config: PrefixConfig, keys: torch.Tensor):
+        super().__init__()
+        self.values = PrefixEncoder(config)
+        self.register_buffer("keys", keys)
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack((self.keys, self.values()[:, 1]), dim=1)
+
+
+class EmbeddingOnly(Emitter):
+    """Prompt tuning: P trained embeddings in front of the text (Li & Liang 2021, section 7.2; Lester et al. 2021).
+
+    They attend to nothing of the text, so the keys and values that the frozen base computes of them are the same for all
+    rows: a prefix, but only such a one as P inputs can have. Starts with the embeddings of P words drawn at random.
+    """
+
+    def __init__(self, base: Bloom, tokens: int):
+        super().__init__()
+        words = base.transformer.word_embeddings.weight
+        self.embeddings = nn.Parameter(words[torch.randint(len(words), (tokens,))].clone())
+        self.read = partial(base.transformer, use_cache=True)  # no submodule: the base is not trained
+
+    def forward(self) -> torch.Tensor:
+        cache = self.read(inputs_embeds=self.embeddings.unsqueeze(0)).past_key_values
+        return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])
+
+
+class TrainableBloom(Bloom):
+    """A Bloom whose own weights are trained: the loss has gradients for all of them, the head included."""
+
+    def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+        return F.cross_entropy(label_logits(self, batch, prefix), batch.labels, reduction="none")
+
+
+class FullTuning(Emitter):
+    """All weights of a base, and a prefix of no tokens: the backward pass of a batch leaves their gradients in them."""
+
+    def __init__(self, base: TrainableBloom):
+        super().__init__()
+        self.base = base
+
+    def forward(self) -> torch.Tensor:
+        shape = self.base.config
+        head_dim = shape.hidden_size // shape.n_head
+        return torch.zeros(shape.n_layer, 2, shape.n_head, 0, head_dim, requires_grad=True)
+
+
+Encoder = PrefixEncoder | Emitter
+
+
+class Method(NamedTuple):
+    """A way to adapt the base.
+
+    make: called with the frozen base, its tokenizer and P; returns the base to train with, which is a copy where its own
+    weights change, and what is trained. first_place: where the search for its rate begins, in half decades above 1.
+    """
+
+    make: Callable[[Bloom, PreTrainedTokenizerBase, int], tuple[Bloom, Encoder]]
+    first_place: int
+    infix: bool = False
+
+    def attention(self, base: Bloom) -> AbstractContextManager[None]:
+        """Around every forward pass of this method."""
+        return attending(base, lambda layer: attend_infix) if self.infix else nullcontext()
+
+
+def config_for(base: Bloom, tokens: int, projection: bool = True) -> PrefixConfig:
+    shape = base.config
+    return PrefixConfig(tokens, shape.n_layer, shape.n_head, shape.hidden_size, shape.hidden_size, projection)
+
+
+def emitter(
+    base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int, projection: bool = True, text: str = ""
+) -> tuple[Bloom, Encoder]:
+    """The encoder of this package at a random start, or from the pairs of a text."""
+    encoder = PrefixEncoder(config_for(base, tokens, projection))
+    if text:
+        encoder.initialize("text", text_prefix(base, tokenizer, text, tokens))
+    return base, encoder
+
+
+def fixed_normal(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
+    config = config_for(base, tokens)
+    return base, FixedKeys(config, torch.randn_like(PrefixEncoder(config).bake()[:, 0]))
+
+
+def fixed_words(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
+    return base, FixedKeys(config_for(base, tokens), EmbeddingOnly(base, tokens).bake()[:, 0])
+
+
+def full(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
+    copied = cast(TrainableBloom, copy.deepcopy(base).requires_grad_())
+    copied.__class__ = TrainableBloom
+    return copied, FullTuning(copied)
+
+
+METHODS = {
+    "prefix": Method(emitter, -4),
+    "direct": Method(partial(emitter, projection=False), -1),
+    "separate": Method(lambda base, tokenizer, tokens: (base, SeparateEncoders(config_for(base, tokens))), -4),
+    "related": Method(partial(emitter, text=RELATED), -4),
+    "unrelated": Method(partial(emitter, text=UNRELATED), -4),
+    "direct from text": Method(partial(emitter, projection=False, text=RELATED), -1),
+    "fixed normal": Method(fixed_normal, -4),
+    "fixed words": Method(fixed_words, -4),
+    "embeddings": Method(lambda base, tokenizer, tokens: (base, EmbeddingOnly(base, tokens)), -2),
+    "infix": Method(emitter, -4, infix=True),
+    "full": Method(full, -6),
+}

@@ -1,0 +1,57 @@
+"""The settings of the claims' command, and how large its experiments are. Imports no torch."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefix_tuning.errors import UserError
+from prefix_tuning.settings import flag
+
+
+@dataclass
+class ClaimsConfig:
+    """What the command line says. Raises UserError for values that make no sense, and if plotly is not installed."""
+
+    _argument_group_name = "claims"
+
+    quick: bool = flag(
+        False, "One seed, fewer steps, rows and points: under 5 minutes on two cores, to see that it runs and roughly what."
+    )
+    output: str = flag(
+        "claims.html",
+        "The page. Beside it, by the same name, a .json with every number, written after each claim. Started "
+        "again with the "
+        "same settings, the command takes over the claims that stand there; delete the .json to measure all anew.",
+    )
+
+    def __post_init__(self) -> None:
+        page = Path(self.output)
+        if page.suffix != ".html":
+            raise UserError(f"--output {page}: must end in .html; the numbers go beside it, to a .json")
+        if not page.parent.is_dir():
+            raise UserError(f"--output {page}: there is no folder {page.parent}")
+        if importlib.util.find_spec("plotly") is None:
+            raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiments are.
+
+    steps: of a training, of `rows_per_step` rows each; the rate falls linearly to zero. seeds: of the starting weights, the
+    order of the rows and the draw of few rows. lengths: of prefixes, in tokens. sizes: of small training sets, in rows.
+    length_rows: training rows of the claim on lengths. scored: held-out rows that are scored, and half as many others that
+    choose a rate; both at most.
+    """
+
+    steps: int
+    rows_per_step: int
+    seeds: tuple[int, ...]
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...]
+    length_rows: int
+    scored: int
+
+
+FULL = Scale(300, 16, (1, 2, 3), (1, 2, 4, 8, 16, 32, 64), (20, 50, 100, 500), 800, 400)
+QUICK = Scale(60, 16, (1,), (1, 8, 64), (20, 100), 200, 200)

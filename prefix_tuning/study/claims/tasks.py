@@ -1,0 +1,97 @@
+"""What is trained and scored: the bundled questions, some of their relations, and a task that the base has never seen."""
+
+import functools
+import random
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from prefix_tuning import bundled
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.data.readers import FEATURES, load_rows
+from prefix_tuning.data.rows import tokenize
+from prefix_tuning.demo.build import load_relations
+from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.settings import MAX_LENGTH
+
+TASKS = ("short", "sentence", "relations", "reversed")
+REVERSED_ROWS, REVERSED_WORDS = 3000, 3
+
+
+class Task(NamedTuple):
+    """Tokenised rows: to train on, to choose a rate by, and to score, in which no row is in two of them."""
+
+    train: Dataset
+    validation: Dataset
+    held_out: Dataset
+
+
+@functools.cache
+def bundled_base() -> tuple[Bloom, PreTrainedTokenizerBase]:
+    """The mini Bloom, frozen, float32, on the CPU, and its tokenizer. Whoever changes it, works on a copy."""
+    return load_base(bundled.MODEL, torch.float32, torch.device("cpu"))
+
+
+@functools.cache
+def load_task(name: str) -> Task:
+    """The rows of one of TASKS.
+
+    short, sentence: the demo's questions, answered by a word or a sentence; held-out rows ask about other facts.
+    relations: those of `short` about every second relation; held-out rows ask about the other relations, while the rows for
+    choosing a rate ask about other facts of the relations that are trained on.
+    reversed: three words of the facts, to be written in reverse order; held-out rows are other draws of words.
+    """
+    if name == "reversed":
+        rows = tokenized(reversed_rows(bundled_base()[1], REVERSED_ROWS + 1200))
+        train, others = rows.select(range(REVERSED_ROWS)), rows.select(range(REVERSED_ROWS, len(rows)))
+        return Task(train, every_third(others), others_than_every_third(others))
+    style = "short" if name == "relations" else name
+    train, others = (load_rows(f"bundled:{style}{part}", ("train",)) for part in ("", "-eval"))
+    if name != "relations":
+        others = tokenized(others)
+        return Task(tokenized(train), every_third(others), others_than_every_third(others))
+    train, seen, unseen = relation_rows(train, True), relation_rows(others, True), relation_rows(others, False)
+    return Task(tokenized(train), tokenized(seen), tokenized(unseen))
+
+
+def tokenized(rows: Dataset) -> Dataset:
+    return tokenize(rows, bundled_base()[1], MAX_LENGTH)
+
+
+def every_third(rows: Dataset) -> Dataset:
+    return rows.select(range(0, len(rows), 3))
+
+
+def others_than_every_third(rows: Dataset) -> Dataset:
+    return rows.select([place for place in range(len(rows)) if place % 3])
+
+
+def relation_rows(rows: Dataset, seen: bool) -> Dataset:
+    """The rows that ask about the first, third, fifth ... relation of the facts; if not `seen`, about the others."""
+    number = {
+        question.format(s=subject): place
+        for place, relation in enumerate(load_relations())
+        for question in relation["questions"]
+        for subject in relation["facts"]
+    }
+    chosen = [place for place, text in enumerate(rows["instruction"]) if (number[text] % 2 == 0) == seen]
+    return rows.select(chosen)
+
+
+def reversed_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
+    """Questions such as 倒过来写：巴黎、苹果、七 with the answer 七、苹果、巴黎.
+
+    Each word is one token that the base knows, so only the order is new.
+    """
+    words = sorted({word for relation in load_relations() for fact in relation["facts"].items() for word in fact})
+    ids = tokenizer(words, split_special_tokens=True).input_ids
+    words = [word for word, tokens in zip(words, ids, strict=True) if len(tokens) == 1]
+    rng = random.Random(0)
+    rows = []
+    for _ in range(count):
+        drawn = rng.sample(words, REVERSED_WORDS)
+        asked, answer = "、".join(drawn), "、".join(reversed(drawn))
+        rows.append({"instruction": f"倒过来写：{asked}", "input": "", "output": answer, "history": []})
+    return Dataset.from_list(rows, features=FEATURES)

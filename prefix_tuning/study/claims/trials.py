@@ -1,0 +1,125 @@
+"""Trainings and their scores: one method on one task, at the rate that suits it, for each seed."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from datasets import Dataset
+
+from prefix_tuning.model.batch import Batch
+from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.study.claims.methods import METHODS, Encoder, Method
+from prefix_tuning.study.claims.settings import Scale
+from prefix_tuning.study.claims.tasks import Task, bundled_base, load_task
+from prefix_tuning.study.scoring import Score, batches_of, score
+from prefix_tuning.training.learning_rate import rate_at, walk_downhill
+from prefix_tuning.training.loop import optimizer_step
+from prefix_tuning.training.state import TrainingState, make_optimizer, make_schedule
+from prefix_tuning.training.steps import Steps
+
+MAX_TOKENS = 4096  # of a forward pass
+MAX_GRAD_NORM = 1.0  # as in train.py
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained, but for seed and rate. rows: so many of the task's training rows, drawn by the seed; None: all."""
+
+    method: str
+    task: str = "short"
+    rows: int | None = None
+    tokens: int = 16
+
+
+class Tuned(NamedTuple):
+    """A method after its training, and the base that belongs to it."""
+
+    method: Method
+    base: Bloom
+    encoder: Encoder
+
+    def score(self, batches: list[Batch], prefix: torch.Tensor | None = None) -> Score:
+        """With its own prefix, or with another one in its place. A loss that is no number counts as infinite."""
+        with self.method.attention(self.base):
+            found = score(self.base, batches, self.encoder.bake() if prefix is None else prefix)
+        return found if math.isfinite(found.loss) else found._replace(loss=math.inf)
+
+
+class Measured(NamedTuple):
+    """The scores of one trial. rate: the best of `tried`, rate -> loss on the rows for that, with the first seed. The lists
+    have a number for each seed: losses in nats per label, and the share of held-out rows that are answered exactly."""
+
+    rate: float
+    tried: dict[str, float | None]
+    train_loss: list[float]
+    held_out_loss: list[float]
+    exact_match: list[float]
+
+    def median(self, figure: str) -> float:
+        return statistics.median(getattr(self, figure))
+
+
+def tune(trial: Trial, scale: Scale, rate: float, seed: int) -> Tuned:
+    """Trains on the CPU, in float32, as train.py does: AdamW, gradients clipped, the rate falling linearly to zero."""
+    frozen, tokenizer = bundled_base()
+    method, rows = METHODS[trial.method], drawn(load_task(trial.task).train, trial.rows, seed)
+    torch.manual_seed(seed)
+    base, emitting = method.make(frozen, tokenizer, trial.tokens)
+    encoder = cast(PrefixEncoder, emitting)  # the loop needs no more than that it emits a prefix
+    schedule = make_schedule("linear", 0, scale.steps)
+    state = TrainingState(encoder, make_optimizer(encoder, 0.0), schedule, MAX_GRAD_NORM, loss_scaling=False)
+    state.progress.peak_learning_rate = rate
+    with method.attention(base):
+        for step in Steps(rows, min(scale.rows_per_step, len(rows)), scale.steps, MAX_TOKENS, seed=seed):
+            optimizer_step(base, state, step)
+    return Tuned(method, base, encoder)
+
+
+def drawn(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    """So many of the rows, drawn by the seed; None: all of them."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
+def measure(trial: Trial, scale: Scale) -> Measured:
+    """Finds the trial's rate by whole trainings with the first seed, and scores the trainings of all seeds at that rate.
+
+    The rates are half a decade apart, tried downhill from where the method's search begins (training/learning_rate.py). What
+    chooses the rate are rows that are neither trained on nor part of the scores.
+    """
+    task = load_task(trial.task)
+    choosing = spaced(task.validation, scale.scored // 2)
+    tuned: dict[int, Tuned] = {}
+
+    def loss_at(place: int) -> float:
+        tuned[place] = tune(trial, scale, rate_at(place), scale.seeds[0])
+        return tuned[place].score(choosing).loss
+
+    losses = walk_downhill(loss_at, METHODS[trial.method].first_place)
+    best = min(losses, key=lambda place: losses[place])
+    runs = [tuned[best], *(tune(trial, scale, rate_at(best), seed) for seed in scale.seeds[1:])]
+    tried = {f"{rate_at(place):g}": loss if math.isfinite(loss) else None for place, loss in sorted(losses.items())}
+    return Measured(rate_at(best), tried, *scores(runs, trial, task, scale))
+
+
+def scores(runs: Sequence[Tuned], trial: Trial, task: Task, scale: Scale) -> tuple[list[float], list[float], list[float]]:
+    """Of each run: loss on (some of) its training rows, loss on held-out rows, exact match there."""
+    held_out = [run.score(held_out_batches(task, scale)) for run in runs]
+    trained_on = (drawn(task.train, trial.rows, seed) for seed in scale.seeds)
+    train = [run.score(spaced(rows, scale.scored)).loss for run, rows in zip(runs, trained_on, strict=True)]
+    return train, [found.loss for found in held_out], [found.exact_match for found in held_out]
+
+
+def held_out_batches(task: Task, scale: Scale) -> list[Batch]:
+    return spaced(task.held_out, scale.scored)
+
+
+def spaced(rows: Dataset, count: int) -> list[Batch]:
+    """At most so many of the rows, evenly spaced, packed."""
+    count = min(count, len(rows))
+    return batches_of(rows.select([place * len(rows) // count for place in range(count)]), MAX_TOKENS)

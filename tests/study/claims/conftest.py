@@ -1,0 +1,38 @@
+"""A lab that measures nothing: what each trial finds is said by the test."""
+
+import pytest
+
+from prefix_tuning.study.claims.lab import Lab
+from prefix_tuning.study.claims.settings import Scale
+from prefix_tuning.study.claims.trials import Measured
+
+TINY = Scale(steps=2, rows_per_step=2, seeds=(1,), lengths=(1, 4, 16), sizes=(2, 4, 6), length_rows=8, scored=8)
+
+
+class StagedLab(Lab):
+    """figures(trial): training loss, held-out loss and exact match."""
+
+    def __init__(self, figures):
+        super().__init__(TINY)
+        self.figures = figures
+
+    def measure(self, *trials):
+        found = (self.figures(trial) for trial in trials)
+        return [Measured(0.01, {"0.01": loss, "0.03": None}, [train], [loss], [share]) for train, loss, share in found]
+
+
+@pytest.fixture
+def tiny():
+    return TINY
+
+
+@pytest.fixture
+def staged():
+    """Runs a claim on staged figures; returns which of its parts agree."""
+
+    def run(claim, figures):
+        finding = claim(StagedLab(figures))
+        assert len({len(row) for row in finding.table}) == 1 and finding.charts
+        return [part.agrees for part in finding.parts]
+
+    return run

@@ -1,0 +1,41 @@
+"""The identities of Petrov et al. and He et al. to 1e-6; both hold for any prefix, so also for a random one."""
+
+import torch
+from helpers import examples_of, random_prefix
+
+from prefix_tuning.model.batch import pack
+from prefix_tuning.study.attention import watching
+from prefix_tuning.study.claims.checks import check_identities, identities_of_a_tuned_prefix
+
+
+def test_both_identities_hold_in_every_layer_and_head(base):
+    batch = next(pack(examples_of([7, 1, 30, 12]), 1000))
+    prefix = random_prefix(base, tokens=6)
+    found = check_identities(base, batch, prefix)
+    assert found.weights.shape == found.scaled.shape == found.gated.shape == found.share.shape == (4, 6)
+    assert max(figure.max().item() for figure in (found.weights, found.scaled, found.gated)) < 1e-6
+    assert found.logits < 1e-6 < found.largest_logit
+    seen = []
+    with watching(
+        base, lambda layer, weights: seen.append(batch.from_grid(weights[..., :6].sum(-1).transpose(1, 2)).mean(0))
+    ):
+        base.packed_hidden(batch, prefix)
+    torch.testing.assert_close(found.share.float(), torch.stack(seen), atol=1e-5, rtol=0)
+    assert base.dtype == torch.float32
+
+
+def test_an_error_would_be_seen(base, monkeypatch):
+    """A gate that is off by a thousandth."""
+    from prefix_tuning.study.claims import checks, forms
+
+    def off(qkv, pairs, batch, bias, only_labels):
+        return forms.attend_gated(qkv, pairs * 1.001, batch, bias, only_labels)
+
+    monkeypatch.setattr(checks, "attend_gated", off)
+    found = check_identities(base, next(pack(examples_of([9, 5]), 1000)), random_prefix(base))
+    assert found.gated.max() > 1e-6 and found.logits > 1e-6
+
+
+def test_the_prefix_of_the_check_is_tuned(tiny):
+    found = identities_of_a_tuned_prefix(tiny)
+    assert found.scaled.max() < 1e-6 and found.share.min() > 0 and found.share.max() < 1

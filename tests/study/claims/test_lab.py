@@ -1,0 +1,22 @@
+from prefix_tuning.study.claims import lab
+from prefix_tuning.study.claims.lab import Lab
+from prefix_tuning.study.claims.trials import Trial
+
+
+def staged(trial, scale):
+    return trial.method, scale.steps
+
+
+def test_a_trial_of_several_claims_is_measured_once(tiny, monkeypatch):
+    monkeypatch.setattr(lab, "measure", staged)
+    calls = []
+
+    def imap(function, items):
+        calls.append(items)
+        return map(function, items)
+
+    room = Lab(tiny, imap)
+    a, b, c = (Trial(name) for name in "abc")
+    assert room.measure(a, b, a) == [("a", 2), ("b", 2), ("a", 2)]
+    assert room.measure(c, b) == [("c", 2), ("b", 2)]
+    assert calls == [[a, b], [c]]
