@@ -6,14 +6,14 @@ import plotly.graph_objects as go
 
 from prefix_tuning.study.claims.record import Chart, Finding, Table
 from prefix_tuning.study.page import Section, Text, write_page
+from prefix_tuning.study.plotting import styled
 
 TITLE = Text("论文的论断，在随包的小模型上检验", "The papers' claims, tried on the bundled base")
 SUMMARY = Text(
     "每个论断是随包小 Bloom 上的一个小实验：论文怎么说，这里跑了什么，得到什么，是否相符。与论文不符也是结果，"
     "照样写出；没有为了相符而调整。",
-    "Each claim is a small experiment on the bundled mini Bloom: what the paper says, what was run, what came "
-    "out, and whether "
-    "that agrees. Disagreement is a finding and printed as such; nothing was tuned until it agreed.",
+    "Each claim is a small experiment on the bundled mini Bloom: what the paper says, what was run, what came out, and "
+    "whether that agrees. Disagreement is a finding and printed as such; nothing was tuned until it agreed.",
 )
 QUICK_NOTE = Text("快速运行：一个种子，步数和点数较少。", "Quick run: one seed, fewer steps and points.")
 
@@ -28,7 +28,7 @@ def write_claims(path: Path, findings: list[Finding], quick: bool) -> None:
     ]
     table: Table = [head]
     for finding in findings:
-        found = Text(*("；".join(texts) for texts in zip(*(part.found for part in finding.parts), strict=True)))
+        found = Text("；".join(part.found.zh for part in finding.parts), "; ".join(part.found.en for part in finding.parts))
         table.append([finding.title, finding.source, found, finding.verdict])
     reading = Text("所有论断，每行一个；细节在下面。", "All claims, one a row; the details are below.")
     notes = [QUICK_NOTE] if quick else []
@@ -65,5 +65,5 @@ def figure_of(chart: Chart) -> go.Figure:
     figure.update_yaxes(title=chart.y_title, type="log" if chart.log_y else None, exponentformat="power")
     if not chart.log_y:
         figure.update_yaxes(rangemode="tozero", tickformat=".0%" if chart.y_title.startswith("exact") else None)
-    figure.update_layout(height=380, margin={"t": 30}, showlegend=len(chart.series) > 1)
-    return figure
+    figure.update_layout(showlegend=len(chart.series) > 1)
+    return styled(figure, "", 380)

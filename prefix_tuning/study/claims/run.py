@@ -58,13 +58,12 @@ def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool)
     for number, (name, claim) in enumerate(claims.items(), start=1):
         if name in findings:
             tqdm.write(f"{findings[name].line()} (taken over from {record_file})")
-            continue
-        begun = time.perf_counter()
-        lab.title = f"{number}/{len(claims)} {name}"
-        finding = claim(lab)
-        finding.seconds = round(time.perf_counter() - begun, 1)
-        findings[name] = finding
-        tqdm.write(f"{finding.line()} [{finding.seconds:.0f} s]")
+        else:
+            begun = time.perf_counter()
+            lab.title = f"{number}/{len(claims)} {name}"
+            finding = findings[name] = claim(lab)
+            finding.seconds = round(time.perf_counter() - begun, 1)
+            tqdm.write(f"{finding.line()} [{finding.seconds:.0f} s]")
         ordered = {key: findings[key] for key in claims if key in findings}
         records = {key: found.to_json() for key, found in ordered.items()}
         write_json(record_file, {"quick": quick, "scale": scale, "claims": records})

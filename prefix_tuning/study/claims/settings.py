@@ -19,8 +19,7 @@ class ClaimsConfig:
     )
     output: str = flag(
         "claims.html",
-        "The page. Beside it, by the same name, a .json with every number, written after each claim. Started "
-        "again with the "
+        "The page. Beside it, by the same name, a .json with every number, written after each claim. Started again with the "
         "same settings, the command takes over the claims that stand there; delete the .json to measure all anew.",
     )
 
