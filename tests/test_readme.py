@@ -125,8 +125,11 @@ def test_a_readme_is_short_and_complete(name):
 @pytest.mark.parametrize("name", [*READMES, "prefix_tuning/demo/README.md", "tests/benchmarks/README.md"])
 def test_figures_links_and_files_that_are_named_exist(name):
     text, folder = (ROOT / name).read_text("utf-8"), (ROOT / name).parent
-    links = re.findall(r"\]\((?!#|https?:)(.+?)\)", text)
-    assert [link for link in links if not (folder / link).exists()] == []
+    links = [link.partition("#") for link in re.findall(r"\]\((?!#|https?:)(.+?)\)", text)]
+    assert [link for link, _, _ in links if not (folder / link).exists()] == []
+    for link, _, anchor in links:
+        headings = re.findall(r"^#+ (.+)$", (folder / link).read_text("utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
     named = re.findall(r"`(?:python )?((?:prefix_tuning|tests)/[\w/.-]+\.\w+)", text)
     assert [file for file in named if not (ROOT / file).exists()] == []
 
