@@ -4,7 +4,7 @@ Legend: L layers, H heads, T tokens of all rows, P prefix tokens, D head_dim, N 
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.study.attention import attend_openly, attending
 from prefix_tuning.study.claims.forms import attend_gated
+from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.tasks import load_task
 from prefix_tuning.study.claims.trials import Trial, spaced, tune
@@ -78,8 +79,16 @@ def largest(difference: torch.Tensor) -> torch.Tensor:
     return difference.abs().amax((0, 2))
 
 
-def identities_of_a_tuned_prefix(scale: Scale) -> Errors:
-    """`check_identities` on held-out questions, with a prefix that was tuned at the demo's rate."""
-    tuned = tune(Trial("prefix"), scale, bundled.SETTINGS["learning_rate"], scale.seeds[0])
-    batch = spaced(load_task("short").held_out, min(64, scale.scored))[0]
-    return check_identities(tuned.base, batch, tuned.encoder.bake())
+def identities_of(task: str, scale: Scale) -> dict[str, Any]:
+    """`check_identities` on held-out questions, with a prefix that was tuned at the demo's rate; lists of numbers."""
+    tuned = tune(Trial("prefix", task), scale, bundled.SETTINGS["learning_rate"], scale.seeds[0])
+    batch = spaced(load_task(task).held_out, min(64, scale.scored))[0]
+    found = check_identities(tuned.base, batch, tuned.encoder.bake())
+    return {name: torch.as_tensor(value).tolist() for name, value in found._asdict().items()}
+
+
+def tuned_errors(lab: Lab) -> Errors:
+    """Those of a tuned prefix."""
+    (found,) = lab.run(identities_of, ["short"])
+    tensors = {name: torch.tensor(found[name]) for name in ("weights", "scaled", "gated", "share")}
+    return Errors(**tensors, logits=found["logits"], largest_logit=found["largest_logit"])

@@ -1,6 +1,6 @@
 """He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning", https://arxiv.org/abs/2110.04366."""
 
-from prefix_tuning.study.claims.checks import EXACT, identities_of_a_tuned_prefix
+from prefix_tuning.study.claims.checks import EXACT, tuned_errors
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table
 from prefix_tuning.study.claims.tables import training_once
@@ -26,10 +26,8 @@ GATED = Claim(
 
 
 def gated(lab: Lab) -> Finding:
-    """Section 3.1: attention over [prefix; text] equals (1 - share) * attention over the text + share * softmax(q P_k^T)
-    P_v: an adapter beside the attention, behind a gate.
-    """
-    (errors,) = lab.map(identities_of_a_tuned_prefix, [lab.scale])
+    """An adapter beside the attention, behind a gate, the share."""
+    errors = tuned_errors(lab)
     layers = range(len(errors.gated))
     worst = errors.gated.max().item()
     heads = range(errors.gated.shape[1])
@@ -63,5 +61,4 @@ def gated(lab: Lab) -> Finding:
                 log_y=True,
             )
         ],
-        {"gated": errors.gated.tolist(), "logits": errors.logits, "largest_logit": errors.largest_logit},
     )

@@ -1,5 +1,6 @@
 """Where the claims' trainings run: here, or in two processes at once."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -23,23 +24,30 @@ Imap = Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]
 
 
 class Lab:
-    """What a claim needs: the scale of its experiments, and hands. A trial of several claims is measured once.
+    """What a claim needs: the scale of its experiments, hands, and what was found so far.
 
-    imap: like `map`, for functions of a module and values that can be pickled. title: of the progress bar.
+    imap: like `map`, for functions of a module and values that can be pickled. results: as JSON gives them back, by what was
+    run. keep: is called after each new one. title: of the progress bar.
     """
 
     def __init__(self, scale: Scale, imap: Imap = map):
         self.scale, self.imap, self.title = scale, imap, ""
-        self._measured: dict[Trial, Measured] = {}
+        self.results: dict[str, Any] = {}
+        self.keep: Callable[[], None] = lambda: None
 
     def measure(self, *trials: Trial) -> list[Measured]:
-        left = [trial for trial in dict.fromkeys(trials) if trial not in self._measured]
-        self._measured |= zip(left, self.map(partial(measure, scale=self.scale), left), strict=True)
-        return [self._measured[trial] for trial in trials]
+        return [Measured(*found) for found in self.run(measure, list(trials))]
 
-    def map(self, function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-        """function(item) for each item, with a progress bar on stderr."""
-        return list(tqdm(self.imap(function, items), total=len(items), desc=self.title, unit="trial", leave=False))
+    def run(self, function: Callable[..., Any], items: list[Any]) -> list[Any]:
+        """function(item, scale) for each item, which JSON can hold; of those that `results` has, nothing is run again."""
+        keys = [f"{function.__name__} {item!r}" for item in items]
+        left = {key: item for key, item in zip(keys, items, strict=True) if key not in self.results}
+        found = self.imap(partial(function, scale=self.scale), list(left.values()))
+        bar = tqdm(found, total=len(left), desc=self.title, unit="trial", leave=False, disable=not left)
+        for key, result in zip(left, bar, strict=True):
+            self.results[key] = json.loads(json.dumps(result))
+            self.keep()
+        return [self.results[key] for key in keys]
 
 
 @contextmanager

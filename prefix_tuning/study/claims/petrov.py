@@ -2,12 +2,14 @@
 https://arxiv.org/abs/2310.19698.
 """
 
-from prefix_tuning.study.claims.checks import EXACT, identities_of_a_tuned_prefix
+from prefix_tuning.study.claims.checks import EXACT, tuned_errors
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table, percent
-from prefix_tuning.study.claims.tables import medians, numbers_of, table_of, training, training_once
-from prefix_tuning.study.claims.trials import Trial
+from prefix_tuning.study.claims.tables import medians, table_of, training, training_once
+from prefix_tuning.study.claims.trials import Longer, Trial, train_longer
 from prefix_tuning.study.page import Text
+
+TIMES = 10  # the steps of the others, of one long training
 
 IDENTITY = Claim(
     Text(
@@ -28,10 +30,8 @@ IDENTITY = Claim(
 
 
 def identity(lab: Lab) -> Finding:
-    """Section 4: a prefix cannot change the ratios of the attention between the tokens of the text; in each layer it scales
-    all of it by one minus its own share, and adds its values.
-    """
-    (errors,) = lab.map(identities_of_a_tuned_prefix, [lab.scale])
+    """For any prefix, so also for a random one; here for one that was tuned."""
+    errors = tuned_errors(lab)
     layers = range(len(errors.share))
     worst = max(errors.weights.max().item(), errors.scaled.max().item())
     head: list[str | Text] = [
@@ -57,52 +57,63 @@ def identity(lab: Lab) -> Finding:
                 {f"head {head} · 头 {head}": column for head, column in enumerate(errors.share.T.tolist())},
             )
         ],
-        {name: value if isinstance(value, float) else value.tolist() for name, value in errors._asdict().items()},
     )
 
 
 UNLOCK = Claim(
-    Text(
-        "解锁已会的，学不了新的注意力",
-        "It unlocks what the base can do, and teaches no new attention",
-    ),
+    Text("解锁已会的，学不了新的注意力", "It unlocks what the base can do, and teaches no new attention"),
     "Petrov et al. 2023, arXiv 2310.19698, section 5",
     Text(
-        "预训练里有的四个任务，前缀达到 94–99.8 %；需要新注意力模式的任务，前缀 0 %，全量微调 85 %。",
-        "Four tasks of the pre-training: a prefix reaches 94-99.8 %. A task that needs a new attention pattern: "
-        "0 %, where full fine-tuning reaches 85 %.",
+        "预训练里有的任务，前缀能学会（论文中大多高于 90 %）；需要新注意力模式的任务，前缀 0 %，全量微调 85 %。",
+        "A prefix learns tasks that were part of pre-training (most of the paper's above 90 %). A task that needs a "
+        "new attention "
+        "pattern: 0 %, where full fine-tuning reaches 85 %.",
     ),
     Text(
         "已知任务：演示的问答（留出的事实）。新任务：把三个词倒过来写，词取自事实，每个词一个词元。相符："
-        "已知任务前缀不低于 80 %；新任务前缀不到 10 %；新任务全量微调高于 80 %。",
+        "已知任务前缀不低于 80 %；"
+        f"新任务前缀不到 10 %，步数 {TIMES} 倍也是；新任务全量微调不低于 80 %。对照：照原样写这三个词。"
+        "如果前缀连这也学不会，"
+        "缺的就不是顺序，而是照抄几个词的能力，顺序是否要紧就未定。",
         "Known: the demo's questions about other facts. New: three words to be written in reverse order, words of "
-        "the facts, one token each. Agreement: known, prefix: at least 80 %; new, prefix: below 10 %; new, full "
-        "fine-tuning: at least 80 %.",
+        "the facts, one "
+        f"token each. Agreement: known, prefix: at least 80 %; new, prefix: below 10 %, with {TIMES} times the steps "
+        "as well; "
+        "new, full fine-tuning: at least 80 %. Control: the same words as they stand. If a prefix does not learn "
+        "that either, the "
+        "base lacks the copying of several words, and whether their order matters is open.",
     ),
 )
 
 
 def unlock(lab: Lab) -> Finding:
-    """Section 5: on four tasks that were part of pre-training a prefix reaches 94 to 99.8 %; a task whose attention pattern
-    pre-training had no use for stays at 0 %, where full fine-tuning reaches 85 %.
-    """
-    trials = [Trial(method, task=task) for task in ("short", "reversed") for method in ("prefix", "full")]
+    """Section 5: what was part of pre-training, and what needs an attention pattern that it had no use for."""
+    trials = [Trial(method, task=task) for task in ("short", "reversed", "copied") for method in ("prefix", "full")]
     measured = lab.measure(*trials)
-    known, known_full, new, new_full = medians(measured)
+    known, _, new, new_full, copied, copied_full = medians(measured)
+    (longer,) = (found["exact_match"] for found in lab.run(train_longer, [Longer(trials[2], measured[2].rate, TIMES)]))
+    tasks = (Text("已知的事实", "known facts"), Text("倒序", "reversed words"), Text("照抄", "copied words"))
+    methods = (Text("前缀", "prefix"), Text("全量微调", "full fine-tuning"))
     names: list[str | Text] = [
-        Text(f"{task_zh}，{zh}", f"{task_en}, {en}")
-        for task_zh, task_en in (("已知的事实", "known facts"), ("倒序", "reversed words"))
-        for zh, en in (("前缀", "prefix"), ("全量微调", "full fine-tuning"))
+        Text(f"{task.zh}，{method.zh}", f"{task.en}, {method.en}") for task in tasks for method in methods
     ]
+    control = Text(
+        f"对照，照抄：前缀 {percent(copied)}，全量微调 {percent(copied_full)}",
+        f"control, copied words: prefix {percent(copied)}, full fine-tuning {percent(copied_full)}",
+    )
     return UNLOCK.finding(
         training(lab.scale),
         [
             Part(Text(f"已知任务，前缀 {percent(known)}", f"known task, prefix {percent(known)}"), known >= 0.8),
             Part(Text(f"新任务，前缀 {percent(new)}", f"new task, prefix {percent(new)}"), new < 0.1),
             Part(
+                Text(f"步数 {TIMES} 倍时 {percent(longer)}", f"with {TIMES} times the steps {percent(longer)}"), longer < 0.1
+            ),
+            Part(
                 Text(f"新任务，全量微调 {percent(new_full)}", f"new task, full fine-tuning {percent(new_full)}"),
                 new_full >= 0.8,
             ),
+            Part(control, True if copied >= 0.5 else None),
         ],
         table_of(Text("任务与方法", "task and method"), names, measured),
         [
@@ -110,9 +121,8 @@ def unlock(lab: Lab) -> Finding:
                 "bar",
                 "task · 任务",
                 "exact match · 完全匹配",
-                ["known facts · 已知的事实", "reversed words · 倒序"],
-                {"prefix · 前缀": [known, new], "full fine-tuning · 全量微调": [known_full, new_full]},
+                [f"{task.en} · {task.zh}" for task in tasks],
+                {f"{method.en} · {method.zh}": medians(measured[place::2]) for place, method in enumerate(methods)},
             )
         ],
-        numbers_of(trials, measured),
     )

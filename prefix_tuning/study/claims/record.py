@@ -1,6 +1,7 @@
-"""What a claim's experiment leaves: texts in both languages, a table, charts and numbers, as JSON and back."""
+"""What a claim's experiment leaves: texts in both languages, a table, charts and numbers, as JSON."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,23 +18,25 @@ class Chart:
     x_title: str
     y_title: str
     x: list[Any]
-    series: dict[str, list[float | None]]
+    series: Mapping[str, Sequence[float | None]]
     log_x: bool = False
     log_y: bool = False
 
 
 @dataclass
 class Part:
-    """One statement of a claim: what came out here, with its figures, and whether that agrees with the paper."""
+    """One statement of a claim: what came out here, with its figures, and whether that agrees with the paper. None: that is
+    open, as the seeds differ by more than what is compared, or as the paper claims nothing of it.
+    """
 
     found: Text
-    agrees: bool
+    agrees: bool | None
 
 
 @dataclass
 class Finding:
     """A claim of a paper and what its experiment found. says: the paper's words in ours, with its figures. ran: what was run
-    here, and what would count as agreement. numbers: all of them, for the JSON.
+    here, and what would count as agreement.
     """
 
     title: Text
@@ -43,18 +46,19 @@ class Finding:
     parts: list[Part]
     table: Table
     charts: list[Chart] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
 
     @property
     def verdict(self) -> Text:
-        agreeing = sum(part.agrees for part in self.parts)
-        if agreeing == len(self.parts):
-            return Text("相符", "agrees")
-        if not agreeing:
-            return Text("不符", "DISAGREES")
-        of = f"{agreeing}/{len(self.parts)}"
-        return Text(f"部分相符（{of}）", f"agrees in {of} parts")
+        kinds = {True: Text("相符", "agrees"), False: Text("不符", "DISAGREES"), None: Text("未定", "open")}
+        counts = {kind: sum(part.agrees is kind for part in self.parts) for kind in kinds}
+        if len(self.parts) in counts.values():
+            return kinds[self.parts[0].agrees]
+        found = [(kinds[kind], count) for kind, count in counts.items() if count]
+        zh, en = (
+            "，".join(f"{count} 处{kind.zh}" for kind, count in found),
+            ", ".join(f"{kind.en} {n}x" for kind, n in found),
+        )
+        return Text(zh, en)
 
     def line(self) -> str:
         """The verdict in one line."""
@@ -64,16 +68,12 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"verdict": self.verdict.en, "line": self.line()}
 
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Finding":
-        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
-        values = {name.name: content[name.name] for name in dataclasses.fields(cls)}
-        for name in ("title", "says", "ran"):
-            values[name] = Text(*values[name])
-        values["parts"] = [Part(Text(*part["found"]), part["agrees"]) for part in values["parts"]]
-        values["table"] = [[Text(*cell) if isinstance(cell, list) else cell for cell in row] for row in values["table"]]
-        values["charts"] = [Chart(**chart) for chart in values["charts"]]
-        return cls(**values)
+
+def above(first: Sequence[float], second: Sequence[float]) -> bool | None:
+    """Whether one is higher than the other, in figures of several seeds; None if some seeds say so and some do not."""
+    if min(first) > max(second):
+        return True
+    return False if max(first) < min(second) else None
 
 
 class Claim(NamedTuple):
@@ -84,12 +84,10 @@ class Claim(NamedTuple):
     says: Text
     here: Text
 
-    def finding(
-        self, trained: Text, parts: list[Part], table: Table, charts: list[Chart], numbers: dict[str, Any]
-    ) -> Finding:
+    def finding(self, trained: Text, parts: list[Part], table: Table, charts: list[Chart]) -> Finding:
         """trained: how, as a sentence."""
         ran = Text(trained.zh + self.here.zh, f"{trained.en} {self.here.en}")
-        return Finding(self.title, self.source, self.says, ran, parts, table, charts, numbers)
+        return Finding(self.title, self.source, self.says, ran, parts, table, charts)
 
 
 def percent(share: float) -> str:

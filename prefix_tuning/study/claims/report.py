@@ -15,6 +15,7 @@ SUMMARY = Text(
     "Each claim is a small experiment on the bundled mini Bloom: what the paper says, what was run, what came out, and "
     "whether that agrees. Disagreement is a finding and printed as such; nothing was tuned until it agreed.",
 )
+MARKS = {True: Text("✓ 相符", "✓ agrees"), False: Text("✗ 不符", "✗ disagrees"), None: Text("○ 未定", "○ open")}
 QUICK_NOTE = Text("快速运行：一个种子，步数和点数较少。", "Quick run: one seed, fewer steps and points.")
 
 
@@ -38,10 +39,7 @@ def write_claims(path: Path, findings: list[Finding], quick: bool) -> None:
 
 def section_of(finding: Finding) -> Section:
     marks = [
-        Text(
-            f"{'✓ 相符' if part.agrees else '✗ 不符'}：{part.found.zh}",
-            f"{'✓ agrees' if part.agrees else '✗ disagrees'}: {part.found.en}",
-        )
+        Text(f"{MARKS[part.agrees].zh}：{part.found.zh}", f"{MARKS[part.agrees].en}: {part.found.en}")
         for part in finding.parts
     ]
     run = Text(f"这里：{finding.ran.zh}", f"Here: {finding.ran.en}")

@@ -50,24 +50,25 @@ def try_claims(config: ClaimsConfig) -> None:
 
 
 def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool) -> None:
-    """Runs those of the claims that the record beside `page` does not hold yet. Prints a line for each, and writes record
-    and page after each.
+    """Runs the claims, but for what the record beside `page` holds already: the record is written after each training, the
+    page after each claim. Prints a line for each claim.
     """
     record_file, scale = page.with_suffix(".json"), scale_record(lab.scale)
-    findings = taken_over(record_file, scale, claims)
+    lab.results = results_in(record_file, scale)
+    findings: dict[str, Finding] = {}
+
+    def keep() -> None:
+        found = {name: finding.to_json() for name, finding in findings.items()}
+        write_json(record_file, {"quick": quick, "scale": scale, "results": lab.results, "claims": found})
+
+    lab.keep = keep
     for number, (name, claim) in enumerate(claims.items(), start=1):
-        if name in findings:
-            tqdm.write(f"{findings[name].line()} (taken over from {record_file})")
-        else:
-            begun = time.perf_counter()
-            lab.title = f"{number}/{len(claims)} {name}"
-            finding = findings[name] = claim(lab)
-            finding.seconds = round(time.perf_counter() - begun, 1)
-            tqdm.write(f"{finding.line()} [{finding.seconds:.0f} s]")
-        ordered = {key: findings[key] for key in claims if key in findings}
-        records = {key: found.to_json() for key, found in ordered.items()}
-        write_json(record_file, {"quick": quick, "scale": scale, "claims": records})
-        write_claims(page, list(ordered.values()), quick)
+        begun = time.perf_counter()
+        lab.title = f"{number}/{len(claims)} {name}"
+        findings[name] = claim(lab)
+        tqdm.write(f"{findings[name].line()} [{time.perf_counter() - begun:.0f} s]")
+        keep()
+        write_claims(page, list(findings.values()), quick)
     tqdm.write(f"{page} and {record_file}: {len(findings)} claims")
 
 
@@ -76,17 +77,18 @@ def scale_record(scale: Scale) -> dict[str, Any]:
     return json.loads(json.dumps(vars(scale)))
 
 
-def taken_over(record_file: Path, scale: dict[str, Any], claims: dict[str, Experiment]) -> dict[str, Finding]:
-    """The findings of an earlier start at the same scale; none, if there was no such start. Raises UserError if the file
-    holds something else.
+def results_in(record_file: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier start has measured; nothing, if there was none. Raises UserError if the file holds something else, or
+    was written at another scale: --quick, say.
     """
     if not record_file.exists():
         return {}
     try:
         record = json.loads(record_file.read_text("utf-8"))
-        found = {name: Finding.from_json(content) for name, content in record["claims"].items() if name in claims}
-        return found if record["scale"] == scale else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if record["scale"] != scale:
+            raise UserError(f"{record_file}: was measured with other settings; delete it, or name another --output")
+        return dict(record["results"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{record_file}: is no record of this command: {error!r}; delete it, or name another --output"
         ) from error

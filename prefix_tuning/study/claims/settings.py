@@ -19,8 +19,9 @@ class ClaimsConfig:
     )
     output: str = flag(
         "claims.html",
-        "The page. Beside it, by the same name, a .json with every number, written after each claim. Started again with the "
-        "same settings, the command takes over the claims that stand there; delete the .json to measure all anew.",
+        "The page. Beside it, by the same name, a .json with every number, written after each training. Started "
+        "again with "
+        "the same settings, the command trains nothing anew that stands there; delete the .json to measure all again.",
     )
 
     def __post_init__(self) -> None:
@@ -50,6 +51,11 @@ class Scale:
     sizes: tuple[int, ...]
     length_rows: int
     scored: int
+
+    @property
+    def few(self) -> tuple[int, ...]:
+        """The smallest of the sizes and the third."""
+        return self.sizes[:3:2]
 
 
 FULL = Scale(300, 16, (1, 2, 3), (1, 2, 4, 8, 16, 32, 64), (20, 50, 100, 500), 800, 400)

@@ -1,16 +1,15 @@
-"""The measured trials of a claim as a table of the page and as numbers of the JSON."""
-
-from typing import Any
+"""The measured trials of a claim as a table of the page."""
 
 from prefix_tuning import bundled
 from prefix_tuning.study.claims.record import Table, percent
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.trials import Measured, Trial
+from prefix_tuning.study.claims.trials import Measured
 from prefix_tuning.study.page import Text
 
 
 def table_of(what: Text, names: list[str | Text], measured: list[Measured]) -> Table:
-    """A row for each trial: name, rate, medians over the seeds, and the exact match of each seed. what: the names' head."""
+    """A row for each trial: name, rate, medians over the seeds, and the exact match of each seed. what: the names' "
+    "head."""
     head: list[str | Text] = [
         what,
         Text("学习率", "rate"),
@@ -32,13 +31,6 @@ def cells_of(found: Measured) -> list[str | Text]:
     ]
 
 
-def numbers_of(trials: list[Trial], measured: list[Measured]) -> dict[str, Any]:
-    """All that was measured. The losses are in nats per label."""
-    return {
-        "trials": [vars(trial) | found._asdict() for trial, found in zip(trials, measured, strict=True)],
-    }
-
-
 def medians(measured: list[Measured], figure: str = "exact_match") -> list[float]:
     return [found.median(figure) for found in measured]
 
@@ -50,12 +42,12 @@ def training(scale: Scale, rows: int | None = None) -> Text:
     return Text(
         f"每次训练 {steps} 步，每步 {each} 行{of_zh}，float32；"
         "每种方法各自在半个数量级的网格上按另外的留出行选学习率（用第一个种子）；"
-        f"{seeds} 个种子取中位数；在至多 {scored} 个留出问题上评分。",
-        f"Each training: {steps} steps of {each} rows{of_en}, float32; each method at its own best rate of a "
-        "grid of half "
-        f"decades, chosen with the first seed on other held-out rows; median of {seeds} seeds; scored on at "
-        f"most {scored} "
-        "held-out questions.",
+        f"{seeds} 个种子取中位数；在至多 {scored} 个留出问题上评分。未定：各种子的范围有重叠。",
+        f"Each training: {steps} steps of {each} rows{of_en}, float32; each method at its own best rate of a grid of "
+        "half "
+        f"decades, chosen with the first seed on other held-out rows; median of {seeds} seeds; scored on at most "
+        f"{scored} "
+        "held-out questions. Open: the ranges of the seeds overlap.",
     )
 
 

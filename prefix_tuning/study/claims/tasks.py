@@ -16,8 +16,8 @@ from prefix_tuning.demo.build import load_relations
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.settings import MAX_LENGTH
 
-TASKS = ("short", "sentence", "relations", "reversed")
-REVERSED_ROWS, REVERSED_WORDS = 3000, 3
+TASKS = ("short", "sentence", "relations", "reversed", "copied")
+WORD_ROWS, WORDS = 3000, 3
 
 
 class Task(NamedTuple):
@@ -41,11 +41,12 @@ def load_task(name: str) -> Task:
     short, sentence: the demo's questions, answered by a word or a sentence; held-out rows ask about other facts.
     relations: those of `short` about every second relation; held-out rows ask about the other relations, while the rows for
     choosing a rate ask about other facts of the relations that are trained on.
-    reversed: three words of the facts, to be written in reverse order; held-out rows are other draws of words.
+    reversed, copied: three words of the facts, to be written in reverse order, or as they are; held-out rows are other
+    draws of words.
     """
-    if name == "reversed":
-        rows = tokenized(reversed_rows(bundled_base()[1], REVERSED_ROWS + 1200))
-        train, others = rows.select(range(REVERSED_ROWS)), rows.select(range(REVERSED_ROWS, len(rows)))
+    if name in ("reversed", "copied"):
+        rows = tokenized(word_rows(bundled_base()[1], WORD_ROWS + 1200, backwards=name == "reversed"))
+        train, others = rows.select(range(WORD_ROWS)), rows.select(range(WORD_ROWS, len(rows)))
         return Task(train, every_third(others), others_than_every_third(others))
     style = "short" if name == "relations" else name
     train, others = (load_rows(f"bundled:{style}{part}", ("train",)) for part in ("", "-eval"))
@@ -80,10 +81,10 @@ def relation_rows(rows: Dataset, seen: bool) -> Dataset:
     return rows.select(chosen)
 
 
-def reversed_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
-    """Questions such as 倒过来写：巴黎、苹果、七 with the answer 七、苹果、巴黎.
+def word_rows(tokenizer: PreTrainedTokenizerBase, count: int, backwards: bool) -> Dataset:
+    """Questions such as 倒过来写：巴黎、苹果、七 with the answer 七、苹果、巴黎; or 照着写 with the words in their order.
 
-    Each word is one token that the base knows, so only the order is new.
+    Each word is one token that the base knows.
     """
     words = sorted({word for relation in load_relations() for fact in relation["facts"].items() for word in fact})
     ids = tokenizer(words, split_special_tokens=True).input_ids
@@ -91,7 +92,8 @@ def reversed_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
     rng = random.Random(0)
     rows = []
     for _ in range(count):
-        drawn = rng.sample(words, REVERSED_WORDS)
-        asked, answer = "、".join(drawn), "、".join(reversed(drawn))
-        rows.append({"instruction": f"倒过来写：{asked}", "input": "", "output": answer, "history": []})
+        drawn = rng.sample(words, WORDS)
+        asked = f"{'倒过来写' if backwards else '照着写'}：{'、'.join(drawn)}"
+        answer = "、".join(reversed(drawn) if backwards else drawn)
+        rows.append({"instruction": asked, "input": "", "output": answer, "history": []})
     return Dataset.from_list(rows, features=FEATURES)

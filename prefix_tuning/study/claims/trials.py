@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -105,6 +105,20 @@ def measure(trial: Trial, scale: Scale) -> Measured:
     runs = [tuned[best], *(tune(trial, scale, rate_at(best), seed) for seed in scale.seeds[1:])]
     tried = {f"{rate_at(place):g}": loss if math.isfinite(loss) else None for place, loss in sorted(losses.items())}
     return Measured(rate_at(best), tried, *scores(runs, trial, task, scale))
+
+
+class Longer(NamedTuple):
+    """One training of a trial at a rate, with the first seed and so many times the steps."""
+
+    trial: Trial
+    rate: float
+    times: int
+
+
+def train_longer(job: Longer, scale: Scale) -> dict[str, float]:
+    """Its scores on held-out rows."""
+    tuned = tune(job.trial, replace(scale, steps=job.times * scale.steps), job.rate, scale.seeds[0])
+    return tuned.score(held_out_batches(load_task(job.trial.task), scale))._asdict()
 
 
 def scores(runs: Sequence[Tuned], trial: Trial, task: Task, scale: Scale) -> tuple[list[float], list[float], list[float]]:

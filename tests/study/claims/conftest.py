@@ -6,7 +6,7 @@ from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.trials import Measured
 
-TINY = Scale(steps=2, rows_per_step=2, seeds=(1,), lengths=(1, 4, 16), sizes=(2, 4, 6), length_rows=8, scored=8)
+TINY = Scale(steps=2, rows_per_step=2, seeds=(1,), lengths=(1, 4, 16), sizes=(2, 50, 60), length_rows=8, scored=8)
 
 
 class StagedLab(Lab):
@@ -15,6 +15,10 @@ class StagedLab(Lab):
     def __init__(self, figures):
         super().__init__(TINY)
         self.figures = figures
+
+    def run(self, function, items):
+        """The longer training of petrov.py."""
+        return [{"exact_match": self.figures(job.trial)[2]} for job in items]
 
     def measure(self, *trials):
         found = (self.figures(trial) for trial in trials)

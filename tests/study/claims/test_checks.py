@@ -5,7 +5,8 @@ from helpers import examples_of, random_prefix
 
 from prefix_tuning.model.batch import pack
 from prefix_tuning.study.attention import watching
-from prefix_tuning.study.claims.checks import check_identities, identities_of_a_tuned_prefix
+from prefix_tuning.study.claims.checks import check_identities, tuned_errors
+from prefix_tuning.study.claims.lab import Lab
 
 
 def test_both_identities_hold_in_every_layer_and_head(base):
@@ -37,5 +38,6 @@ def test_an_error_would_be_seen(base, monkeypatch):
 
 
 def test_the_prefix_of_the_check_is_tuned(tiny):
-    found = identities_of_a_tuned_prefix(tiny)
+    found = tuned_errors(Lab(tiny))
     assert found.scaled.max() < 1e-6 and found.share.min() > 0 and found.share.max() < 1
+    assert found.logits < 1e-6 < found.largest_logit

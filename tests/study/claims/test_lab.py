@@ -1,4 +1,3 @@
-from prefix_tuning.study.claims import lab
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.trials import Trial
 
@@ -7,8 +6,7 @@ def staged(trial, scale):
     return trial.method, scale.steps
 
 
-def test_a_trial_of_several_claims_is_measured_once(tiny, monkeypatch):
-    monkeypatch.setattr(lab, "measure", staged)
+def test_a_trial_of_several_claims_is_measured_once(tiny):
     calls = []
 
     def imap(function, items):
@@ -17,6 +15,6 @@ def test_a_trial_of_several_claims_is_measured_once(tiny, monkeypatch):
 
     room = Lab(tiny, imap)
     a, b, c = (Trial(name) for name in "abc")
-    assert room.measure(a, b, a) == [("a", 2), ("b", 2), ("a", 2)]
-    assert room.measure(c, b) == [("c", 2), ("b", 2)]
+    assert room.run(staged, [a, b, a]) == [["a", 2], ["b", 2], ["a", 2]]  # as JSON gives them back
+    assert room.run(staged, [c, b]) == [["c", 2], ["b", 2]]
     assert calls == [[a, b], [c]]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from prefix_tuning.study.claims.record import Chart, Finding, Part
+from prefix_tuning.study.claims.record import Chart, Finding, Part, above
 from prefix_tuning.study.page import Text
 
 
@@ -15,14 +15,19 @@ def finding(*agreements):
         [Part(Text(f"甲{number}", f"found {number}"), agrees) for number, agrees in enumerate(agreements)],
         [[Text("名", "name"), "b"], ["1", Text("二", "2")]],
         [Chart("line", "x", "y", [1, 2], {"a": [0.5, None]}, log_x=True)],
-        {"numbers": [1.5]},
-        3.0,
     )
 
 
 @pytest.mark.parametrize(
     "agreements, verdict",
-    [((True, True), "agrees"), ((False, False), "DISAGREES"), ((True, False, False), "agrees in 1/3 parts")],
+    [
+        ((True, True), "agrees"),
+        ((False, False), "DISAGREES"),
+        ((None, None), "open"),
+        ((True, False, False), "agrees 1x, DISAGREES 2x"),
+        ((True, None), "agrees 1x, open 1x"),
+        ((False, None), "DISAGREES 1x, open 1x"),
+    ],
 )
 def test_the_verdict_line(agreements, verdict):
     found = finding(*agreements)
@@ -30,6 +35,13 @@ def test_the_verdict_line(agreements, verdict):
     assert found.line() == f"{verdict}: title (Someone 2020): {facts}"
 
 
-def test_a_finding_survives_json():
-    found = finding(True, False)
-    assert Finding.from_json(json.loads(json.dumps(found.to_json()))) == found
+def test_seeds_that_do_not_agree_leave_it_open():
+    assert above([0.5, 0.6], [0.3, 0.4]) is True
+    assert above([0.3, 0.4], [0.5, 0.6]) is False
+    assert above([0.3, 0.6], [0.4, 0.5]) is None
+    assert above([0.5], [0.5]) is None
+
+
+def test_a_finding_becomes_json():
+    found = json.loads(json.dumps(finding(True, None).to_json()))
+    assert found["title"] == ["题", "title"] and [part["agrees"] for part in found["parts"]] == [True, None]

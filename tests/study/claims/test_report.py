@@ -16,8 +16,8 @@ def test_the_page_has_every_verdict_in_both_languages(tmp_path):
     write_claims(tmp_path / "claims.html", [finding], quick=True)
     text = (tmp_path / "claims.html").read_text("utf-8")
     for shown in (
-        "agrees in 1/2 parts",
-        "部分相符（1/2）",
+        "agrees 1x, DISAGREES 1x",
+        "1 处相符，1 处不符",
         "✓ agrees: one",
         "✗ 不符：乙",
         "Quick run",

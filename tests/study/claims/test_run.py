@@ -14,14 +14,18 @@ class Killed(BaseException):
 
 
 def staged_claims(calls, deadly=None):
-    """Three claims that note their calls; `deadly` is where the run is killed."""
+    """Three claims, each of one job, that note what is run; `deadly` is where the run is killed."""
 
     def claim_named(name):
-        def claim(lab):
-            calls.append(name)
-            if name == deadly:
+        def work(item, scale):
+            calls.append(item)
+            if item == deadly:
                 raise Killed
-            text = Text(name, name)
+            return len(item)
+
+        def claim(lab):
+            (length,) = lab.run(work, [name])
+            text = Text(name, f"{name} {length}")
             return Finding(text, "Someone 2020", text, text, [Part(text, True)], [["head"], [name]])
 
         return claim
@@ -37,19 +41,30 @@ def test_a_killed_run_loses_nothing(tiny, tmp_path, capsys):
     assert "first" in page.read_text("utf-8")
     run_claims(Lab(tiny), staged_claims(calls), page, True)
     assert calls == ["first", "second", "second", "third"]
-    assert list(json.loads((tmp_path / "claims.json").read_text("utf-8"))["claims"]) == ["first", "second", "third"]
-    assert "agrees: first (Someone 2020): first (taken over from" in capsys.readouterr().out
+    record = json.loads((tmp_path / "claims.json").read_text("utf-8"))
+    assert list(record["claims"]) == ["first", "second", "third"] and record["results"]["work 'third'"] == 5
+    assert capsys.readouterr().out.count("agrees: first 5 (Someone 2020): first 5") == 2
 
 
-def test_another_scale_takes_nothing_over(tiny, tmp_path):
-    calls = []
-    for seeds in ((1,), (1, 2)):
-        lab = Lab(tiny.__class__(**vars(tiny) | {"seeds": seeds}))
-        run_claims(lab, staged_claims(calls), tmp_path / "claims.html", True)
-    assert calls == ["first", "second", "third"] * 2
+def test_what_is_run_is_kept_at_once(tiny, tmp_path):
+    def two_jobs(lab):
+        return lab.run(lambda item, scale: [1, 2][item], [0, 1, 2])  # the third fails
+
+    with pytest.raises(IndexError):
+        run_claims(Lab(tiny), {"two": two_jobs}, tmp_path / "claims.html", True)
+    assert len(json.loads((tmp_path / "claims.json").read_text("utf-8"))["results"]) == 2
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"claims": {"first": {}}}', '{"claims": {}}'])
+def test_what_was_measured_at_another_scale_is_not_lost(tiny, tmp_path):
+    run_claims(Lab(tiny), staged_claims([]), tmp_path / "claims.html", True)
+    before = (tmp_path / "claims.json").read_text("utf-8")
+    lab = Lab(tiny.__class__(**vars(tiny) | {"seeds": (1, 2)}))
+    with pytest.raises(UserError, match=r"claims.json: was measured with other settings; delete it, or name another"):
+        run_claims(lab, staged_claims([]), tmp_path / "claims.html", True)
+    assert (tmp_path / "claims.json").read_text("utf-8") == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"claims": {}}', '{"results": {}}', '{"results": {}, "claims": {}}'])
 def test_a_file_that_is_no_record_is_left_alone(tiny, tmp_path, content):
     (tmp_path / "claims.json").write_text(content, "utf-8")
     with pytest.raises(UserError, match="is no record of this command"):
@@ -63,6 +78,9 @@ def test_real_claims_on_a_tiny_scale(tiny, tmp_path, capsys):
     run_claims(Lab(tiny), claims, tmp_path / "claims.html", True)
     record = json.loads((tmp_path / "claims.json").read_text("utf-8"))
     assert list(record["claims"]) == list(claims) and record["scale"]["steps"] == tiny.steps
-    assert len(record["claims"]["infix"]["numbers"]["trials"]) == 3
+    assert (
+        len(record["results"]) == 4
+        and "measure Trial(method='infix', task='short', rows=None, tokens=16)" in record["results"]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("agrees: A prefix is a gated adapter (He et al. 2021)") for line in lines)

@@ -4,7 +4,7 @@ from pathlib import Path
 from prefix_tuning import bundled
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.demo.build import load_relations
-from prefix_tuning.study.claims.tasks import TASKS, load_task, relation_rows, reversed_rows
+from prefix_tuning.study.claims.tasks import TASKS, load_task, relation_rows, word_rows
 
 
 def test_no_row_is_trained_on_and_scored():
@@ -31,8 +31,9 @@ def lines(name):
     return Path(bundled.resolve(name)).read_text("utf-8").splitlines()
 
 
-def test_reversed_rows_have_the_words_of_the_question_in_reverse_order(tokenizer):
-    for row in reversed_rows(tokenizer, 20):
-        asked = row["instruction"].removeprefix("倒过来写：").split("、")
-        assert row["output"].split("、") == asked[::-1] and len(set(asked)) == 3
-        assert all(len(tokenizer(word).input_ids) == 1 for word in asked)
+def test_words_are_written_in_reverse_order_or_as_they_stand(tokenizer):
+    for backwards, verb in ((True, "倒过来写"), (False, "照着写")):
+        for row in word_rows(tokenizer, 20, backwards):
+            asked = row["instruction"].removeprefix(f"{verb}：").split("、")
+            assert row["output"].split("、") == (asked[::-1] if backwards else asked) and len(set(asked)) == 3
+            assert all(len(tokenizer(word).input_ids) == 1 for word in asked)
