@@ -135,6 +135,7 @@ def removal_bars(removal: dict, name: str) -> go.Figure:
             figure.add_trace(bars, row=1, col=column)
     for column, whole in ((1, removal["whole"]["loss"]), (2, 100 * removal["whole"]["exact_match"])):
         figure.add_vline(x=whole, line={"dash": "dot", "color": "#333"}, row=1, col=column)
+    figure.update_xaxes(range=[0, 102], row=1, col=2)
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], tickfont={"size": 10})
     return styled(figure, f"{name}: 去掉一部分之后 without a part (···: 完整 whole)", 200 + 16 * len(parts))
 
