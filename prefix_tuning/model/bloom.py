@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers import BloomForCausalLM, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
 from prefix_tuning.model.attention import attend, attention_bias
@@ -152,3 +153,9 @@ def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tu
     for layer, (key, value) in enumerate(rows):
         cache.update(key, value, layer)
     return cache, mask.to(rows.device)
+
+
+def cached_pairs(cache: Cache) -> torch.Tensor:
+    """The keys and values that past_key_values hold of their first row, as a prefix: (L, 2, H, tokens, D)."""
+    layers = cast(list[DynamicLayer], cache.layers)
+    return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers])  # type: ignore[index]

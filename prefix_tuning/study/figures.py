@@ -173,7 +173,7 @@ def _by_rows(made: list[dict]) -> Iterator[tuple[int, str, str, list[float]]]:
             yield column, short_name(rows), COLOURS[place], values
 
 
-def cosine_lines(pair: dict) -> go.Figure:
+def cosine_bars(pair: dict) -> go.Figure:
     """Cosine between the pairs of two prefixes, by layer."""
     figure = go.Figure()
     for label, half in HALVES.items():

@@ -26,7 +26,7 @@ def mixtures(base: Bloom, rows: dict[str, list[Batch]], first: torch.Tensor, sec
     variants = {"alone": [first, second], "after": [torch.cat(pair, dim=3) for pair in ((first, second), (second, first))]}
     equal = first.shape == second.shape
     if equal:
-        variants["exchanged"] = [torch.stack((a[:, 0], b[:, 1]), dim=1) for a, b in ((first, second), (second, first))]
+        variants["exchanged"] = [mix(first, second), mix(second, first)]
         variants["between"] = [torch.lerp(first, second, step / STEPS) for step in range(STEPS + 1)]
     with tqdm(total=sum(map(len, variants.values())), desc="two prefixes", leave=False) as bar:
 
@@ -37,3 +37,8 @@ def mixtures(base: Bloom, rows: dict[str, list[Batch]], first: torch.Tensor, sec
         found = {kind: [scores(prefix) for prefix in prefixes] for kind, prefixes in variants.items()}
     cosine = F.cosine_similarity(first, second, dim=-1).mean(dim=(2, 3)).T.tolist() if equal else None
     return {"exchanged": None, "between": None, **found, "cosine": cosine}
+
+
+def mix(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The prefix (L, 2, H, P, D) with the keys of one and the values of another."""
+    return torch.stack((keys[:, 0], values[:, 1]), dim=1)

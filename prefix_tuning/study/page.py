@@ -1,6 +1,7 @@
 """A page of pictures that people can hover: one HTML file that needs no network, in Chinese and English."""
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,9 @@ class Section(NamedTuple):
 
     title: Text
     reading: Text
-    figures: "list[go.Figure]" = []  # noqa: RUF012 (never changed)
+    figures: Sequence[go.Figure] = ()
     table: list[list[str | Text]] | None = None
-    notes: list[Text] = []  # noqa: RUF012
+    notes: Sequence[Text] = ()
 
     def html(self) -> str:
         parts = [f"<section><h2>{self.title.html()}</h2>", f"<p>{self.reading.html()}</p>"]

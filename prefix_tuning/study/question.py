@@ -8,6 +8,7 @@ from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
 from prefix_tuning.study.attention import watching
 from prefix_tuning.study.scoring import label_logits
+from prefix_tuning.study.shares import heads_by_share
 
 MOST_NEW_TOKENS = 48
 LIKELIEST = 5  # tokens that are named for each place
@@ -33,9 +34,7 @@ def follow(
     (batch,) = pack([Example(ids, ids)], max_tokens=len(ids))  # every token after the first is a label
     batch = batch.to(model.device)
     prefix = model.prefixes[name]
-    places = [(layer, head) for layer, line in enumerate(shares) for head in range(len(line))]
-    places.sort(key=lambda place: -shares[place[0]][place[1]])
-    kept, maps = places[:MOST_MAPS], {}
+    kept, maps = heads_by_share(shares)[:MOST_MAPS], {}
 
     def keep(layer: int, weights: torch.Tensor) -> None:
         for head in (head for at, head in kept if at == layer):

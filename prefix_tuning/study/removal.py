@@ -9,6 +9,7 @@ from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.study.attention import without
 from prefix_tuning.study.scoring import score
+from prefix_tuning.study.shares import heads_by_share
 
 MOST_HEADS = 64  # that are removed one by one; of a larger base, those to which the prefix owes the most attention
 
@@ -24,8 +25,7 @@ def removals(base: Bloom, batches: list[Batch], prefix: torch.Tensor, shares: li
     only, values only), its place and its scores. left_out: heads that were not removed.
     """
     scores = score(base, batches, prefix), score(base, batches, None)
-    places = [(layer, head) for layer, line in enumerate(shares) for head in range(len(line))]
-    places.sort(key=lambda place: -shares[place[0]][place[1]])
+    places = heads_by_share(shares)
     parts = []
     for kind, place, removed in tqdm(list(_parts(prefix, sorted(places[:MOST_HEADS]))), desc="without a part", leave=False):
         with without(base, removed):

@@ -30,7 +30,7 @@ from prefix_tuning.study.mixing import mixtures
 from prefix_tuning.study.page import write_page
 from prefix_tuning.study.question import follow
 from prefix_tuning.study.removal import removals
-from prefix_tuning.study.scoring import batches_of
+from prefix_tuning.study.scoring import batches_of, spaced
 from prefix_tuning.study.sections import say, sections_of, summary
 from prefix_tuning.study.settings import StudyConfig
 from prefix_tuning.study.shares import attention_shares
@@ -93,7 +93,7 @@ def trained_on(name: str, folder: str) -> str:
     """
     path = locate(folder, CONFIG_FILE)
     try:
-        settings = json.loads(path.read_text("utf-8")) if path else {"eval_dataset": None, "dataset": None}
+        settings = json.loads(path.read_text("utf-8")) if path else {}
         found = [settings["eval_dataset"], settings["dataset"]]
     except (OSError, ValueError, KeyError, TypeError):
         found = []
@@ -120,12 +120,6 @@ def prepare(name: str, rows: Dataset, config: StudyConfig, model: PrefixBloom, t
         there=len(rows),
         prompt=_prompt(config.question, chosen, tokenizer),
     )
-
-
-def spaced(rows: Dataset, count: int) -> Dataset:
-    """So many of the rows, or all if there are fewer, evenly spaced."""
-    count = min(count, len(rows))
-    return rows.select([place * len(rows) // count for place in range(count)])
 
 
 def _prompt(question: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:

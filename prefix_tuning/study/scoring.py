@@ -20,6 +20,12 @@ class Score(NamedTuple):
     exact_match: float
 
 
+def spaced(rows: Dataset, count: int) -> Dataset:
+    """So many of the rows, or all if there are fewer, evenly spaced."""
+    count = min(count, len(rows))
+    return rows.select([place * len(rows) // count for place in range(count)])
+
+
 def batches_of(tokenized: Dataset, max_tokens: int) -> list[Batch]:
     """The rows of `data.rows.tokenize`, packed."""
     return list(pack(take(tokenized, list(range(len(tokenized)))), max_tokens))

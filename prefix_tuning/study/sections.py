@@ -1,7 +1,7 @@
 """The page of a study: its parts in their order, made of the numbers of run.py. What it says stands in texts.json."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -49,8 +49,8 @@ def sections_of(numbers: dict) -> list[Section]:
     ]
 
 
-def _section(key: str, drawn: list[go.Figure], notes: list[Text] | None = None, **values: object) -> Section:
-    return Section(say(key), say(f"{key}.reading", **values), drawn, notes=notes or [])
+def _section(key: str, drawn: list[go.Figure], notes: Sequence[Text] = (), **values: object) -> Section:
+    return Section(say(key), say(f"{key}.reading", **values), drawn, notes=notes)
 
 
 def _drawn(draw: Callable[[dict, str], go.Figure], prefixes: dict, key: str) -> list[go.Figure]:
@@ -122,7 +122,7 @@ def _pairs(pairs: list[dict]) -> Section:
         named = pair | {side: short_name(pair[side]) for side in ("first", "second")}
         drawn.append(figures.combination_bars(named))
         if pair["between"]:
-            drawn += [figures.between_lines(named), figures.cosine_lines(named)]
+            drawn += [figures.between_lines(named), figures.cosine_bars(named)]
         else:
             notes.append(say("pairs.lengths", first=pair["first"], second=pair["second"]))
     return _section("pairs", drawn, notes + ([say("pairs.first")] if len(pairs) > 1 else []))

@@ -45,3 +45,9 @@ def attention_shares(base: Bloom, batches: list[Batch], prefix: torch.Tensor) ->
         "by_distance": (by_place / rows)[:, :, enough].tolist(),
         "slopes": alibi_slopes(heads).tolist(),
     }
+
+
+def heads_by_share(shares: list[list[float]]) -> list[tuple[int, int]]:
+    """Layer and head of all shares (L, H) of `attention_shares`, the largest first."""
+    places = [(layer, head) for layer, line in enumerate(shares) for head in range(len(line))]
+    return sorted(places, key=lambda place: -shares[place[0]][place[1]])

@@ -11,7 +11,7 @@ from prefix_tuning.base_model.sharding import is_sharded
 from prefix_tuning.devices import held_per_token
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_encoder
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import Bloom, cached_pairs
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training.inputs import Inputs
 from prefix_tuning.training.resume import Resumed, restore
@@ -128,4 +128,4 @@ def text_prefix(base: Bloom, tokenizer: PreTrainedTokenizerBase, text: str, num_
         raise UserError("--init_text is empty; --prefix_init text needs a text of at least one token")
     ids = (ids * -(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
     cache = base(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
-    return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]).float()
+    return cached_pairs(cache).float()

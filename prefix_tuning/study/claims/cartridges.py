@@ -7,15 +7,15 @@ import statistics
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table, above, percent
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.tables import medians, table_of, training
+from prefix_tuning.study.claims.tables import both, label, medians, table_of, training
 from prefix_tuning.study.claims.tasks import load_task
 from prefix_tuning.study.claims.trials import Trial, held_out_batches, tune
+from prefix_tuning.study.mixing import mix
 from prefix_tuning.study.page import Text
 
 STYLES = ("short", "sentence")
@@ -57,30 +57,22 @@ def exchange_pairs(job: Exchange, scale: Scale) -> dict[str, dict[str, float]]:
     return found
 
 
-def mix(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The prefix (L, 2, H, P, D) with the keys of one and the values of another."""
-    return torch.stack((keys[:, 0], values[:, 1]), dim=1)
-
-
 EXCHANGE = Claim(
     Text("在任务之间交换键", "Keys exchanged between tasks"),
     "Diaz 2025, arXiv 2508.17032",
     Text(
         "键像稳定、可共享的路由，在任务之间换掉代价很小；学到的内容主要在值里。",
         "Keys are stable routers that tasks can share: to exchange them costs little, while most of what is learnt "
-        "lies in the "
-        "values.",
+        "lies in the values.",
     ),
     Text(
-        "论文在不同语料之间交换；这里事实相同，回答的形式不同：short 与 sentence，从同一起点训练，另一种形式的回答算错。"
-        "相符：换键后两个任务都保住八成以上的完全匹配；两个任务都是换键（留自己的值）好于换值（留自己的键）。",
+        "论文在不同语料之间交换；这里事实相同，回答的形式不同：short 与 sentence，从同一起点训练，"
+        "另一种形式的回答算错。相符：换键后两个任务都保住八成以上的完全匹配；"
+        "两个任务都是换键（留自己的值）好于换值（留自己的键）。",
         "The paper exchanges between corpora; here the facts are the same and the form of the answer differs: short "
-        "and sentence, "
-        "trained from the same start, and an answer in the other's form is wrong. Agreement: with the other's keys "
-        "both keep at "
-        "least 80 % of their exact match; in both, the other's keys with own values do better than the other's "
-        "values with own "
-        "keys.",
+        "and sentence, trained from the same start, and an answer in the other's form is wrong. Agreement: with the "
+        "other's keys both keep at least 80 % of their exact match; in both, the other's keys with own values do "
+        "better than the other's values with own keys.",
     ),
 )
 
@@ -102,13 +94,13 @@ def exchange(lab: Lab) -> Finding:
         for style in STYLES:
             middle = [statistics.median(one[style][name] for one in found) for name in MIXES]
             moved = statistics.median(one["moved"][style] for one in found)
-            table.append([Text(f"{style}，{title.zh}", f"{style}, {title.en}"), *map(percent, middle), f"{moved:.2f}"])
+            table.append([both(Text(style, style), title), *map(percent, middle), f"{moved:.2f}"])
         parts += parts_of_exchange(title, found)
         series = {
-            f"{text.en} · {text.zh}": [statistics.median(one[style][name] for one in found) for style in STYLES]
+            label(text): [statistics.median(one[style][name] for one in found) for style in STYLES]
             for name, text in MIXES.items()
         }
-        charts.append(Chart("bar", f"task · 任务（{title.en}）", "exact match · 完全匹配", list(STYLES), {**series}))
+        charts.append(Chart("bar", f"task · 任务（{title.en}）", "exact match · 完全匹配", list(STYLES), series))
     return EXCHANGE.finding(training(lab.scale), parts, table, charts)
 
 
@@ -141,13 +133,10 @@ FIXED_KEYS = Claim(
     ),
     Text(
         "论文没有这样说，这是我们的问题：如果键只是路由，要不要训练？值来自 MLP，键从不改变：标准正态，或冻结模型为 "
-        "16 个随机词"
-        "算出的键。因此不判断是否相符。",
+        "16 个随机词算出的键。因此不判断是否相符。",
         "A question of ours, as the paper does not say so: if keys only route, do they have to be trained? The MLP "
-        "emits values "
-        "only; keys never change: standard normal, or those that the frozen base computes for 16 random words. So "
-        "there is no "
-        "verdict.",
+        "emits values only; keys never change: standard normal, or those that the frozen base computes for 16 random "
+        "words. So there is no verdict.",
     ),
 )
 

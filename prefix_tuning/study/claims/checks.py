@@ -16,7 +16,7 @@ from prefix_tuning.study.claims.forms import attend_gated
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.tasks import load_task
-from prefix_tuning.study.claims.trials import Trial, spaced, tune
+from prefix_tuning.study.claims.trials import Trial, some, tune
 from prefix_tuning.study.scoring import label_logits
 
 EXACT = 1e-6  # an error up to this is one of rounding
@@ -82,7 +82,7 @@ def largest(difference: torch.Tensor) -> torch.Tensor:
 def identities_of(task: str, scale: Scale) -> dict[str, Any]:
     """`check_identities` on held-out questions, with a prefix that was tuned at the demo's rate; lists of numbers."""
     tuned = tune(Trial("prefix", task), scale, bundled.SETTINGS["learning_rate"], scale.seeds[0])
-    batch = spaced(load_task(task).held_out, min(64, scale.scored))[0]
+    batch = some(load_task(task).held_out, min(64, scale.scored))[0]
     found = check_identities(tuned.base, batch, tuned.encoder.bake())
     return {name: torch.as_tensor(value).tolist() for name, value in found._asdict().items()}
 

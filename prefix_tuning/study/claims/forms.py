@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from prefix_tuning.model.attention import attend_padded, attention_bias
+from prefix_tuning.model.attention import alibi_slopes, attend_padded
 from prefix_tuning.model.batch import Batch
 
 
@@ -26,7 +26,7 @@ def attend_infix(
     positions = token + length * (token >= first)  # (R, S)
     keys = torch.cat((first + torch.arange(length, device=qkv.device), positions), dim=1)  # (R, P + S)
     distance = keys[:, None, :] - positions[:, :, None]  # (R, S, P + S), negative before the query
-    slopes = -attention_bias(qkv.shape[1], 0, 2, qkv)[0, :, 1, 0]  # (H)
+    slopes = alibi_slopes(qkv.shape[1]).to(qkv)  # (H)
     own = (slopes[:, None, None] * distance[:, None]).masked_fill(distance[:, None] > 0, -torch.inf)
     return attend_padded(qkv, pairs, batch, own)
 

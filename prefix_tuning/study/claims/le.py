@@ -3,8 +3,8 @@ https://arxiv.org/abs/2410.02200.
 """
 
 from prefix_tuning.study.claims.lab import Lab
-from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, above
-from prefix_tuning.study.claims.tables import medians, table_of, training
+from prefix_tuning.study.claims.record import Claim, Finding, Part, above
+from prefix_tuning.study.claims.tables import bars_over_rows, both, rows_text, table_of, training
 from prefix_tuning.study.claims.trials import Trial
 from prefix_tuning.study.page import Text
 
@@ -23,12 +23,10 @@ SHARED = Claim(
     ),
     Text(
         "共享：本项目的 MLP；直接：键值本身为参数，即论文所比较的；各自：键和值各有嵌入与 MLP，参数多一倍，"
-        "是我们加的对照。"
-        "相符：共享的留出损失更低。",
+        "是我们加的对照。相符：共享的留出损失更低。",
         "Shared: the MLP as it is; direct: the pairs are parameters, which is what the paper compares with; an MLP "
-        "each for keys "
-        "and values, with twice the parameters, is a control of ours. Agreement: a lower held-out loss of the shared "
-        "form.",
+        "each for keys and values, with twice the parameters, is a control of ours. Agreement: a lower held-out loss "
+        "of the shared form.",
     ),
 )
 
@@ -38,11 +36,8 @@ def shared(lab: Lab) -> Finding:
     sizes = [*lab.scale.few, None]
     trials = [Trial(method, rows=size) for size in sizes for method in METHODS]
     measured = lab.measure(*trials)
-    losses, shares = medians(measured, "held_out_loss"), medians(measured)
-    texts = [Text(f"{size} 行", f"{size} rows") if size else Text("全部行", "all rows") for size in sizes]
-    names: list[str | Text] = [
-        Text(f"{name.zh}，{text.zh}", f"{name.en}, {text.en}") for text in texts for name in METHODS.values()
-    ]
+    texts = [rows_text(size) for size in sizes]
+    names: list[str | Text] = [both(name, text) for text in texts for name in METHODS.values()]
     parts = []
     for place, text in enumerate(texts):
         together, *others = measured[3 * place : 3 * place + 3]
@@ -58,14 +53,5 @@ def shared(lab: Lab) -> Finding:
         training(lab.scale),
         parts,
         table_of(Text("方法与行数", "method and rows"), names, measured),
-        [
-            Chart(
-                "bar",
-                "training rows · 训练行数",
-                title,
-                [str(size or "all · 全部") for size in sizes],
-                {f"{name.en} · {name.zh}": list(figures[place::3]) for place, name in enumerate(METHODS.values())},
-            )
-            for title, figures in (("held-out loss, nats · 留出损失", losses), ("exact match · 完全匹配", shares))
-        ],
+        [bars_over_rows(sizes, list(METHODS.values()), measured, figure) for figure in ("held_out_loss", "exact_match")],
     )

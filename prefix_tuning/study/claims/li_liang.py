@@ -17,8 +17,7 @@ LENGTH = Claim(
     Text(
         "前缀越长训练损失越低，测试成绩却在某一长度之后略降：XSum 最佳 200，DART 最佳 10。",
         "A longer prefix lowers the training loss on and on; the test score is best at some length, 200 tokens on "
-        "XSum and 10 on "
-        "DART, and falls slightly beyond it.",
+        "XSum and 10 on DART, and falls slightly beyond it.",
     ),
     Text(
         "相符：最长者的训练损失低于其余各个；留出损失最低者不是最长者。",
@@ -79,8 +78,8 @@ INFIX = Claim(
         "BLEU on E2E with GPT-2 medium: prefix 70.3, infix 66.7-67.9, embedding-only 48.1-62.2.",
     ),
     Text(
-        "各 16 个虚拟词；中缀的键值位于问题最后一个词之前，只有预测答案的位置看得到；仅嵌入从随机词的嵌入开始。"
-        "相符：中位完全匹配低于前缀。",
+        "各 16 个虚拟词；中缀的键值位于问题最后一个词之前，只有预测答案的位置看得到；仅嵌入从随机词的嵌入开始。相符："
+        "中位完全匹配低于前缀。",
         "16 tokens each. The infix stands before the last token of the prompt, so that only positions that predict "
         "the answer see it; embedding-only starts with the embeddings of random words. Agreement: a lower median "
         "exact match than the prefix.",
@@ -137,8 +136,7 @@ PROJECTION = Claim(
     Text(
         "相符：直接训练的完全匹配较低；离最佳学习率半个数量级时，它的损失升高的倍数更大（第一个种子）。",
         "Agreement: a lower exact match of the direct pairs; half a decade off the best rate, their loss grows by "
-        "the larger "
-        "factor (first seed).",
+        "the larger factor (first seed).",
     ),
 )
 

@@ -5,7 +5,7 @@ import statistics
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.methods import RELATED, UNRELATED
 from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, above, percent
-from prefix_tuning.study.claims.tables import medians, table_of, training
+from prefix_tuning.study.claims.tables import bars_over_rows, both, medians, rows_text, table_of, training
 from prefix_tuning.study.claims.trials import Measured, Trial
 from prefix_tuning.study.page import Text
 
@@ -22,8 +22,7 @@ LOW_DATA = Claim(
         f"训练行随种子抽取。相符：{FEWEST} 行以上各行数平均，前缀的完全匹配更高；"
         "行数最多时的领先小于最少时（没有领先则未定）。",
         "The seed draws the training rows. Agreement: a higher exact match of the prefix on average over the sizes "
-        f"from {FEWEST} "
-        "rows on; a smaller lead with most than with fewest of these rows (open where there is none).",
+        f"from {FEWEST} rows on; a smaller lead with most than with fewest of these rows (open where there is none).",
     ),
 )
 
@@ -43,8 +42,8 @@ def low_data(lab: Lab) -> Finding:
     ]
     mean, first, last = statistics.median(by_seed), leads[len(sizes) - len(compared)], leads[-1]
     names: list[str | Text] = [
-        Text(f"{zh}，{size} 行", f"{en}, {size} rows")
-        for zh, en in (("前缀", "prefix"), ("全量微调", "full fine-tuning"))
+        both(name, rows_text(size))
+        for name in (Text("前缀", "prefix"), Text("全量微调", "full fine-tuning"))
         for size in sizes
     ]
     return LOW_DATA.finding(
@@ -92,18 +91,14 @@ WORDS = Claim(
     Text(
         "数据少时，从真实词的激活开始优于随机，与任务相关的词又优于别的词；数据充足时没有差别。",
         "With few rows a start from the activations of real words beats a random one, and words of the task beat "
-        "others; with all "
-        "data the start makes no difference.",
+        "others; with all data the start makes no difference.",
     ),
     Text(
         f"相关词：{RELATED} 无关词：{UNRELATED} 相符：行少时，相关词比随机、比无关词，"
-        "完全匹配和损失都更好（只有一项更好则未定）；"
-        "全部行时完全匹配相差至多 2 个百分点。",
-        f"Words of the task: {RELATED} Other words: {UNRELATED} Agreement: with few rows words of the task are "
-        "better than random, "
-        "and than others, in exact match and in loss (open where in one only); with all rows exact match differs by "
-        "at most 2 "
-        "points.",
+        "完全匹配和损失都更好（只有一项更好则未定）；全部行时完全匹配相差至多 2 个百分点。",
+        f"Words of the task: {RELATED} Other words: {UNRELATED} Agreement: with few rows words of the task are better "
+        "than random, and than others, in exact match and in loss (open where in one only); with all rows exact "
+        "match differs by at most 2 points.",
     ),
 )
 
@@ -112,10 +107,8 @@ def words(lab: Lab) -> Finding:
     """The start is added to the output of an MLP whose last layer begins at zero."""
     sizes = [*lab.scale.few, None]
     measured = lab.measure(*(Trial(method, rows=size) for size in sizes for method in STARTS))
-    texts = [Text(f"{size} 行", f"{size} rows") if size else Text("全部行", "all rows") for size in sizes]
-    names: list[str | Text] = [
-        Text(f"{start.zh}，{text.zh}", f"{start.en}, {text.en}") for text in texts for start in STARTS.values()
-    ]
+    texts = [rows_text(size) for size in sizes]
+    names: list[str | Text] = [both(start, text) for text in texts for start in STARTS.values()]
     parts = []
     for place, (size, text) in enumerate(zip(sizes, texts, strict=True)):
         of_size = dict(zip(STARTS, measured[3 * place : 3 * place + 3], strict=True))
@@ -126,19 +119,7 @@ def words(lab: Lab) -> Finding:
         training(lab.scale),
         parts,
         table_of(Text("起点与行数", "start and rows"), names, measured),
-        [
-            Chart(
-                "bar",
-                "training rows · 训练行数",
-                title,
-                [str(size or "all · 全部") for size in sizes],
-                {f"{start.en} · {start.zh}": figures[place::3] for place, start in enumerate(STARTS.values())},
-            )
-            for title, figures in (
-                ("exact match · 完全匹配", medians(measured)),
-                ("held-out loss, nats · 留出损失", medians(measured, "held_out_loss")),
-            )
-        ],
+        [bars_over_rows(sizes, list(STARTS.values()), measured, figure) for figure in ("exact_match", "held_out_loss")],
     )
 
 
@@ -180,10 +161,8 @@ EXTRAPOLATION = Claim(
         "训练问题只涉及一半关系（每隔一个），评分的问题涉及另一半，其中几个关系的问法与训练过的相同（如加法与乘法）；"
         "学习率按见过的关系的其他事实选。相符：前缀的完全匹配更高、损失更低。",
         "Training questions are about every second relation, scored ones about the others, a few of which are asked "
-        "in the same "
-        "words (sums and products, say); the rate is chosen on other facts of the relations that were seen. "
-        "Agreement: a higher "
-        "exact match of the prefix; a lower loss.",
+        "in the same words (sums and products, say); the rate is chosen on other facts of the relations that were "
+        "seen. Agreement: a higher exact match of the prefix; a lower loss.",
     ),
 )
 

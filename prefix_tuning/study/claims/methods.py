@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import Bloom, cached_pairs
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.study.attention import attending
 from prefix_tuning.study.claims.forms import attend_infix
+from prefix_tuning.study.mixing import mix
 from prefix_tuning.study.scoring import label_logits
 from prefix_tuning.training.start import text_prefix
 
@@ -46,7 +47,7 @@ class SeparateEncoders(Emitter):
         self.keys, self.values = PrefixEncoder(config), PrefixEncoder(config)  # half of what each emits has no use
 
     def forward(self) -> torch.Tensor:
-        return torch.stack((self.keys()[:, 0], self.values()[:, 1]), dim=1)
+        return mix(self.keys(), self.values())
 
 
 class FixedKeys(Emitter):
@@ -77,8 +78,7 @@ class EmbeddingOnly(Emitter):
         self.read = partial(base.transformer, use_cache=True)  # no submodule: the base is not trained
 
     def forward(self) -> torch.Tensor:
-        cache = self.read(inputs_embeds=self.embeddings.unsqueeze(0)).past_key_values
-        return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])
+        return cached_pairs(self.read(inputs_embeds=self.embeddings.unsqueeze(0)).past_key_values)
 
 
 class TrainableBloom(Bloom):

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2310.19698.
 from prefix_tuning.study.claims.checks import EXACT, tuned_errors
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table, percent
-from prefix_tuning.study.claims.tables import medians, table_of, training, training_once
+from prefix_tuning.study.claims.tables import both, label, medians, table_of, training, training_once
 from prefix_tuning.study.claims.trials import Longer, Trial, train_longer
 from prefix_tuning.study.page import Text
 
@@ -66,22 +66,17 @@ UNLOCK = Claim(
     Text(
         "预训练里有的任务，前缀能学会（论文中大多高于 90 %）；需要新注意力模式的任务，前缀 0 %，全量微调 85 %。",
         "A prefix learns tasks that were part of pre-training (most of the paper's above 90 %). A task that needs a "
-        "new attention "
-        "pattern: 0 %, where full fine-tuning reaches 85 %.",
+        "new attention pattern: 0 %, where full fine-tuning reaches 85 %.",
     ),
     Text(
         "已知任务：演示的问答（留出的事实）。新任务：把三个词倒过来写，词取自事实，每个词一个词元。相符："
-        "已知任务前缀不低于 80 %；"
-        f"新任务前缀不到 10 %，步数 {TIMES} 倍也是；新任务全量微调不低于 80 %。对照：照原样写这三个词。"
-        "如果前缀连这也学不会，"
-        "缺的就不是顺序，而是照抄几个词的能力，顺序是否要紧就未定。",
+        f"已知任务前缀不低于 80 %；新任务前缀不到 10 %，步数 {TIMES} 倍也是；新任务全量微调不低于 80 %。对照："
+        "照原样写这三个词。如果前缀连这也学不会，缺的就不是顺序，而是照抄几个词的能力，顺序是否要紧就未定。",
         "Known: the demo's questions about other facts. New: three words to be written in reverse order, words of "
-        "the facts, one "
-        f"token each. Agreement: known, prefix: at least 80 %; new, prefix: below 10 %, with {TIMES} times the steps "
-        "as well; "
-        "new, full fine-tuning: at least 80 %. Control: the same words as they stand. If a prefix does not learn "
-        "that either, the "
-        "base lacks the copying of several words, and whether their order matters is open.",
+        f"the facts, one token each. Agreement: known, prefix: at least 80 %; new, prefix: below 10 %, with {TIMES} "
+        "times the steps as well; new, full fine-tuning: at least 80 %. Control: the same words as they stand. If a "
+        "prefix does not learn that either, the base lacks the copying of several words, and whether their order "
+        "matters is open.",
     ),
 )
 
@@ -94,9 +89,7 @@ def unlock(lab: Lab) -> Finding:
     (longer,) = (found["exact_match"] for found in lab.run(train_longer, [Longer(trials[2], measured[2].rate, TIMES)]))
     tasks = (Text("已知的事实", "known facts"), Text("倒序", "reversed words"), Text("照抄", "copied words"))
     methods = (Text("前缀", "prefix"), Text("全量微调", "full fine-tuning"))
-    names: list[str | Text] = [
-        Text(f"{task.zh}，{method.zh}", f"{task.en}, {method.en}") for task in tasks for method in methods
-    ]
+    names: list[str | Text] = [both(task, method) for task in tasks for method in methods]
     control = Text(
         f"对照，照抄：前缀 {percent(copied)}，全量微调 {percent(copied_full)}",
         f"control, copied words: prefix {percent(copied)}, full fine-tuning {percent(copied_full)}",
@@ -121,8 +114,8 @@ def unlock(lab: Lab) -> Finding:
                 "bar",
                 "task · 任务",
                 "exact match · 完全匹配",
-                [f"{task.en} · {task.zh}" for task in tasks],
-                {f"{method.en} · {method.zh}": medians(measured[place::2]) for place, method in enumerate(methods)},
+                list(map(label, tasks)),
+                {label(method): medians(measured[place::2]) for place, method in enumerate(methods)},
             )
         ],
     )

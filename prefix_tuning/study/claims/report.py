@@ -12,8 +12,8 @@ TITLE = Text("论文的论断，在随包的小模型上检验", "The papers' cl
 SUMMARY = Text(
     "每个论断是随包小 Bloom 上的一个小实验：论文怎么说，这里跑了什么，得到什么，是否相符。与论文不符也是结果，"
     "照样写出；没有为了相符而调整。",
-    "Each claim is a small experiment on the bundled mini Bloom: what the paper says, what was run, what came out, and "
-    "whether that agrees. Disagreement is a finding and printed as such; nothing was tuned until it agreed.",
+    "Each claim is a small experiment on the bundled mini Bloom: what the paper says, what was run, what came out, "
+    "and whether that agrees. Disagreement is a finding and printed as such; nothing was tuned until it agreed.",
 )
 MARKS = {True: Text("✓ 相符", "✓ agrees"), False: Text("✗ 不符", "✗ disagrees"), None: Text("○ 未定", "○ open")}
 QUICK_NOTE = Text("快速运行：一个种子，步数和点数较少。", "Quick run: one seed, fewer steps and points.")

@@ -20,8 +20,8 @@ class ClaimsConfig:
     output: str = flag(
         "claims.html",
         "The page. Beside it, by the same name, a .json with every number, written after each training. Started "
-        "again with "
-        "the same settings, the command trains nothing anew that stands there; delete the .json to measure all again.",
+        "again with the same settings, the command trains nothing anew that stands there; delete the .json to "
+        "measure all again.",
     )
 
     def __post_init__(self) -> None:

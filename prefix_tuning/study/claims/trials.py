@@ -15,7 +15,7 @@ from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.study.claims.methods import METHODS, Encoder, Method
 from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.tasks import Task, bundled_base, load_task
-from prefix_tuning.study.scoring import Score, batches_of, score
+from prefix_tuning.study.scoring import Score, batches_of, score, spaced
 from prefix_tuning.training.learning_rate import rate_at, walk_downhill
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.state import TrainingState, make_optimizer, make_schedule
@@ -93,7 +93,7 @@ def measure(trial: Trial, scale: Scale) -> Measured:
     chooses the rate are rows that are neither trained on nor part of the scores.
     """
     task = load_task(trial.task)
-    choosing = spaced(task.validation, scale.scored // 2)
+    choosing = some(task.validation, scale.scored // 2)
     tuned: dict[int, Tuned] = {}
 
     def loss_at(place: int) -> float:
@@ -125,15 +125,14 @@ def scores(runs: Sequence[Tuned], trial: Trial, task: Task, scale: Scale) -> tup
     """Of each run: loss on (some of) its training rows, loss on held-out rows, exact match there."""
     held_out = [run.score(held_out_batches(task, scale)) for run in runs]
     trained_on = (drawn(task.train, trial.rows, seed) for seed in scale.seeds)
-    train = [run.score(spaced(rows, scale.scored)).loss for run, rows in zip(runs, trained_on, strict=True)]
+    train = [run.score(some(rows, scale.scored)).loss for run, rows in zip(runs, trained_on, strict=True)]
     return train, [found.loss for found in held_out], [found.exact_match for found in held_out]
 
 
 def held_out_batches(task: Task, scale: Scale) -> list[Batch]:
-    return spaced(task.held_out, scale.scored)
+    return some(task.held_out, scale.scored)
 
 
-def spaced(rows: Dataset, count: int) -> list[Batch]:
+def some(rows: Dataset, count: int) -> list[Batch]:
     """At most so many of the rows, evenly spaced, packed."""
-    count = min(count, len(rows))
-    return batches_of(rows.select([place * len(rows) // count for place in range(count)]), MAX_TOKENS)
+    return batches_of(spaced(rows, count), MAX_TOKENS)

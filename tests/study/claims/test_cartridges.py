@@ -1,7 +1,8 @@
 import torch
 from helpers import random_bloom, random_prefix
 
-from prefix_tuning.study.claims.cartridges import MIXES, Exchange, exchange_pairs, fixed_keys, mix, parts_of_exchange
+from prefix_tuning.study.claims.cartridges import MIXES, Exchange, exchange_pairs, fixed_keys, parts_of_exchange
+from prefix_tuning.study.mixing import mix
 from prefix_tuning.study.page import Text
 
 

@@ -6,7 +6,7 @@ import torch
 from prefix_tuning.study.claims import trials
 from prefix_tuning.study.claims.methods import METHODS
 from prefix_tuning.study.claims.tasks import load_task
-from prefix_tuning.study.claims.trials import Measured, Trial, Tuned, drawn, measure, spaced, tune
+from prefix_tuning.study.claims.trials import Measured, Trial, Tuned, drawn, measure, some, tune
 from prefix_tuning.study.scoring import Score
 
 
@@ -29,7 +29,7 @@ def test_rows_are_drawn_by_the_seed():
 
 def test_scored_rows_are_spread_evenly():
     rows = load_task("short").held_out
-    ids = [row for batch in spaced(rows, 7) for row in batch.input_ids.split(batch.lengths)]
+    ids = [row for batch in some(rows, 7) for row in batch.input_ids.split(batch.lengths)]
     places = [place * len(rows) // 7 for place in range(7)]
     assert sorted(map(torch.Tensor.tolist, ids)) == sorted(rows[place]["input_ids"] for place in places)
 
