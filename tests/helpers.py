@@ -28,7 +28,8 @@ from prefix_tuning import bundled, plain
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import Interrupted, UserError
-from prefix_tuning.files.checkpoint_format import find_checkpoints
+from prefix_tuning.files import checkpoint_format
+from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint
 from prefix_tuning.files.names import ADAPTER_FILE, ENCODER_FILE, METRICS_FILE
 from prefix_tuning.generation import batches
 from prefix_tuning.inference.run import infer
@@ -113,9 +114,37 @@ def step_of(examples, max_tokens=1000, number=1) -> Step:
     return Step(number, list(pack(examples, max_tokens)), count_labels(examples), tokens, 0, len(examples))
 
 
+def flat(weights):
+    """All numbers of a state_dict in one axis."""
+    return torch.cat([tensor.flatten() for _, tensor in sorted(weights.items())])
+
+
+def weights_by_step(folder) -> dict[int, dict[str, torch.Tensor]]:
+    """The encoder's weights in each checkpoint of a run, by its step."""
+    return {
+        checkpoint_format.step_of(path): {
+            name.removeprefix("encoder."): tensor
+            for name, tensor in load_checkpoint(path)[0].items()
+            if name.startswith("encoder.")
+        }
+        for path in find_checkpoints(Path(folder))
+    }
+
+
 def relative(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
 
+
+def deviation(ours, theirs):
+    """The mean absolute difference, relative to the mean absolute value. For Adam's updates: a number whose gradient is all
+    rounding may move the other way, and it counts as one number among thousands.
+    """
+    return ((ours - theirs).abs().mean() / theirs.abs().mean()).item()
+
+
+# A learning rate that changes no figure: so every step begins with equal weights, and runs that round otherwise can be
+# compared. With a real rate Adam amplifies roundings, on each CPU in another way.
+STANDSTILL = 1e-12
 
 RECORDED_BASE = {"name_or_path": bundled.MODEL, "weights": "abc"}
 

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from helpers import (
+    STANDSTILL,
     examples_of,
     metrics_of,
     peft_model,
@@ -80,7 +81,13 @@ def test_the_loss_is_the_token_mean_over_the_step():
     assert loss == pytest.approx(plain_loss(model, examples, prefix).item() / labels, rel=1e-5)
 
 
-def test_how_rows_share_forward_passes_does_not_change_the_losses(quick_settings, tmp_path):
+def figures_of(folder):
+    """Loss and gradient norm of every step."""
+    return [(line["loss"], line["grad_norm"]) for line in metrics_of(folder) if "loss" in line]
+
+
+def test_how_rows_share_forward_passes_does_not_change_losses_and_gradients(quick_settings, tmp_path):
+    quick_settings |= {"learning_rate": STANDSTILL}
     train(TrainConfig(**quick_settings))
     for number, changed in enumerate(
         (
@@ -90,8 +97,8 @@ def test_how_rows_share_forward_passes_does_not_change_the_losses(quick_settings
         )
     ):
         train(TrainConfig(**quick_settings | changed | {"output_dir": str(tmp_path / str(number))}))
-        for ours, other in zip(metrics_of(quick_settings["output_dir"]), metrics_of(tmp_path / str(number)), strict=True):
-            assert "loss" not in ours or ours["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        for ours, other in zip(figures_of(quick_settings["output_dir"]), figures_of(tmp_path / str(number)), strict=True):
+            assert ours == pytest.approx(other, rel=1e-5)
 
 
 def test_max_grad_norm_0_does_not_clip(quick_settings, tmp_path):
@@ -106,13 +113,14 @@ def test_max_grad_norm_0_does_not_clip(quick_settings, tmp_path):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_give_the_same_losses(quick_settings, tmp_path, checkpointing):
+def test_compiled_layers_give_the_same_losses_and_gradients(quick_settings, tmp_path, checkpointing):
+    quick_settings |= {"learning_rate": STANDSTILL}
     train(TrainConfig(**quick_settings))
     changed = {"torch_compile": True, "gradient_checkpointing": checkpointing, "output_dir": str(tmp_path / "compiled")}
     train(TrainConfig(**quick_settings | changed))
-    *plain, plain_summary = metrics_of(quick_settings["output_dir"])
-    *compiled, summary = metrics_of(tmp_path / "compiled")
-    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+    for ours, plain in zip(figures_of(tmp_path / "compiled"), figures_of(quick_settings["output_dir"]), strict=True):
+        assert ours == pytest.approx(plain, rel=1e-5)
+    summary, plain_summary = (metrics_of(folder)[-1] for folder in (tmp_path / "compiled", quick_settings["output_dir"]))
     assert plain_summary["compile_seconds"] == 0 < summary["compile_seconds"]
 
 
