@@ -43,8 +43,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The compute type for a --precision flag: the one place where it is decided. Raises UserError for fp16 off CUDA.
 
-    auto: bfloat16 where the device multiplies it in hardware; else float16 on CUDA, float32 elsewhere. It depends on the
-    device alone, so a resumed run decides alike.
+    auto: bfloat16 where the device multiplies it in hardware; else float16 on CUDA, float32 elsewhere. A resumed run on the
+    same machine decides alike.
     """
     if precision == "auto":
         if has_bf16_units(device):
@@ -55,17 +55,25 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+# oneDNN multiplies torch's matrices on x86 CPUs. Where a variable limits it to one of these, it does not touch bf16 units.
+OLDER_THAN_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32 ones. Known of CUDA and of x86 CPUs."""
+    """Whether torch multiplies bfloat16 matrices faster than float32 ones there. Known of CUDA and of x86 CPUs."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).major >= 8  # Ampere or later
-    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        # Ampere or later
+        return torch.cuda.get_device_properties(device).major >= 8
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    if device.type != "cpu" or limit.upper() in OLDER_THAN_BF16:
+        return False
+    found = torch.cpu.get_capabilities()
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def described(dtype: torch.dtype, precision: str, device: torch.device) -> str:
     """What a run computes in, and if that was chosen by --precision auto, why."""
-    reason = f", which has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 units"
+    reason = ", which has bfloat16 units" if dtype == torch.bfloat16 else ", where torch uses no bfloat16 units"
     return f"{dtype} on {device}{reason if precision == 'auto' and device.type != 'mps' else ''}"
 
 

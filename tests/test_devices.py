@@ -67,10 +67,25 @@ def test_on_cuda_the_precision_is_what_the_device_has_units_for(monkeypatch):
 @pytest.mark.parametrize("units", [{}, {"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False}])
 def test_on_a_cpu_bfloat16_is_chosen_where_there_are_units_for_it(monkeypatch, units):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **units})
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
     cpu, dtype = torch.device("cpu"), torch.bfloat16 if units else torch.float32
     assert resolve_dtype("auto", cpu) == dtype and resolve_dtype("auto", torch.device("mps")) == torch.float32
-    assert described(dtype, "auto", cpu) == f"{dtype} on cpu, which has {'' if units else 'no '}bfloat16 units"
+    reason = "which has bfloat16 units" if units else "where torch uses no bfloat16 units"
+    assert described(dtype, "auto", cpu) == f"{dtype} on cpu, {reason}"
     assert described(torch.float32, "fp32", cpu) == "torch.float32 on cpu"
+
+
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize(
+    "limit, used", [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_BF16", True), ("DEFAULT", True)]
+)
+def test_units_that_onednn_is_told_not_to_use_do_not_count(monkeypatch, variable, limit, used):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, limit)
+    assert resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if used else torch.float32)
 
 
 def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
