@@ -108,19 +108,25 @@ class FrozenHeadLoss(torch.autograd.Function):
         loss_n = logsumexp(logits_n) - logits_n[label_n]        d loss_n / d logits_n = softmax(logits_n) - onehot(label_n)
 
     The weight is frozen, so the only gradient is that of `hidden`. It is computed in the forward pass, slice by slice,
-    while a slice's logits are at hand, and scaled in the backward pass: at most LABELS_AT_ONCE rows of logits exist at
-    once. The idea is Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989). Raises ValueError if the weight requires a
-    gradient.
+    when a slice's logits exist anyway, and scaled in the backward pass: at most LABELS_AT_ONCE rows of logits exist at
+    once. The idea is Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989).
+
+    fp16 has no number below 6e-8, and with 250,000 tokens in the vocabulary most probabilities are smaller. The loss scale
+    comes too late for them, in the backward pass. So softmax - onehot is multiplied by FP16_SCALE before it is rounded to
+    fp16, about what a loss scale of 2**16 is for each label of a step. `grad` stays float32.
+
+    Raises ValueError if the weight requires a gradient.
     """
 
     LABELS_AT_ONCE = 256  # enough to keep the matmuls busy
+    FP16_SCALE = 2.0**10
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         if ctx.needs_input_grad[1]:
             raise ValueError("the lm_head must be frozen: this loss has no gradient for it")
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        grad = torch.empty_like(hidden, dtype=losses.dtype) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
             part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
             log_probabilities = F.linear(hidden[part], weight).to(losses.dtype).log_softmax(-1)
@@ -128,15 +134,20 @@ class FrozenHeadLoss(torch.autograd.Function):
             losses[part] = -log_probabilities.gather(1, label).squeeze(1)
             if grad is not None:
                 error = log_probabilities.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=losses.dtype))
+                if weight.dtype == torch.float16:
+                    error *= FrozenHeadLoss.FP16_SCALE
                 grad[part] = error.to(weight.dtype) @ weight
+        if grad is not None and weight.dtype == torch.float16:
+            grad /= FrozenHeadLoss.FP16_SCALE
         ctx.save_for_backward(grad)
+        ctx.dtype = hidden.dtype
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
         (grad,) = ctx.saved_tensors
-        return grad * grad_losses.unsqueeze(1).to(grad.dtype), None, None
+        return (grad * grad_losses.unsqueeze(1)).to(ctx.dtype), None, None
 
 
 def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tuple[Cache, torch.Tensor]:

@@ -184,6 +184,25 @@ def test_the_gradient_of_the_loss_is_its_derivative():
         assert torch.autograd.gradcheck(lambda x: FrozenHeadLoss.apply(x, weight, labels), (hidden,))
 
 
+def test_in_fp16_a_confident_label_has_its_gradient():
+    """50,000 tokens share a probability of 2e-3, each has 4e-8: fp16 rounds that to zero, and all of them together pull the
+    hidden state as much as the label does. A loss scale keeps them.
+    """
+    torch.manual_seed(0)
+    labels, scale = torch.arange(4), 2.0**16
+    weight = torch.cat((torch.zeros(4), torch.randn(60))) + 0.01 * torch.randn(50_000, 64)
+    weight[labels] = 4 * torch.eye(64)[:4]
+    hidden = weight[labels] * (math.log(50_000 / 2e-3) / 16)
+    gradients = []
+    for dtype in (torch.float64, torch.float16):
+        leaf = hidden.half().to(dtype).requires_grad_()
+        (FrozenHeadLoss.apply(leaf, weight.half().to(dtype), labels) * scale / 100).sum().backward()
+        gradients.append(leaf.grad.double())
+    exact, ours = gradients
+    # A logit of 16 to 32 is rounded to a 64th, and a CPU may add up 50,000 products in fp16.
+    assert relative(ours, exact) < 0.1
+
+
 def test_a_loaded_bloom_can_be_given_the_packed_forward(tmp_path):
     model = random_bloom()
     model.save_pretrained(tmp_path)

@@ -124,6 +124,31 @@ def test_compiled_layers_give_the_same_losses_and_gradients(quick_settings, tmp_
     assert plain_summary["compile_seconds"] == 0 < summary["compile_seconds"]
 
 
+@pytest.mark.parametrize("prompt_share", [0.3, 0.98], ids=["28 labels", "one label"])
+def test_in_fp16_a_step_with_confident_labels_has_the_gradient_of_float64(prompt_share):
+    """The loss scale is the 2**16 that training begins with, which fp16 cannot hold. Each label is the likeliest token."""
+    model = random_bloom(dtype=torch.float64)
+    model.transformer.ln_f.weight.mul_(8)
+    torch.manual_seed(1)
+    encoder = PrefixEncoder(prefix_config(model))
+    examples = examples_of([40], prompt_share=prompt_share)
+    (batch,) = pack(examples, 100)
+    batch.labels = model.lm_head(model.packed_hidden(batch, encoder.bake().double())).argmax(-1)
+    step, found = step_of(examples)._replace(batches=[batch]), []
+    for dtype in (torch.float64, torch.float16):
+        copied = copy.deepcopy(encoder).to(torch.promote_types(dtype, torch.float32))
+        state = training_state(copied, loss_scaling=dtype == torch.float16)
+        scale, gradients = state.scaler.get_scale(), []
+        copied.transform[2].weight.register_post_accumulate_grad_hook(
+            lambda p, found=gradients: found.append(p.grad.clone())
+        )
+        optimizer_step(copy.deepcopy(model).to(dtype), state, step)
+        found.append(gradients[0].double() / scale)
+    exact, ours = found
+    # A logit of 8 to 16 is rounded to a 128th, and so is a small probability.
+    assert scale == 2**16 and relative(ours, exact) < 1 / 32
+
+
 def test_a_gradient_that_overflows_skips_the_step_and_halves_the_loss_scale():
     """fp16 on a CPU. The scale is so large at first that gradients overflow, until it has been halved often enough; from
     there on, also from a checkpoint, updates are those of a base in float32 without a scale.
