@@ -65,6 +65,11 @@ def new_tokens(settings: GenerationConfig, tokens: int) -> int:
     return settings.max_new_tokens or (settings.max_length or tokens + _DEFAULT_NEW_TOKENS) - tokens
 
 
+def copies_of_a_row(settings: GenerationConfig) -> int:
+    """How often `generate` repeats each row, as beams or sequences."""
+    return max(settings.num_beams or 1, settings.num_return_sequences or 1)
+
+
 def is_continuable(settings: GenerationConfig, options: dict) -> bool:
     """Whether several calls of `generate`, each continuing the one before, return what a single call would."""
     given = {name for name, value in (vars(settings) | options).items() if value is not None and name[0] != "_"}

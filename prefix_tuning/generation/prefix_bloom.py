@@ -28,7 +28,8 @@ from transformers import (
 from prefix_tuning.base_model.identity import check_base, fingerprint
 from prefix_tuning.base_model.sharding import equal_passes, is_sharded
 from prefix_tuning.files.prefixes import SavedPrefix
-from prefix_tuning.generation.options import check_options, guess_mask, new_tokens, resolve_options
+from prefix_tuning.generation.cache import PrefixedCache, has_prefixes, is_supported, set_prefix_mask
+from prefix_tuning.generation.options import check_options, copies_of_a_row, guess_mask, new_tokens, resolve_options
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
 
 BASE = "base"  # the name for no prefix
@@ -147,7 +148,7 @@ class PrefixBloom(Bloom):
         """
         prefixes = self._prefixes_of(prefix_name, len(attention_mask))
         cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)], cache)
-        cache.prefix_mask = mask  # (R * copies, P): marks a cache that begins with prefixes, for calls that continue from it
+        set_prefix_mask(cache, mask)  # (R * copies, P), for calls that continue from this cache
         return torch.cat((mask[::copies], attention_mask), dim=1), cache
 
     def _lacks_prefix(self, cache: Cache | None, prefix_name: Names, rows: int) -> bool:
@@ -158,12 +159,9 @@ class PrefixBloom(Bloom):
         """
         if cache is None:
             return True
-        if not isinstance(cache, (DynamicCache, StaticCache)):
+        if not is_supported(cache):
             raise ValueError(f"past_key_values must be a DynamicCache or a StaticCache, not {type(cache).__name__}")
-        if hasattr(cache, "prefix_mask"):
-            # A cache that was reset has lost its prefixes. `generate` checks that before a compiled forward, which cannot.
-            if not torch.compiler.is_compiling() and cache.get_seq_length() < cache.prefix_mask.shape[1]:
-                return True
+        if has_prefixes(cache):
             if prefix_name is not None:
                 raise ValueError("past_key_values hold a prefix already; leave out prefix_name")
             return False
@@ -188,21 +186,31 @@ class PrefixBloom(Bloom):
         the base, and a ValueError for a prefix.
         """
         text = input_ids if inputs_embeds is None else inputs_embeds
-        if text is not None and self._lacks_prefix(past_key_values, prefix_name, len(text)):
-            if attention_mask is None:
-                attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-            attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
+        if text is not None:
+            if self._lacks_prefix(past_key_values, prefix_name, len(text)):
+                if attention_mask is None:
+                    attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+                attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
+            elif has_prefixes(past_key_values):
+                attention_mask = self._whole_mask(attention_mask, text, past_key_values)
             # For a StaticCache, Bloom needs a mask of its length.
-            if (room := past_key_values.get_max_length(layer_idx=0)) > 0:
-                attention_mask = F.pad(attention_mask, (0, room - attention_mask.shape[1]))
-        elif text is not None and hasattr(past_key_values, "prefix_mask") and not torch.compiler.is_compiling():
-            prefix_mask = past_key_values.prefix_mask
-            tokens = past_key_values.get_seq_length() + text.shape[1] - prefix_mask.shape[1]  # T, cached ones included
-            if attention_mask is None:
-                attention_mask = torch.ones(len(text), tokens, dtype=torch.long, device=text.device)
-            if attention_mask.shape[1] == tokens:  # of the text alone, as transformers' users write it
-                attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
+            if attention_mask is not None and (more := past_key_values.get_max_length(0) - attention_mask.shape[-1]) > 0:
+                attention_mask = F.pad(attention_mask, (0, more))
         return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
+
+    @staticmethod
+    def _whole_mask(mask: torch.Tensor | None, text: torch.Tensor, cache: PrefixedCache) -> torch.Tensor:
+        """The mask of prefix and text for a forward pass that continues from a cache: (R, P + T).
+
+        mask: that, or one of the text alone, (R, T), as transformers' users write it, or None. T: cached tokens included.
+        """
+        prefix_mask = cache.prefix_mask
+        if mask is not None and mask.shape[1] == cache.get_max_length(0):
+            return mask  # as `generate` writes it for a StaticCache, whose length a compiled forward cannot ask for
+        tokens = cache.get_seq_length() + text.shape[1] - prefix_mask.shape[1]
+        if mask is None:
+            mask = torch.ones(len(text), tokens, dtype=torch.long, device=text.device)
+        return torch.cat((prefix_mask, mask), dim=1) if mask.shape[1] == tokens else mask
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # transformers' own takes more by position
@@ -236,11 +244,15 @@ class PrefixBloom(Bloom):
             cache = self._start_cache(cache, settings, mask, prefix_name)
         # With new ids alone, as transformers also takes them, the mask is that of the whole cache and has the prefix's part.
         if lacks_prefix or mask.shape[1] == input_ids.shape[1]:
-            cache.prefix_mask = prefix_mask = getattr(cache, "prefix_mask", mask[:, :0])
-            new = prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
+            copies = copies_of_a_row(settings)
+            if not has_prefixes(cache):
+                set_prefix_mask(cache, mask[:, :0].repeat_interleave(copies, dim=0))
+            if len(cache.prefix_mask) != copies * len(mask):
+                raise ValueError(f"past_key_values are of {len(cache.prefix_mask)} rows; the answers are {copies * len(mask)}")
+            new = cache.prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
             if not 0 < new <= input_ids.shape[1]:
                 raise ValueError("input_ids must be the whole text so far, and longer than what past_key_values hold of it")
-            options["prefix_mask"] = prefix_mask[:: len(prefix_mask) // len(mask)]  # `generate` repeats it like the rows
+            options["prefix_mask"] = cache.prefix_mask[::copies]  # `generate` repeats it like the rows
         # mypy: transformers declares a type of self here that its own models do not have.
         return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]
 
@@ -256,8 +268,7 @@ class PrefixBloom(Bloom):
             cache, settings.cache_implementation = StaticCache(self.config, length) if static else DynamicCache(), None
         elif -1 < (room := cache.get_max_length(layer_idx=0)) < length - 1:  # the last token is never put into it
             raise ValueError(f"past_key_values have room for {room} tokens; prefix, text and answer need {length - 1}")
-        copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-        return self.prepend(mask, prefix_name, copies, cache)[1]
+        return self.prepend(mask, prefix_name, copies_of_a_row(settings), cache)[1]
 
     # mypy: transformers passes all but input_ids by keyword.
     def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, prefix_mask=None, **kwargs):  # type: ignore[override]
