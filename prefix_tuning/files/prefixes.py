@@ -34,12 +34,12 @@ from prefix_tuning.files.reading import locate, opened, read_tensors, recorded_b
 from prefix_tuning.files.writing import write_json, write_tensors
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, flatten, unflatten
 
-# What PEFT writes about a prefix. Some of it is read below, and the rest changes no computation with a baked prefix; whatever
-# else is set (modules_to_save, as an example) may.
+# What PEFT writes about a prefix and does not change how a baked one is used, or is read below. Other fields may change it
+# where they are set: modules_to_save, as an example, replaces weights of the base.
 _PEFT_FIELDS = {
-    "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "inference_mode", "init_weights", "num_attention_heads",
-    "num_layers", "num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version", "prefix_projection",
-    "revision", "task_type", "token_dim",
+    "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "inference_mode", "init_weights",
+    "num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version",
+    "prefix_projection", "revision", "task_type", "token_dim",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Prefixes of different lengths are padded to one, so a mask says which of the fir
 changes the rows of a cache in place, for beams as an example, and the mask has to follow.
 """
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
@@ -16,7 +16,7 @@ class PrefixedCache(Cache):
     prefix_mask: (R, P), int64, 0 where a prefix is padded; None once the cache has been emptied.
     """
 
-    prefix_mask: torch.Tensor | None = None
+    prefix_mask: Any = None
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
@@ -65,7 +65,7 @@ def is_supported(cache: Cache) -> bool:
 def set_prefix_mask(cache: Cache, prefix_mask: torch.Tensor) -> None:
     """Makes a cache that `is_supported` a PrefixedCache, in place, as its owner will go on with this object."""
     cache.__class__ = _KINDS.get(type(cache), type(cache))
-    cache.prefix_mask = prefix_mask
+    cache.prefix_mask = prefix_mask  # type: ignore[attr-defined]
 
 
 def has_prefixes(cache: Cache) -> TypeGuard[PrefixedCache]:

@@ -41,7 +41,6 @@ BASE = "base"  # the name for no prefix
 _BY_POSITION = list(inspect.signature(BloomForCausalLM.generate).parameters)[3:]  # after inputs and generation_config
 Names = str | list[str] | None  # of prefixes: one for all rows, or one for each; None: that of the prefix in use
 
-
 _NO_CHECKPOINTING = (
     "gradient checkpointing drops past_key_values while a model trains, and a prefix with them: call model.eval(), or "
     "model.gradient_checkpointing_disable()"
@@ -131,26 +130,26 @@ class PrefixBloom(Bloom):
         """Sets the prefix of calls that name none; "base": no prefix. Raises ValueError for unknown names."""
         (self.active,) = self.names_of([name], 1)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:  # type: ignore[override]  # no shards, no variants
         """Writes each prefix as PEFT writes its adapters, into a folder of its name within `save_directory`.
 
         `load_prefix` and PeftModel.from_pretrained read such a folder. The base is not written: it did not change. Raises
-        ValueError if there are no prefixes, or for names that are none of a folder; UserError where a folder holds the encoder
-        of a training run, which belongs to the prefix that would be replaced.
+        ValueError if there are no prefixes, or if a name cannot name a folder; UserError where a folder holds the encoder of
+        a training run, which belongs to the prefix that would be replaced.
         """
         if not self.prefixes:
             raise ValueError("there are no prefixes to save; the base is saved by its own save_pretrained")
         folders = {name: Path(save_directory, name) for name in self.prefixes}
         for name, folder in folders.items():
             if folder.name != name:
-                raise ValueError(f"the prefix {name!r} cannot be saved: this is no name for a folder")
+                raise ValueError(f"the prefix {name!r} cannot be saved: no folder can have that name")
             if (folder / ENCODER_FILE).exists():
                 raise UserError(f"{folder}: holds the prefix of a training run; name another folder")
         for name, folder in folders.items():
             folder.mkdir(parents=True, exist_ok=True)
             save_prefix(folder, SavedPrefix(self.prefixes[name], self.trained_on[name]))
 
-    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
         """Refused: on the hub, each prefix is a repository of its own."""
         raise ValueError(
             "a PrefixBloom is not pushed as a whole: model.save_pretrained(FOLDER), then `hf upload USER/REPOSITORY "
@@ -166,10 +165,8 @@ class PrefixBloom(Bloom):
         )
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused, and so is `generate_batch`: in its paged cache, prompts share pages, and there is no room for prefixes."""
-        raise ValueError(
-            "continuous batching (generate_batch) does not go with a prefix; `generate` takes many rows at once"
-        )
+        """Refused, and with it `generate_batch`: a prefix cannot be put into the paged cache."""
+        raise ValueError("continuous batching (generate_batch) does not go with a prefix; `generate` takes many rows")
 
     def names_of(self, prefix_name: Names, rows: int) -> list[str]:
         """The name of each row's prefix. Raises ValueError for unknown names, and if there are not as many as rows."""
@@ -280,19 +277,18 @@ class PrefixBloom(Bloom):
     ):
         """transformers' `generate`, with a prefix for each row (`Names`).
 
-        inputs (or input_ids): (R, T), padded on the left; left out, BOS as in transformers. cache_implementation="static" is compiled where transformers
-        compiles it. past_key_values: an empty cache gets the prefix; with those of an earlier call, and the whole text so
-        far, generation continues after the prefix of that call. Lengths, stopping criteria and streamers see the text
-        alone. Raises ValueError for what does not work with a prefix: other kinds of cache or none, inputs_embeds, assisted
-        generation, guidance_scale, prefill_chunk_size, gradient checkpointing in train mode, PEFT's prompts around it.
+        inputs (or input_ids): (R, T), padded on the left; left out, a text begins with BOS, as in transformers.
+        cache_implementation="static" is compiled where transformers compiles it. past_key_values: an empty cache gets the
+        prefix; with those of an earlier call, and the whole text so far, generation continues after the prefix of that call.
+        Lengths, stopping criteria and streamers see the text alone. Raises ValueError for what does not work with a prefix:
+        other kinds of cache or none, inputs_embeds, assisted generation, guidance_scale, prefill_chunk_size, gradient
+        checkpointing in train mode, one of PEFT's prompts around this model.
         """
-        if "prepare_inputs_for_generation" in vars(
-            self
-        ):  # PEFT has set its own, which puts a prefix of its own into the cache
+        if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:  # PEFT's, which fills the cache itself
             raise ValueError("PEFT's prompts do not go around a PrefixBloom: attach the adapter to it, by load_prefix")
         if self.training and self.transformer.gradient_checkpointing:
             raise ValueError(_NO_CHECKPOINTING)
-        options |= zip(_BY_POSITION, more)
+        options |= zip(_BY_POSITION, more, strict=False)
         input_ids = options.pop("input_ids", inputs)
         settings, options = resolve_options(self.generation_config, generation_config, options)
         check_options(settings, options)
@@ -316,14 +312,13 @@ class PrefixBloom(Bloom):
             copies = copies_of_a_row(settings)
             if not has_prefixes(cache):
                 set_prefix_mask(cache, mask[:, :0].repeat_interleave(copies, dim=0))
-            if len(cache.prefix_mask) != copies * len(mask):
-                raise ValueError(
-                    f"past_key_values are of {len(cache.prefix_mask)} rows; the answers are {copies * len(mask)}"
-                )
-            new = cache.prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
+            prefix_mask = cache.prefix_mask
+            if len(prefix_mask) != copies * len(mask):
+                raise ValueError(f"past_key_values have {len(prefix_mask)} rows, but {copies * len(mask)} are continued")
+            new = prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
             if not 0 < new <= input_ids.shape[1]:
                 raise ValueError("input_ids must be the whole text so far, and longer than what past_key_values hold of it")
-            options["prefix_mask"] = cache.prefix_mask[::copies]  # `generate` repeats it like the rows
+            options["prefix_mask"] = prefix_mask[::copies]  # `generate` repeats it like the rows
         # mypy: transformers declares a type of self here that its own models do not have.
         return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]
 
@@ -358,8 +353,10 @@ class PrefixBloom(Bloom):
 
 
 def _as_contiguous(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """A hook before the head. `generate` wants the logits of a slice of positions. Unless that is contiguous, F.linear copies
-    the head's weights for each row (bfloat16), or reads them again for each (float32)."""
+    """A hook in front of the head, for the slice of positions whose logits `generate` wants.
+
+    Unless that is contiguous, F.linear copies the head's weights for each row (bfloat16), or reads them again (float32).
+    """
     return (inputs[0].contiguous(),)
 
 

@@ -147,7 +147,8 @@ class PrefixEncoder(nn.Module):
         text:   `text_prefix` (L, 2, H, P, D), the keys and values that the frozen model computes for a text: the model
                 starts as if it had read that text.
 
-        Raises ValueError for any other combination. With the projection, zero and text start its last layer at zero; the text's pairs are added to its output.
+        With the projection, zero and text start its last layer at zero; the text's pairs are added to its output. Raises
+        ValueError for any other name, and if there is a `text_prefix` without `text`, or the other way round.
         """
         if prefix_init not in ("random", "zero", "text") or (text_prefix is not None) != (prefix_init == "text"):
             given = "no text_prefix" if text_prefix is None else "a text_prefix"
