@@ -42,8 +42,8 @@ _BY_POSITION = list(inspect.signature(BloomForCausalLM.generate).parameters)[3:]
 Names = str | list[str] | None  # of prefixes: one for all rows, or one for each; None: that of the prefix in use
 
 _NO_CHECKPOINTING = (
-    "gradient checkpointing drops past_key_values while a model trains, and a prefix with them: call model.eval(), or "
-    "model.gradient_checkpointing_disable()"
+    "gradient checkpointing drops past_key_values while a model trains, and the prefix with them: call model.eval(), or "
+    "turn it off"
 )
 
 
@@ -60,6 +60,7 @@ class PrefixBloom(Bloom):
         model.generate(**inputs, prefix_name=["short", "base"])  # by row; "base" is the frozen base alone
         model.use("base")
         model.detach("short")
+        model.save_pretrained("./prefixes")                      # each prefix into a folder of its name
 
     It is a BloomForCausalLM itself, made of new modules around the tensors of `base`, so transformers' pipeline takes it.
     Nothing above changes `base`; but the weights are in memory once, so whoever changes them changes them for both. (A base

@@ -93,3 +93,15 @@ def test_shapes_that_make_no_sense_are_refused(field, value):
 def test_heads_must_divide_the_hidden_size():
     with pytest.raises(UserError, match="does not divide"):
         PrefixConfig(10, 2, 5, 48, 48, True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("text",), ("zero", torch.zeros(3, 2, 6, 5, 8)), ("random", torch.zeros(3, 2, 6, 5, 8)), ("ones",)]
+)
+def test_a_start_that_does_not_fit_its_text_is_refused(arguments):
+    """Not by an assert, which PYTHONOPTIMIZE=1 leaves out: the start would be another one."""
+    encoder = PrefixEncoder(prefix_config(random_bloom()))
+    before = encoder.bake()
+    with pytest.raises(ValueError, match="prefix_init is random, zero, or text with a text_prefix; not"):
+        encoder.initialize(*arguments)
+    assert torch.equal(encoder.bake(), before)
