@@ -1,4 +1,5 @@
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -90,9 +91,7 @@ def test_the_hub_is_asked_once_for_a_folder_that_does_not_exist(tmp_path, monkey
             "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         threading.Thread(target=server.serve_forever).start()
-        with pytest.raises(
-            UserError, match="^runs/chatbot: no such folder, nor a repository of the hub that can be reached"
-        ):
+        with pytest.raises(UserError, match=r"^runs/chatbot: no such folder, nor a repository of the hub"):
             load_prefix("runs/chatbot")
         server.shutdown()
     assert len(server.asked) == 1 and "runs/chatbot" in server.asked[0]
@@ -102,10 +101,7 @@ def test_a_field_of_pefts_that_is_not_understood_is_named(saved):
     folder, encoder = saved
     file = folder / ADAPTER_CONFIG_FILE
     description = json.loads(file.read_text("utf-8"))
-    for more in (
-        {"modules_to_save": None, "later": [], "peft_version": "0.99", "revision": None},
-        {"prefix_projection": True},
-    ):
+    for more in ({"modules_to_save": None, "later": [], "peft_version": "0.99"}, {"prefix_projection": True}):
         file.write_text(json.dumps(description | more), "utf-8")
         assert torch.equal(load_prefix(folder).tensor, encoder.bake())
     for more, named in (
@@ -121,13 +117,10 @@ def test_of_other_tensors_one_is_named(saved):
     folder, _ = saved
     flat = load_file(folder / ADAPTER_FILE)["prompt_embeddings"]
     for tensors, named in (
-        (
-            {"prompt_embeddings": flat, "lm_head": flat.clone()},
-            r"lm_head is \(5, 288\) where no tensor of that name is expected",
-        ),
-        ({"a": flat, "b": flat.clone()}, r"a is \(5, 288\) where no tensor of that name is expected, and 2 more differ"),
-        ({"prompt_embeddings": flat[1:]}, r"prompt_embeddings is \(4, 288\) where \(5, 288\) is expected"),
+        ({"prompt_embeddings": flat, "a": flat.clone()}, "a is (5, 288) where no tensor of that name is expected"),
+        ({"a": flat, "b": flat.clone()}, "a is (5, 288) where no tensor of that name is expected, and 2 more differ"),
+        ({"prompt_embeddings": flat[1:]}, "prompt_embeddings is (4, 288) where (5, 288) is expected"),
     ):
         save_file(tensors, folder / ADAPTER_FILE)
-        with pytest.raises(UserError, match=f"{ADAPTER_FILE}: {named}$"):
+        with pytest.raises(UserError, match=re.escape(f"{ADAPTER_FILE}: {named}") + "$"):
             load_prefix(folder)
