@@ -148,4 +148,6 @@ def load_prefix(name: str | Path) -> SavedPrefix:
         flat = read_tensors(path, file, {"prompt_embeddings": flat_shape})["prompt_embeddings"].float()
         base = recorded_base(path, file)
     base["name_or_path"] = config.get("base_model_name_or_path")
+    if config.get("revision"):  # of the base: PEFT alone writes one
+        base["revision"] = config["revision"]
     return SavedPrefix(unflatten(flat, shape.num_layers, shape.num_attention_heads), base)

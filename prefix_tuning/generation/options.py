@@ -47,7 +47,7 @@ def check_options(settings: GenerationConfig, options: dict) -> None:
     for name in _RULED_OUT:
         if options.get(name) is not None or getattr(settings, name, None) is not None:
             raise ValueError(f"{name} does not go with a prefix")
-    if settings.is_assistant:
+    if getattr(settings, "is_assistant", None):
         raise ValueError("a PrefixBloom cannot be an assistant_model: give its base, whose drafts serve as well")
     if settings.use_cache is False or settings.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError("a prefix needs a dynamic or a static cache: see use_cache or cache_implementation")

@@ -38,7 +38,7 @@ from prefix_tuning.generation.options import check_options, copies_of_a_row, gue
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
 
 BASE = "base"  # the name for no prefix
-_BY_POSITION = list(inspect.signature(BloomForCausalLM.generate).parameters)[3:]  # after inputs and generation_config
+_BY_POSITION = list(inspect.signature(BloomForCausalLM.generate).parameters)[3:-1]  # after generation_config
 Names = str | list[str] | None  # of prefixes: one for all rows, or one for each; None: that of the prefix in use
 
 _NO_CHECKPOINTING = (
@@ -142,7 +142,7 @@ class PrefixBloom(Bloom):
             raise ValueError("there are no prefixes to save; the base is saved by its own save_pretrained")
         folders = {name: Path(save_directory, name) for name in self.prefixes}
         for name, folder in folders.items():
-            if folder.name != name:
+            if name in ("", "..") or Path(name).name != name:
                 raise ValueError(f"the prefix {name!r} cannot be saved: no folder can have that name")
             if (folder / ENCODER_FILE).exists():
                 raise UserError(f"{folder}: holds the prefix of a training run; name another folder")
@@ -289,7 +289,7 @@ class PrefixBloom(Bloom):
             raise ValueError("PEFT's prompts do not go around a PrefixBloom: attach the adapter to it, by load_prefix")
         if self.training and self.transformer.gradient_checkpointing:
             raise ValueError(_NO_CHECKPOINTING)
-        options |= zip(_BY_POSITION, more, strict=False)
+        options |= zip(_BY_POSITION[: len(more)], more, strict=True)
         input_ids = options.pop("input_ids", inputs)
         settings, options = resolve_options(self.generation_config, generation_config, options)
         check_options(settings, options)

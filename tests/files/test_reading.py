@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import RECORDED_BASE
+from helpers import RECORDED_BASE, random_bloom
 from safetensors.torch import load_file, save_file
 
+from prefix_tuning import PrefixBloom
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix
@@ -124,3 +125,12 @@ def test_of_other_tensors_one_is_named(saved):
         save_file(tensors, folder / ADAPTER_FILE)
         with pytest.raises(UserError, match=re.escape(f"{ADAPTER_FILE}: {named}") + "$"):
             load_prefix(folder)
+
+
+def test_the_revision_of_a_base_is_named_with_it(saved, capsys):
+    folder, _ = saved
+    save_file(load_file(folder / ADAPTER_FILE), folder / ADAPTER_FILE)  # without a fingerprint, as PEFT writes it
+    description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8")) | {"revision": "v2"}
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description), "utf-8")
+    PrefixBloom(random_bloom()).attach("a", load_prefix(folder))
+    assert f"it names {RECORDED_BASE['name_or_path']}, revision v2" in capsys.readouterr().err

@@ -518,9 +518,11 @@ def test_saving_loses_nothing_and_says_what_cannot_be_saved(base, tmp_path, tune
     model.attach("short", random_prefix(base))
     with pytest.raises(UserError, match="short: holds the prefix of a training run; name another folder"):
         model.save_pretrained(tuned["short"].parent)
-    model.attach("a/../b", random_prefix(base))
-    with pytest.raises(ValueError, match=r"'a/\.\./b' cannot be saved"):
-        model.save_pretrained(tmp_path)
+    for name in ("a/b", "..", ".", ""):
+        model.attach(name, random_prefix(base))
+        with pytest.raises(ValueError, match="cannot be saved: no folder can have that name"):
+            model.save_pretrained(tmp_path / "saved")
+        model.detach(name)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"save_pretrained\(FOLDER\), then `hf upload"):
         model.push_to_hub("me/prefixes")
@@ -598,6 +600,8 @@ def test_generate_takes_by_position_what_transformers_takes(random_model, base, 
     assert torch.equal(output, base.generate(inputs, settings, [never_end], stop)) and output.shape[1] == inputs.shape[1] + 5
     with pytest.raises(ValueError, match="assistant_model does not go with a prefix"):
         random_model.generate(inputs, settings, None, None, None, None, base)
+    with pytest.raises(ValueError, match="longer"):
+        random_model.generate(inputs, settings, *[None] * 20)
 
 
 def test_an_attached_prefix_is_a_copy_in_its_own_precision(base):
