@@ -51,7 +51,8 @@ def check_base(
         )
     name = recorded.get("name_or_path")
     if "tokenizer" not in recorded:
-        print(f"{prefix_name}: does not say by a fingerprint which base it belongs to; it names {name}", file=sys.stderr)
+        named = f"{name}, revision {recorded['revision']}" if "revision" in recorded else name
+        print(f"{prefix_name}: does not say by a fingerprint which base it belongs to; it names {named}", file=sys.stderr)
         return
     # What is None, or missing, cannot be compared: the weights in float16, and the special tokens of earlier versions.
     keys = ("weights", "tokenizer", "special_tokens")

@@ -34,6 +34,14 @@ from prefix_tuning.files.reading import locate, opened, read_tensors, recorded_b
 from prefix_tuning.files.writing import write_json, write_tensors
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, flatten, unflatten
 
+# What PEFT writes about a prefix and does not change how a baked one is used, or is read below. Other fields may change it
+# where they are set: modules_to_save, as an example, replaces weights of the base.
+_PEFT_FIELDS = {
+    "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "inference_mode", "init_weights",
+    "num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version",
+    "prefix_projection", "revision", "task_type", "token_dim",
+}  # fmt: skip
+
 
 class SavedPrefix(NamedTuple):
     """A baked prefix, (L, 2, H, P, D) in float32 on the CPU, and what its files record of the base that it was trained on: a
@@ -63,6 +71,17 @@ def save_adapter(folder: Path, prefix: torch.Tensor, config: PrefixConfig, base:
     write_json(folder / ADAPTER_CONFIG_FILE, description)
 
 
+def save_prefix(folder: Path, prefix: SavedPrefix) -> None:
+    """Writes a baked prefix that has no encoder, as PEFT stores it."""
+    save_adapter(folder, prefix.tensor.float(), _config_of(prefix.tensor), prefix.recorded_base)
+
+
+def _config_of(prefix: torch.Tensor) -> PrefixConfig:
+    """Of an encoder without projection, whose embedding is this prefix, (L, 2, H, P, D)."""
+    layers, _, heads, tokens, head_dim = prefix.shape
+    return PrefixConfig(tokens, layers, heads, heads * head_dim, heads * head_dim, prefix_projection=False)
+
+
 def load_encoder(name: str | Path) -> tuple[PrefixEncoder, dict[str, Any]]:
     """Reads the encoder that a run saved, on the CPU, and what its file records of its base.
 
@@ -73,8 +92,7 @@ def load_encoder(name: str | Path) -> tuple[PrefixEncoder, dict[str, Any]]:
     path = locate(name, ENCODER_FILE)
     if path is None:
         tensor, base = load_prefix(name)
-        layers, _, heads, tokens, head_dim = tensor.shape
-        encoder = PrefixEncoder(PrefixConfig(tokens, layers, heads, heads * head_dim, heads * head_dim, False))
+        encoder = PrefixEncoder(_config_of(tensor))
         encoder.initialize("text", tensor)
         print(f"{name}: holds a baked prefix and no encoder; its numbers are trained directly, without a projection")
         return encoder, base
@@ -111,6 +129,10 @@ def load_prefix(name: str | Path) -> SavedPrefix:
         raise UserError(f"{config_path}: cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "PREFIX_TUNING":
         raise UserError(f"{config_path}: describes no PREFIX_TUNING adapter")
+    if unknown := [name for name, value in config.items() if value and name not in _PEFT_FIELDS]:
+        raise UserError(f"{config_path}: sets {', '.join(unknown)}, which this program does not know how to apply")
+    if config.get("num_transformer_submodules") not in (1, None):
+        raise UserError(f"{config_path}: is for {config['num_transformer_submodules']} submodules, and Bloom is one")
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise UserError(f"{config_path}: is for the task {config['task_type']}, not for CAUSAL_LM")
     try:
@@ -126,4 +148,6 @@ def load_prefix(name: str | Path) -> SavedPrefix:
         flat = read_tensors(path, file, {"prompt_embeddings": flat_shape})["prompt_embeddings"].float()
         base = recorded_base(path, file)
     base["name_or_path"] = config.get("base_model_name_or_path")
+    if config.get("revision"):  # of the base: PEFT alone writes one
+        base["revision"] = config["revision"]
     return SavedPrefix(unflatten(flat, shape.num_layers, shape.num_attention_heads), base)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -26,9 +27,12 @@ def locate(name: str | Path, file: str) -> Path | None:
         raise UserError(f"{name}: no such folder; train a prefix with train.py")
     try:
         # Every repository of a prefix has this file: without it, the name is wrong or the hub cannot be reached.
+        if try_to_load_from_cache(name, ADAPTER_CONFIG_FILE) is None:
+            # The hub is asked once: a download would ask six times within half a minute before it gives up.
+            get_hf_file_metadata(hf_hub_url(name, ADAPTER_CONFIG_FILE))
         cached_file(name, ADAPTER_CONFIG_FILE)
         found = find_file(name, file)
-    except OSError as error:
+    except Exception as error:  # no network, no such repository, no access: each raises a class of its own
         reason = reason_of(error)
         raise UserError(f"{name}: no such folder, nor a repository of the hub that can be reached: {reason}") from error
     return Path(found) if found else None
@@ -55,8 +59,10 @@ def read_tensors(path: Path, file: safe_open, expected: dict[str, tuple[int, ...
     """The tensors of an open file. Raises UserError unless they have exactly the `expected` names and shapes, a
     floating-point type, and finite values only. path: for the message."""
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
-    if found != expected:
-        raise UserError(f"{path}: holds {found} where {expected} is expected")
+    if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+        name, others = wrong[0], f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        pair = found.get(name, "missing"), expected.get(name, "no tensor of that name")
+        raise UserError("{}: {} is {} where {} is expected{}".format(path, name, *pair, others))
     # Copies, because a file's tensors are not aligned in memory as torch's own are, and a matmul may round by alignment.
     tensors = {name: file.get_tensor(name).clone() for name in expected}
     for name, tensor in tensors.items():

@@ -109,7 +109,6 @@ def _replies_of_shrinking_batch(
         ids = ids[kept]
         mask = F.pad(mask[kept], (0, ids.shape[1] - mask.shape[1]), value=1)
         cache.batch_select_indices(kept)
-        cache.prefix_mask = cache.prefix_mask[kept]
     return replies
 
 

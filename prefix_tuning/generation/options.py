@@ -47,6 +47,8 @@ def check_options(settings: GenerationConfig, options: dict) -> None:
     for name in _RULED_OUT:
         if options.get(name) is not None or getattr(settings, name, None) is not None:
             raise ValueError(f"{name} does not go with a prefix")
+    if getattr(settings, "is_assistant", None):
+        raise ValueError("a PrefixBloom cannot be an assistant_model: give its base, whose drafts serve as well")
     if settings.use_cache is False or settings.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError("a prefix needs a dynamic or a static cache: see use_cache or cache_implementation")
 
@@ -63,6 +65,11 @@ def guess_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Ten
 def new_tokens(settings: GenerationConfig, tokens: int) -> int:
     """How many new tokens a text of `tokens` may get."""
     return settings.max_new_tokens or (settings.max_length or tokens + _DEFAULT_NEW_TOKENS) - tokens
+
+
+def copies_of_a_row(settings: GenerationConfig) -> int:
+    """How often `generate` repeats each row, as beams or sequences."""
+    return max(settings.num_beams or 1, settings.num_return_sequences or 1)
 
 
 def is_continuable(settings: GenerationConfig, options: dict) -> bool:

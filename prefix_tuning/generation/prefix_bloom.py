@@ -8,8 +8,11 @@ Shapes: L layers, R rows of a batch, H heads, P tokens of a prefix (in a mask, o
 
 import copy
 import functools
+import inspect
+import os
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +30,21 @@ from transformers import (
 
 from prefix_tuning.base_model.identity import check_base, fingerprint
 from prefix_tuning.base_model.sharding import equal_passes, is_sharded
-from prefix_tuning.files.prefixes import SavedPrefix
-from prefix_tuning.generation.options import check_options, guess_mask, new_tokens, resolve_options
+from prefix_tuning.errors import UserError
+from prefix_tuning.files.names import ENCODER_FILE
+from prefix_tuning.files.prefixes import SavedPrefix, save_prefix
+from prefix_tuning.generation.cache import PrefixedCache, has_prefixes, is_supported, set_prefix_mask
+from prefix_tuning.generation.options import check_options, copies_of_a_row, guess_mask, new_tokens, resolve_options
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
 
 BASE = "base"  # the name for no prefix
+_BY_POSITION = list(inspect.signature(BloomForCausalLM.generate).parameters)[3:-1]  # after generation_config
 Names = str | list[str] | None  # of prefixes: one for all rows, or one for each; None: that of the prefix in use
+
+_NO_CHECKPOINTING = (
+    "gradient checkpointing drops past_key_values while a model trains, and the prefix with them: call model.eval(), or "
+    "turn it off"
+)
 
 
 class _PrefixBloomConfig(BloomConfig):
@@ -48,6 +60,7 @@ class PrefixBloom(Bloom):
         model.generate(**inputs, prefix_name=["short", "base"])  # by row; "base" is the frozen base alone
         model.use("base")
         model.detach("short")
+        model.save_pretrained("./prefixes")                      # each prefix into a folder of its name
 
     It is a BloomForCausalLM itself, made of new modules around the tensors of `base`, so transformers' pipeline takes it.
     Nothing above changes `base`; but the weights are in memory once, so whoever changes them changes them for both. (A base
@@ -71,15 +84,14 @@ class PrefixBloom(Bloom):
         # A prefix needs a cache, whose kind `generate` chooses below.
         self.config.use_cache = self.generation_config.use_cache = True
         self.generation_config.cache_implementation = None
-        self.prefixes: dict[str, torch.Tensor] = {}
+        self.prefixes: dict[str, torch.Tensor] = {}  # each in the precision that it was given in
+        self.trained_on: dict[str, dict[str, Any]] = {}  # what each one's files record of its base
         self.active = BASE
         self.base_fingerprint = fingerprint(base, tokenizer)
         add_packed_forward(self)
         for block in self.transformer.h:
             block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))  # Bloom's GELU in one kernel instead of eight
-        # `generate` wants the logits of a slice of positions. Unless that is contiguous, F.linear copies the head's weights
-        # for each row (bfloat16), or reads them again for each (float32).
-        self.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        self.lm_head.register_forward_pre_hook(_as_contiguous)
 
     @property
     def names(self) -> list[str]:
@@ -104,19 +116,58 @@ class PrefixBloom(Bloom):
         check_base(tensor.shape, trained_on, self.base_fingerprint, name, force)
         if not self.prefixes:
             self.active = name
-        self.prefixes[name] = tensor.detach().to(self.device, self.dtype)
+        self.prefixes[name] = tensor.detach().to(self.device, copy=True)  # a caller may go on training its own
+        self.trained_on[name] = trained_on
 
     def detach(self, name: str) -> None:
         """Removes a prefix. If it was in use, the base answers alone from now on. Raises ValueError for unknown names."""
         if name not in self.prefixes:
             raise ValueError(f"no prefix {name!r}; there are {', '.join(self.prefixes) or 'none'}")
-        del self.prefixes[name]
+        del self.prefixes[name], self.trained_on[name]
         if self.active == name:
             self.active = BASE
 
     def use(self, name: str) -> None:
         """Sets the prefix of calls that name none; "base": no prefix. Raises ValueError for unknown names."""
         (self.active,) = self.names_of([name], 1)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:  # type: ignore[override]  # no shards, no variants
+        """Writes each prefix as PEFT writes its adapters, into a folder of its name within `save_directory`.
+
+        `load_prefix` and PeftModel.from_pretrained read such a folder. The base is not written: it did not change. Raises
+        ValueError if there are no prefixes, or if a name cannot name a folder; UserError where a folder holds the encoder of
+        a training run, which belongs to the prefix that would be replaced.
+        """
+        if not self.prefixes:
+            raise ValueError("there are no prefixes to save; the base is saved by its own save_pretrained")
+        folders = {name: Path(save_directory, name) for name in self.prefixes}
+        for name, folder in folders.items():
+            if name in ("", "..") or Path(name).name != name:
+                raise ValueError(f"the prefix {name!r} cannot be saved: no folder can have that name")
+            if (folder / ENCODER_FILE).exists():
+                raise UserError(f"{folder}: holds the prefix of a training run; name another folder")
+        for name, folder in folders.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            save_prefix(folder, SavedPrefix(self.prefixes[name], self.trained_on[name]))
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
+        """Refused: on the hub, each prefix is a repository of its own."""
+        raise ValueError(
+            "a PrefixBloom is not pushed as a whole: model.save_pretrained(FOLDER), then `hf upload USER/REPOSITORY "
+            "FOLDER/PREFIX` for each prefix; load_prefix takes USER/REPOSITORY"
+        )
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
+        """Refused: a base is loaded first, then made a PrefixBloom."""
+        raise ValueError(
+            "a PrefixBloom is made of a loaded base: model = PrefixBloom(BloomForCausalLM.from_pretrained(BASE)), then "
+            "model.attach(NAME, load_prefix(FOLDER)) for each prefix"
+        )
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused, and with it `generate_batch`: a prefix cannot be put into the paged cache."""
+        raise ValueError("continuous batching (generate_batch) does not go with a prefix; `generate` takes many rows")
 
     def names_of(self, prefix_name: Names, rows: int) -> list[str]:
         """The name of each row's prefix. Raises ValueError for unknown names, and if there are not as many as rows."""
@@ -147,7 +198,7 @@ class PrefixBloom(Bloom):
         """
         prefixes = self._prefixes_of(prefix_name, len(attention_mask))
         cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)], cache)
-        cache.prefix_mask = mask  # (R * copies, P): marks a cache that begins with prefixes, for calls that continue from it
+        set_prefix_mask(cache, mask)  # (R * copies, P), for calls that continue from this cache
         return torch.cat((mask[::copies], attention_mask), dim=1), cache
 
     def _lacks_prefix(self, cache: Cache | None, prefix_name: Names, rows: int) -> bool:
@@ -158,19 +209,19 @@ class PrefixBloom(Bloom):
         """
         if cache is None:
             return True
-        if not isinstance(cache, (DynamicCache, StaticCache)):
+        if not is_supported(cache):
             raise ValueError(f"past_key_values must be a DynamicCache or a StaticCache, not {type(cache).__name__}")
-        if hasattr(cache, "prefix_mask"):
-            # A cache that was reset has lost its prefixes. `generate` checks that before a compiled forward, which cannot.
-            if not torch.compiler.is_compiling() and cache.get_seq_length() < cache.prefix_mask.shape[1]:
-                return True
+        if has_prefixes(cache):
             if prefix_name is not None:
                 raise ValueError("past_key_values hold a prefix already; leave out prefix_name")
             return False
         if cache.get_seq_length() == 0:
             return True
         if set(self.names_of(prefix_name, rows)) != {BASE}:
-            raise ValueError(f"past_key_values hold text but no prefix: begin with an empty cache, or name {BASE!r}")
+            raise ValueError(
+                f"past_key_values hold text but no prefix: begin with an empty cache, or name {BASE!r}; a prefix that PEFT "
+                "puts there is attached instead, by load_prefix"
+            )
         return False
 
     def equal_passes(self) -> AbstractContextManager[None]:
@@ -188,44 +239,67 @@ class PrefixBloom(Bloom):
         the base, and a ValueError for a prefix.
         """
         text = input_ids if inputs_embeds is None else inputs_embeds
-        if text is not None and self._lacks_prefix(past_key_values, prefix_name, len(text)):
-            if attention_mask is None:
-                attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-            attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
+        if text is not None:
+            if self._lacks_prefix(past_key_values, prefix_name, len(text)):
+                if attention_mask is None:
+                    attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+                attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
+            elif has_prefixes(past_key_values):
+                attention_mask = self._whole_mask(attention_mask, text, past_key_values)
+            if self.training and self.transformer.gradient_checkpointing and past_key_values.get_seq_length() > 0:
+                raise ValueError(_NO_CHECKPOINTING)
             # For a StaticCache, Bloom needs a mask of its length.
-            if (room := past_key_values.get_max_length(layer_idx=0)) > 0:
-                attention_mask = F.pad(attention_mask, (0, room - attention_mask.shape[1]))
-        elif text is not None and hasattr(past_key_values, "prefix_mask") and not torch.compiler.is_compiling():
-            prefix_mask = past_key_values.prefix_mask
-            tokens = past_key_values.get_seq_length() + text.shape[1] - prefix_mask.shape[1]  # T, cached ones included
-            if attention_mask is None:
-                attention_mask = torch.ones(len(text), tokens, dtype=torch.long, device=text.device)
-            if attention_mask.shape[1] == tokens:  # of the text alone, as transformers' users write it
-                attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
+            if attention_mask is not None and (more := past_key_values.get_max_length(0) - attention_mask.shape[-1]) > 0:
+                attention_mask = F.pad(attention_mask, (0, more))
         return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
 
+    @staticmethod
+    def _whole_mask(mask: torch.Tensor | None, text: torch.Tensor, cache: PrefixedCache) -> torch.Tensor:
+        """The mask of prefix and text for a forward pass that continues from a cache: (R, P + T).
+
+        mask: that, or one of the text alone, (R, T), as transformers' users write it, or None. T: cached tokens included.
+        """
+        prefix_mask = cache.prefix_mask
+        if mask is not None and mask.shape[1] == cache.get_max_length(0):
+            return mask  # as `generate` writes it for a StaticCache, whose length a compiled forward cannot ask for
+        tokens = cache.get_seq_length() + text.shape[1] - prefix_mask.shape[1]
+        if mask is None:
+            mask = torch.ones(len(text), tokens, dtype=torch.long, device=text.device)
+        return torch.cat((prefix_mask, mask), dim=1) if mask.shape[1] == tokens else mask
+
     @torch.no_grad()
-    def generate(  # type: ignore[override]  # transformers' own takes more by position
+    def generate(  # type: ignore[override]  # what transformers' own names
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        *,
+        *more,
         prefix_name: Names = None,
         **options,
     ):
         """transformers' `generate`, with a prefix for each row (`Names`).
 
-        inputs (or input_ids): (R, T), padded on the left. cache_implementation="static" is compiled where transformers
-        compiles it. past_key_values: an empty cache gets the prefix; with those of an earlier call, and the whole text so
-        far, generation continues after the prefix of that call. Lengths, stopping criteria and streamers see the text
-        alone. Raises ValueError for what does not work with a prefix: other kinds of cache or none, inputs_embeds, assisted
-        generation, guidance_scale, prefill_chunk_size.
+        inputs (or input_ids): (R, T), padded on the left; left out, a text begins with BOS, as in transformers.
+        cache_implementation="static" is compiled where transformers compiles it. past_key_values: an empty cache gets the
+        prefix; with those of an earlier call, and the whole text so far, generation continues after the prefix of that call.
+        Lengths, stopping criteria and streamers see the text alone. Raises ValueError for what does not work with a prefix:
+        other kinds of cache or none, inputs_embeds, assisted generation, guidance_scale, prefill_chunk_size, gradient
+        checkpointing in train mode, one of PEFT's prompts around this model.
         """
+        if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:  # PEFT's, which fills the cache itself
+            raise ValueError("PEFT's prompts do not go around a PrefixBloom: attach the adapter to it, by load_prefix")
+        if self.training and self.transformer.gradient_checkpointing:
+            raise ValueError(_NO_CHECKPOINTING)
+        options |= zip(_BY_POSITION[: len(more)], more, strict=True)
         input_ids = options.pop("input_ids", inputs)
         settings, options = resolve_options(self.generation_config, generation_config, options)
         check_options(settings, options)
         if input_ids is None:
-            raise ValueError("input_ids are missing")
+            if settings.bos_token_id is None:
+                raise ValueError("input_ids are missing, and there is no bos_token_id to begin with")
+            rows = len(prefix_name) if isinstance(prefix_name, list) else 1
+            input_ids = torch.full((rows, 1), settings.bos_token_id, device=self.device)
+        if input_ids.shape[1] == 0:
+            raise ValueError("input_ids are empty: leave them out, and the text begins with BOS")
         mask = options.pop("attention_mask", None)
         if mask is None:
             mask = guess_mask(input_ids, settings)
@@ -236,11 +310,16 @@ class PrefixBloom(Bloom):
             cache = self._start_cache(cache, settings, mask, prefix_name)
         # With new ids alone, as transformers also takes them, the mask is that of the whole cache and has the prefix's part.
         if lacks_prefix or mask.shape[1] == input_ids.shape[1]:
-            cache.prefix_mask = prefix_mask = getattr(cache, "prefix_mask", mask[:, :0])
+            copies = copies_of_a_row(settings)
+            if not has_prefixes(cache):
+                set_prefix_mask(cache, mask[:, :0].repeat_interleave(copies, dim=0))
+            prefix_mask = cache.prefix_mask
+            if len(prefix_mask) != copies * len(mask):
+                raise ValueError(f"past_key_values have {len(prefix_mask)} rows, but {copies * len(mask)} are continued")
             new = prefix_mask.shape[1] + mask.shape[1] - cache.get_seq_length()
             if not 0 < new <= input_ids.shape[1]:
                 raise ValueError("input_ids must be the whole text so far, and longer than what past_key_values hold of it")
-            options["prefix_mask"] = prefix_mask[:: len(prefix_mask) // len(mask)]  # `generate` repeats it like the rows
+            options["prefix_mask"] = prefix_mask[::copies]  # `generate` repeats it like the rows
         # mypy: transformers declares a type of self here that its own models do not have.
         return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]
 
@@ -256,8 +335,7 @@ class PrefixBloom(Bloom):
             cache, settings.cache_implementation = StaticCache(self.config, length) if static else DynamicCache(), None
         elif -1 < (room := cache.get_max_length(layer_idx=0)) < length - 1:  # the last token is never put into it
             raise ValueError(f"past_key_values have room for {room} tokens; prefix, text and answer need {length - 1}")
-        copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-        return self.prepend(mask, prefix_name, copies, cache)[1]
+        return self.prepend(mask, prefix_name, copies_of_a_row(settings), cache)[1]
 
     # mypy: transformers passes all but input_ids by keyword.
     def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, prefix_mask=None, **kwargs):  # type: ignore[override]
@@ -273,6 +351,14 @@ class PrefixBloom(Bloom):
                 kwargs["next_sequence_length"] = attention_mask.shape[1] - int(kwargs["past_key_values"].get_seq_length())
         # mypy: as in `generate`.
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+
+
+def _as_contiguous(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """A hook in front of the head, for the slice of positions whose logits `generate` wants.
+
+    Unless that is contiguous, F.linear copies the head's weights for each row (bfloat16), or reads them again (float32).
+    """
+    return (inputs[0].contiguous(),)
 
 
 # Else a pipeline logs that it does not know this class. Configurations of models remain those of the base.

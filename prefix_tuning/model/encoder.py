@@ -147,11 +147,14 @@ class PrefixEncoder(nn.Module):
         text:   `text_prefix` (L, 2, H, P, D), the keys and values that the frozen model computes for a text: the model
                 starts as if it had read that text.
 
-        With the projection, zero and text start its last layer at zero; the text's pairs are added to its output.
+        With the projection, zero and text start its last layer at zero; the text's pairs are added to its output. Raises
+        ValueError for any other name, and if there is a `text_prefix` without `text`, or the other way round.
         """
+        if prefix_init not in ("random", "zero", "text") or (text_prefix is not None) != (prefix_init == "text"):
+            given = "no text_prefix" if text_prefix is None else "a text_prefix"
+            raise ValueError(f"prefix_init is random, zero, or text with a text_prefix; not {prefix_init!r} with {given}")
         if prefix_init == "random":
             return
-        assert (text_prefix is not None) == (prefix_init == "text")
         if self.config.prefix_projection:
             for parameter in self.transform[2].parameters():
                 nn.init.zeros_(parameter)

@@ -41,6 +41,12 @@ def write_card(folder: Path) -> None:
         base_model=f"base_model: {base}\n" if on_hub else "",
         base=base.removeprefix(LOCAL),
         load=base if on_hub else "the folder of " + base.removeprefix(LOCAL),
+        auto=f"""
+`AutoPeftModelForCausalLM` does not find this base by itself: `{ADAPTER_CONFIG_FILE}` names it `{base}`, as a path would be
+valid on one machine only. Write the path of the base there, as `base_model_name_or_path`, and it does.
+"""
+        if not on_hub
+        else "",
         where=" --model_name_or_path FOLDER_OF_THE_BASE" if base.startswith(LOCAL) else "",
         num_virtual_tokens=shape["num_virtual_tokens"],
         numbers=shape["num_virtual_tokens"] * shape["num_layers"] * 2 * shape["token_dim"],
@@ -188,9 +194,9 @@ def create_repository(name: str) -> str:
     try:
         return HfApi().create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # no network, no token, no permission, no such name: each raises a class of its own
-        raise UserError(
-            f"--push_to_hub {name}: {reason_of(error)}; log in with `hf auth login`, or leave the flag out"
-        ) from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        hint = "log in with `hf auth login`" if status in (401, 403) else "try again later"
+        raise UserError(f"--push_to_hub {name}: {reason_of(error)}; {hint}, or leave the flag out") from error
 
 
 def push_to_hub(folder: Path, repository: str) -> None:

@@ -1,11 +1,15 @@
 import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import RECORDED_BASE
+from helpers import RECORDED_BASE, random_bloom
 from safetensors.torch import load_file, save_file
 
+from prefix_tuning import PrefixBloom
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix
@@ -63,3 +67,70 @@ def test_a_prefix_of_the_hub_is_found_in_its_cache(saved, tmp_path_factory, monk
     assert load_encoder("me/prefix")[0].config == encoder.config
     (folder / ENCODER_FILE).unlink()
     assert not load_encoder("me/prefix")[0].config.prefix_projection
+
+
+class Busy(BaseHTTPRequestHandler):
+    """A hub that is out of order, and counts who asks."""
+
+    def log_message(self, *_):
+        self.server.asked.append(self.path)
+
+    def do_HEAD(self):
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_the_hub_is_asked_once_for_a_folder_that_does_not_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        url, server.asked = f"http://127.0.0.1:{server.server_port}", []
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        threading.Thread(target=server.serve_forever).start()
+        with pytest.raises(UserError, match=r"^runs/chatbot: no such folder, nor a repository of the hub"):
+            load_prefix("runs/chatbot")
+        server.shutdown()
+    assert len(server.asked) == 1 and "runs/chatbot" in server.asked[0]
+
+
+def test_a_field_of_pefts_that_is_not_understood_is_named(saved):
+    folder, encoder = saved
+    file = folder / ADAPTER_CONFIG_FILE
+    description = json.loads(file.read_text("utf-8"))
+    for more in ({"modules_to_save": None, "later": [], "peft_version": "0.99"}, {"prefix_projection": True}):
+        file.write_text(json.dumps(description | more), "utf-8")
+        assert torch.equal(load_prefix(folder).tensor, encoder.bake())
+    for more, named in (
+        ({"modules_to_save": ["lm_head"], "scale": 2.0}, "sets modules_to_save, scale, which this program does not know"),
+        ({"num_transformer_submodules": 2}, "is for 2 submodules"),
+    ):
+        file.write_text(json.dumps(description | more), "utf-8")
+        with pytest.raises(UserError, match=f"^{file}: {named}"):
+            load_prefix(folder)
+
+
+def test_of_other_tensors_one_is_named(saved):
+    folder, _ = saved
+    flat = load_file(folder / ADAPTER_FILE)["prompt_embeddings"]
+    for tensors, named in (
+        ({"prompt_embeddings": flat, "a": flat.clone()}, "a is (5, 288) where no tensor of that name is expected"),
+        ({"a": flat, "b": flat.clone()}, "a is (5, 288) where no tensor of that name is expected, and 2 more differ"),
+        ({"prompt_embeddings": flat[1:]}, "prompt_embeddings is (4, 288) where (5, 288) is expected"),
+    ):
+        save_file(tensors, folder / ADAPTER_FILE)
+        with pytest.raises(UserError, match=re.escape(f"{ADAPTER_FILE}: {named}") + "$"):
+            load_prefix(folder)
+
+
+def test_the_revision_of_a_base_is_named_with_it(saved, capsys):
+    folder, _ = saved
+    save_file(load_file(folder / ADAPTER_FILE), folder / ADAPTER_FILE)  # without a fingerprint, as PEFT writes it
+    description = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8")) | {"revision": "v2"}
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(description), "utf-8")
+    PrefixBloom(random_bloom()).attach("a", load_prefix(folder))
+    assert f"it names {RECORDED_BASE['name_or_path']}, revision v2" in capsys.readouterr().err

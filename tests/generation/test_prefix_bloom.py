@@ -1,12 +1,14 @@
 import copy
+import json
 import logging
+import pickle
 
 import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import GREEDY, PROMPTS, QUESTIONS, complete, logits_after, prefix_config, random_bloom, random_prefix
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM, DynamicCache, StaticCache, StoppingCriteriaList, TextStreamer, pipeline
 from transformers.generation import BaseStreamer
@@ -436,8 +438,12 @@ def peft_answers(model, tokenizer):
 
 
 def test_calls_that_make_no_sense_are_refused(random_model, base):
-    with pytest.raises(ValueError, match="input_ids are missing"):
+    with pytest.raises(ValueError, match="input_ids are empty"):
+        random_model.generate(torch.empty(1, 0, dtype=torch.long))
+    random_model.generation_config.bos_token_id, bos = None, random_model.generation_config.bos_token_id
+    with pytest.raises(ValueError, match="input_ids are missing, and there is no bos_token_id"):
         random_model.generate()
+    random_model.generation_config.bos_token_id = bos
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         random_model()
     with pytest.raises(TypeError, match="load_prefix"):
@@ -481,3 +487,131 @@ def test_the_weights_of_the_head_are_not_repeated_for_the_rows_of_a_batch(base, 
     vocab_size = base.config.vocab_size
     products = {event.name for event in profile.events() if any(vocab_size in shape for shape in event.input_shapes)}
     assert "aten::mm" in products and "aten::bmm" not in products
+
+
+def test_prefixes_are_saved_as_peft_saves_adapters(base, tmp_path, tokenizer):
+    """Each into a folder of its name, from which our `load_prefix` and PEFT read the same prefix, of the same base."""
+    model = PrefixBloom(base, tokenizer)
+    model.attach("short", random_prefix(base))
+    theirs = tmp_path / "theirs"
+    get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(theirs)
+    model.attach("theirs", load_prefix(theirs))
+    model.save_pretrained(tmp_path / "saved")
+    assert sorted(str(path.relative_to(tmp_path / "saved")) for path in tmp_path.glob("saved/*/*")) == [
+        f"{name}/{file}" for name in ("short", "theirs") for file in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    again = PrefixBloom(base, tokenizer)
+    for name, tensor in model.prefixes.items():
+        prefix = load_prefix(tmp_path / "saved" / name)
+        assert torch.equal(prefix.tensor, tensor) and prefix.recorded_base == model.trained_on[name]
+        again.attach(name, prefix)
+        peft = peft_answers(PeftModel.from_pretrained(base, tmp_path / "saved" / name), tokenizer)
+        assert complete(again, tokenizer, PROMPTS, prefix_name=name, **GREEDY) == peft
+    model.save_pretrained(tmp_path / "saved")  # once more is no mistake
+    assert json.loads((tmp_path / "saved" / "short" / "adapter_config.json").read_text("utf-8"))["num_virtual_tokens"] == 5
+
+
+def test_saving_loses_nothing_and_says_what_cannot_be_saved(base, tmp_path, tuned):
+    model = PrefixBloom(base)
+    with pytest.raises(ValueError, match="no prefixes to save"):
+        model.save_pretrained(tmp_path)
+    model.attach("short", random_prefix(base))
+    with pytest.raises(UserError, match="short: holds the prefix of a training run; name another folder"):
+        model.save_pretrained(tuned["short"].parent)
+    for name in ("a/b", "..", ".", ""):
+        model.attach(name, random_prefix(base))
+        with pytest.raises(ValueError, match="cannot be saved: no folder can have that name"):
+            model.save_pretrained(tmp_path / "saved")
+        model.detach(name)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"save_pretrained\(FOLDER\), then `hf upload"):
+        model.push_to_hub("me/prefixes")
+    with pytest.raises(ValueError, match=r"PrefixBloom\(BloomForCausalLM.from_pretrained\(BASE\)\), then model.attach"):
+        PrefixBloom.from_pretrained(tmp_path)
+
+
+def test_it_can_be_pickled(tuned_model, tokenizer):
+    """As torch.save does, and a worker that is spawned."""
+    again = pickle.loads(pickle.dumps(tuned_model))
+    inputs = tokenizer(PROMPTS[:2], return_tensors="pt", padding=True, padding_side="left")
+    options = {**inputs, "prefix_name": ["short", "sentence"], **GREEDY}
+    assert torch.equal(again.generate(**options), tuned_model.generate(**options))
+
+
+def test_what_transformers_offers_besides_is_refused_in_a_line(random_model, base, tokenizer):
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    with pytest.raises(ValueError, match=r"continuous batching .* does not go with a prefix"):
+        random_model.generate_batch([inputs.input_ids[0].tolist()], max_new_tokens=2)
+    with pytest.raises(ValueError, match="cannot be an assistant_model: give its base"):
+        base.generate(**inputs, assistant_model=random_model, **GREEDY)
+
+
+def test_gradient_checkpointing_is_for_eval_mode_alone(tuned_model, base, tokenizer):
+    """In train mode it drops past_key_values."""
+    model = PrefixBloom(copy.deepcopy(base))
+    model.attach("short", tuned_model.prefixes["short"])
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    model.gradient_checkpointing_enable()
+    expected = tuned_model.generate(**inputs, prefix_name="short", **GREEDY)
+    assert torch.equal(model.eval().generate(**inputs, **GREEDY), expected)
+    model.train()
+    for ask in (model, lambda **inputs: model.generate(**inputs, **GREEDY)):
+        with pytest.raises(ValueError, match=r"call model\.eval\(\), or turn it off"):
+            ask(**inputs)
+    with torch.no_grad():
+        alone = model(**inputs, prefix_name="base").logits
+        assert torch.allclose(alone, base(**inputs).logits, atol=1e-4)
+
+
+def test_peft_around_it(tuned_model, base, tokenizer):
+    """LoRA changes weights, and the prefix stays; another prefix around it would have to share its cache."""
+    model = PrefixBloom(copy.deepcopy(base))
+    model.attach("short", tuned_model.prefixes["short"])
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    expected = model.generate(**inputs, **GREEDY)
+    around = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with pytest.raises(ValueError, match="attach the adapter to it, by load_prefix"):
+        around.generate(**inputs, **GREEDY)
+    with pytest.raises(ValueError, match="is attached instead, by load_prefix"):
+        around(**inputs)
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).eval()
+    assert torch.equal(lora.generate(**inputs, **GREEDY), expected)
+
+
+def test_a_text_without_a_prompt_begins_with_bos(random_model, base):
+    assert torch.equal(random_model.generate(prefix_name="base", **GREEDY), base.generate(**GREEDY))
+    names = ["five", "base"]
+    bos = torch.full((2, 1), base.generation_config.bos_token_id)
+    expected = random_model.generate(bos, prefix_name=names, pad_token_id=3, **GREEDY)
+    assert torch.equal(random_model.generate(prefix_name=names, pad_token_id=3, **GREEDY), expected)
+
+
+def test_generate_takes_by_position_what_transformers_takes(random_model, base, tokenizer):
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    settings = copy.deepcopy(random_model.generation_config)
+    settings.update(**GREEDY)
+
+    def never_end(ids, scores):
+        return scores.index_fill(1, torch.tensor([2]), -torch.inf)
+
+    stop = StoppingCriteriaList([lambda ids, scores: torch.tensor([ids.shape[1] >= inputs.shape[1] + 5])])
+    output = random_model.generate(inputs, settings, [never_end], stop, prefix_name="base")
+    assert torch.equal(output, base.generate(inputs, settings, [never_end], stop)) and output.shape[1] == inputs.shape[1] + 5
+    with pytest.raises(ValueError, match="assistant_model does not go with a prefix"):
+        random_model.generate(inputs, settings, None, None, None, None, base)
+    with pytest.raises(ValueError, match="longer"):
+        random_model.generate(inputs, settings, *[None] * 20)
+
+
+def test_an_attached_prefix_is_a_copy_in_its_own_precision(base):
+    model, given = PrefixBloom(copy.deepcopy(base).bfloat16()), random_prefix(base)
+    kept = given.clone()
+    model.attach("a", given)
+    given.zero_()
+    ids, exact = torch.tensor([[5, 6, 7]]), PrefixBloom(base)
+    exact.attach("a", kept)
+    with torch.no_grad():
+        assert model(ids).logits.dtype == torch.bfloat16
+        model.float().load_state_dict(base.state_dict())
+        assert torch.equal(model(ids).logits, exact(ids).logits)

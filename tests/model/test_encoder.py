@@ -93,3 +93,12 @@ def test_shapes_that_make_no_sense_are_refused(field, value):
 def test_heads_must_divide_the_hidden_size():
     with pytest.raises(UserError, match="does not divide"):
         PrefixConfig(10, 2, 5, 48, 48, True)
+
+
+@pytest.mark.parametrize("name, text", [("text", False), ("zero", True), ("random", True), ("ones", False)])
+def test_a_start_that_does_not_fit_its_text_is_refused(name, text):
+    encoder = PrefixEncoder(prefix_config(random_bloom()))
+    before = encoder.bake()
+    with pytest.raises(ValueError, match="prefix_init is random, zero, or text with a text_prefix; not"):
+        encoder.initialize(name, torch.zeros_like(before) if text else None)
+    assert torch.equal(encoder.bake(), before)

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,14 +11,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from forks import Fork
 from helpers import ROOT, metrics_of, start_process
-from peft import PeftConfig
+from peft import AutoPeftModelForCausalLM, PeftConfig
 
+from prefix_tuning import bundled, load_prefix
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import CARD_FILE, PLOT_FILE
-from prefix_tuning.training.report import plot_curves, what_was_learnt, write_card
+from prefix_tuning.model.encoder import flatten
+from prefix_tuning.training.report import create_repository, plot_curves, what_was_learnt, write_card
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -47,6 +51,16 @@ def test_the_card_says_what_was_trained_and_how_good_it_is(finished):
     assert str(finished.parent) not in card and PeftConfig.from_pretrained(finished).peft_type == "PREFIX_TUNING"
 
 
+def test_the_card_says_how_peft_finds_a_base_that_is_not_on_the_hub(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    assert "Write the path of the base there, as `base_model_name_or_path`" in (folder / "README.md").read_text("utf-8")
+    description = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    description["base_model_name_or_path"] = bundled.resolve(bundled.MODEL)
+    (folder / "adapter_config.json").write_text(json.dumps(description), "utf-8")
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, flatten(load_prefix(folder).tensor))
+
+
 def test_a_readme_of_the_users_is_not_replaced(tmp_path, rows_file):
     (tmp_path / "README.md").write_text("# Mine", "utf-8")
     with pytest.raises(UserError, match=r"holds a README\.md"):
@@ -62,6 +76,7 @@ def test_a_base_of_the_hub_stands_in_the_cards_front(finished, tmp_path):
     write_card(tmp_path)
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "\nbase_model: Langboat/bloom-1b4-zh\n" in card and 'from_pretrained("Langboat/bloom-1b4-zh")' in card
+    assert "AutoPeftModel" not in card  # it finds that base
     assert "held out: 1,200 others" in card
 
 
@@ -110,6 +125,31 @@ def test_tensorboard_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         parse_train_config(["--report_to", "tensorboard"])
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers each upload with the server's `status`."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_only_a_hub_that_knows_nobody_asks_for_a_login(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever).start()
+        for server.status, hint in ((401, "log in with `hf auth login`"), (403, "log in with"), (500, "try again later")):
+            with pytest.raises(UserError, match=f"^--push_to_hub prefix: .*; {hint}.*, or leave the flag out$"):
+                create_repository("prefix")
+        server.shutdown()
+    with pytest.raises(UserError, match=r"refused; try again later"):  # no hub at all
+        create_repository("prefix")
 
 
 class Hub(BaseHTTPRequestHandler):
