@@ -120,8 +120,8 @@ def answer(base: BloomForCausalLM, tokenizer, row: dict, prefix: torch.Tensor | 
     ids = tokenizer(prompt_of(row), return_tensors="pt", split_special_tokens=True).input_ids.to(base.device)
     cache = None if prefix is None else as_past_key_values(prefix, base)
     mask = torch.ones(1, (0 if prefix is None else prefix.shape[3]) + ids.shape[1], dtype=torch.long, device=base.device)
-    # mypy: transformers declares a type of self here that its own models do not have.
-    output = base.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=32, do_sample=False)  # type: ignore[misc]
+    options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}  # as in training
+    output = base.generate(ids, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 

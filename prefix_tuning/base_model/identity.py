@@ -56,12 +56,18 @@ def check_base(
         return
     # What is None, or missing, cannot be compared: the weights in float16, and the special tokens of earlier versions.
     keys = ("weights", "tokenizer", "special_tokens")
-    differing = [key.replace("_", " ") for key in keys if recorded.get(key) and base[key] and recorded[key] != base[key]]
+    pairs = {key: (_compared(recorded.get(key)), _compared(base[key])) for key in keys}
+    differing = [key.replace("_", " ") for key, (theirs, ours) in pairs.items() if theirs and ours and theirs != ours]
     message = f"{prefix_name}: was trained on {name}; {base['name_or_path']} has the same shape, but not the same "
     if differing and not force:
         raise UserError(f"{message}{' and '.join(differing)}; use the right base, or add --force to use it anyway")
     if differing or name != base["name_or_path"]:
         print(f"{message}{' and '.join(differing) or 'name'}", file=sys.stderr)
+
+
+def _compared(entry: Any) -> Any:
+    """What counts of a fingerprint's entry. Padding is masked, so the token that pads does not."""
+    return {kind: token for kind, token in entry.items() if kind != "pad"} if isinstance(entry, dict) else entry
 
 
 def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:

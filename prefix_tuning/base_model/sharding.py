@@ -8,10 +8,12 @@ Gathering is collective: all ranks must run equally many passes. Training and ev
 fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so it runs inside `equal_passes`.
 """
 
+import copy
 import ctypes
+import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +32,7 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files.reading import find_file
 from prefix_tuning.model.bloom import Bloom
 
+HEAD, EMBEDDINGS = "lm_head.weight", "word_embeddings.weight"  # weights that may be tied, named as in `_short`
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
@@ -55,24 +58,34 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
 
     parts: how many processes, neighbours by rank, share one copy of the base; it divides their number. All processes call
     this together. Returns the frozen model, whose weights are DTensors in `dtype` on `device`. Raises UserError if there are
-    no such files, or if they hold other weights than `config` describes.
+    no such files, if they hold other weights than `config` describes, or quantised ones.
     """
-    files = weight_files(path)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"--shard_base reads weights as they are, and those of {path} are quantised; leave the flag out")
+    files = weight_files(path, getattr(config, "transformers_weights", None))
+    if config.tie_word_embeddings and has_own_head(files, dtype):
+        config = copy.copy(config)
+        config.tie_word_embeddings = False
     with torch.device("meta"):
         model = Bloom(config).to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]  # transformers declares `to` without self
     if find_file(path, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(path)
+    else:  # as transformers does: an old config.json may hold settings of `generate`, which BloomConfig leaves out
+        config_file = Path(find_file(path, "config.json") or "")
+        model.generation_config = GenerationConfig.from_model_config(json.loads(config_file.read_text("utf-8")))
     shard(model, device, parts)
     fill(model, files)
     return model
 
 
-def weight_files(path: str) -> list[str]:
-    """The safetensors files of a model by folder or hub name. Raises UserError if it has none."""
-    if file := find_file(path, SAFE_WEIGHTS_NAME):
-        return [file]
-    if index := find_file(path, SAFE_WEIGHTS_INDEX_NAME):
-        return get_checkpoint_shard_files(path, index)[0]
+def weight_files(path: str, named: str | None = None) -> list[str]:
+    """The safetensors files of a model by folder or hub name. Raises UserError if it has none.
+
+    named: the file, or the index of several, that its config.json names as transformers_weights, if it does.
+    """
+    for name in [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]:
+        if file := find_file(path, name):
+            return get_checkpoint_shard_files(path, file)[0] if name.endswith(".index.json") else [file]
     hint = "save it as such once, where it fits: BloomForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)"
     raise UserError(f"--shard_base reads safetensors files, and {path} has none; {hint}")
 
@@ -106,16 +119,37 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
+def has_own_head(files: list[str], dtype: torch.dtype) -> bool:
+    """Whether the files hold other numbers for the head than for the embeddings. transformers does not tie the two then,
+    whatever config.json says. They are compared in `dtype`, as they are used."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        stored = {_short(name): file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 (see `fill`)
+        if not {HEAD, EMBEDDINGS} <= stored.keys():
+            return False
+        head, embeddings = stored[HEAD], stored[EMBEDDINGS]
+        if head.get_shape() != embeddings.get_shape():
+            return True
+        # In pieces, as these may be the largest weights of all.
+        pieces = (slice(start, start + 1024) for start in range(0, head.get_shape()[0], 1024))
+        return any(not torch.equal(head[rows].to(dtype), embeddings[rows].to(dtype)) for rows in pieces)
+
+
+def _short(name: str) -> str:
+    """A weight's name without the part that the first Blooms, saved without their head, did not have."""
+    return name.removeprefix("transformer.")
+
+
 def fill(model: BloomForCausalLM, files: list[str]) -> None:
     """Reads this process's rows of every weight. Raises UserError for weights that are missing, or of another shape."""
-    missing: dict[str, Any] = dict(model.named_parameters())  # DTensors, which torch types as Parameters
-    other_names = {name.removeprefix("transformer."): name for name in missing}  # the first Blooms were named so
-    if model.lm_head.weight is model.transformer.word_embeddings.weight:
-        other_names["lm_head.weight"] = "transformer.word_embeddings.weight"
+    # DTensors, which torch types as Parameters.
+    missing: dict[str, Any] = {_short(name): parameter for name, parameter in model.named_parameters()}
+    tied = HEAD not in missing
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                parameter = missing.pop(name if name in missing else other_names.get(name, name), None)
+                short = _short(name)
+                parameter = missing.pop(EMBEDDINGS if tied and short == HEAD else short, None)
                 if parameter is None:
                     continue
                 stored, local = file.get_slice(name), parameter.to_local()

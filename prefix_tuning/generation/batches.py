@@ -1,6 +1,7 @@
 """Many prompts: which of them are answered together, and how one such batch is answered."""
 
 from collections.abc import Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from prefix_tuning import signals
-from prefix_tuning.generation.options import is_continuable, resolve_options
+from prefix_tuning.base_model.special_tokens import ends_of
+from prefix_tuning.generation.options import depends_on_padding, is_continuable, resolve_options
 from prefix_tuning.generation.prefix_bloom import Names, PrefixBloom
 from prefix_tuning.generation.sampling import row_draws
 
@@ -65,18 +67,22 @@ def complete_batch(
     seed: what is drawn for a prompt with do_sample depends on this and on its number alone. options: those of transformers'
     `generate`.
     """
+    settings, others = resolve_options(model.generation_config, generation_config, options | {"tokenizer": tokenizer})
+    settings.return_dict_in_generate = False
+    alike = [list(group) for _, group in groupby(batch, key=lambda prompt: len(prompt.ids))]
+    if len(alike) > 1 and depends_on_padding(settings, tokenizer.pad_token_id):
+        parts = (complete_batch(model, tokenizer, part, seed, generation_config, **options) for part in alike)
+        return list(chain.from_iterable(parts))
     inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in batch]}, padding_side="left", return_tensors="pt")
     inputs, names = inputs.to(model.device), [prompt.prefix_name for prompt in batch]
     keys = [(seed, prompt.number) for prompt in batch]
-    settings, options = resolve_options(model.generation_config, generation_config, options | {"tokenizer": tokenizer})
-    settings.return_dict_in_generate = False
-    if len(batch) > FEW_ROWS and is_continuable(settings, options):
+    if len(batch) > FEW_ROWS and is_continuable(settings, others):
         cache = model.prepend(inputs.attention_mask, names)[1]
         replies = _replies_of_shrinking_batch(model, settings, inputs, cache, keys)
     else:
-        options["stopping_criteria"] = [*options.get("stopping_criteria", ()), _SignalHeard()]
+        others["stopping_criteria"] = [*others.get("stopping_criteria", ()), _SignalHeard()]
         with row_draws(settings, keys):
-            output = model.generate(**inputs, generation_config=settings, prefix_name=names, **options)
+            output = model.generate(**inputs, generation_config=settings, prefix_name=names, **others)
         replies = output[:, inputs.input_ids.shape[1] :]
     texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
     each = len(texts) // len(batch)
@@ -93,7 +99,7 @@ def _replies_of_shrinking_batch(
     """
     ids, mask = inputs.input_ids, inputs.attention_mask
     tokens, left = ids.shape[1], settings.max_new_tokens
-    half_ended = _HalfEnded(tokens, settings.eos_token_id)
+    half_ended = _HalfEnded(tokens, ends_of(settings))
     rows = torch.arange(len(ids))
     replies: list[list[int]] = [[]] * len(ids)
     while len(rows) and not signals.heard():
@@ -122,12 +128,12 @@ class _SignalHeard(StoppingCriteria):
 class _HalfEnded(StoppingCriteria):
     """Stops a batch as soon as half of its rows have ended. start: where the replies begin in input_ids."""
 
-    def __init__(self, start: int, eos_token_id: int | list[int] | None):
-        self.start, self.eos = start, torch.tensor([] if eos_token_id is None else eos_token_id).flatten()
+    def __init__(self, start: int, ends: list[int]):
+        self.start, self.ends = start, torch.tensor(ends)
 
     def ended(self, replies: torch.Tensor) -> torch.Tensor:
         """Which replies (rows, tokens) have ended: (rows,), bool."""
-        return torch.isin(replies, self.eos.to(replies.device)).any(dim=1)
+        return torch.isin(replies, self.ends.to(replies.device)).any(dim=1)
 
     def __call__(self, input_ids, scores, **options):
         ended = self.ended(input_ids[:, self.start :])

@@ -8,6 +8,8 @@ import copy
 import torch
 from transformers import GenerationConfig
 
+from prefix_tuning.base_model.special_tokens import ends_of
+
 _DEFAULT_NEW_TOKENS = 20  # transformers' own, where neither max_new_tokens nor max_length is set
 
 _RULED_OUT = ("inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "prefill_chunk_size")
@@ -21,6 +23,11 @@ _CONTINUABLE = {
     "sequence_bias", "suppress_tokens", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
     "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "tokenizer",
     "transformers_version",
+}  # fmt: skip
+
+# These look for tokens in the text so far, where some releases of transformers see the padding too; and what has no effect.
+_LOOK_FOR_TOKENS = {
+    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
 }  # fmt: skip
 
 
@@ -56,10 +63,20 @@ def check_options(settings: GenerationConfig, options: dict) -> None:
 def guess_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
     """The attention mask where none is given, as transformers guesses it: padding is what has pad_token_id, unless that is
     an end token too. Takes and returns (rows, tokens), int64."""
-    pad, eos = settings.pad_token_id, torch.tensor([] if settings.eos_token_id is None else settings.eos_token_id)
-    if pad is None or pad in eos.flatten().tolist():
+    pad = settings.pad_token_id
+    if pad is None or pad in ends_of(settings):
         return torch.ones_like(input_ids)
     return input_ids.ne(pad).long()
+
+
+def depends_on_padding(settings: GenerationConfig, pad: int) -> bool:
+    """Whether an answer would be another one if its prompt were padded, with token `pad`, in a batch with longer ones.
+
+    Where padding is an end token, what makes tokens of the text likelier or less likely does so to the end. min_length
+    counts padding as text.
+    """
+    looks = any(getattr(settings, name, None) not in (None, neutral) for name, neutral in _LOOK_FOR_TOKENS.items())
+    return bool(settings.min_length) or (looks and pad in ends_of(settings))
 
 
 def new_tokens(settings: GenerationConfig, tokens: int) -> int:

@@ -30,6 +30,7 @@ from transformers import (
 
 from prefix_tuning.base_model.identity import check_base, fingerprint
 from prefix_tuning.base_model.sharding import equal_passes, is_sharded
+from prefix_tuning.base_model.special_tokens import add_end, align_special_tokens, recorded_end
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ENCODER_FILE
 from prefix_tuning.files.prefixes import SavedPrefix, save_prefix
@@ -70,7 +71,7 @@ class PrefixBloom(Bloom):
     config_class = _PrefixBloomConfig
 
     def __init__(self, base: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None):
-        """tokenizer: if given, prefixes that were trained with another one are refused."""
+        """tokenizer: if given, its EOS ends answers too, and prefixes that were trained with another one are refused."""
         if not isinstance(base, BloomForCausalLM):
             raise TypeError(f"PrefixBloom takes a loaded BloomForCausalLM, not {type(base).__name__}")
         if len({tensor.device for tensor in base.parameters()} | {base.device}) > 1 or base.device.type == "meta":
@@ -88,6 +89,8 @@ class PrefixBloom(Bloom):
         self.trained_on: dict[str, dict[str, Any]] = {}  # what each one's files record of its base
         self.active = BASE
         self.base_fingerprint = fingerprint(base, tokenizer)
+        if tokenizer is not None:
+            align_special_tokens(self.generation_config, tokenizer, base.name_or_path or "the base")
         add_packed_forward(self)
         for block in self.transformer.h:
             block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))  # Bloom's GELU in one kernel instead of eight
@@ -99,7 +102,8 @@ class PrefixBloom(Bloom):
         return [BASE, *self.prefixes]
 
     def attach(self, name: str, prefix: SavedPrefix | torch.Tensor, force: bool = False) -> None:
-        """Adds a prefix under a name, or replaces the one of that name. The first one attached is in use at once.
+        """Adds a prefix under a name, or replaces the one of that name. The first one attached is in use at once. The EOS of
+        the tokenizer that it was trained with, where its file records one, ends answers from now on.
 
         prefix: what `load_prefix` returns, or a tensor (L, 2, H, P, D). force: accept one whose base had other weights or
         another tokenizer. Raises UserError if it does not fit the base, TypeError or ValueError if it is no prefix.
@@ -114,6 +118,8 @@ class PrefixBloom(Bloom):
         if tensor.dim() != 5 or tensor.shape[1] != 2 or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError("a prefix is (layers, 2, heads, tokens, head_dim), of a float type and finite")
         check_base(tensor.shape, trained_on, self.base_fingerprint, name, force)
+        if (end := recorded_end(trained_on)) is not None and 0 <= end < self.config.vocab_size:
+            add_end(self.generation_config, end, f"{name}: the tokenizer of its training")
         if not self.prefixes:
             self.active = name
         self.prefixes[name] = tensor.detach().to(self.device, copy=True)  # a caller may go on training its own

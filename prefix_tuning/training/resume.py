@@ -15,7 +15,7 @@ from prefix_tuning import distributed
 from prefix_tuning.devices import PRECISIONS
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint, newest_checkpoint, step_of
-from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, CARD_FILE, CONFIG_FILE, METRICS_FILE
+from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, CARD_FILE, CONFIG_FILE, ENCODER_FILE, METRICS_FILE
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.settings import names_on_resume
 from prefix_tuning.training.settings import TrainConfig
@@ -87,7 +87,7 @@ def find_resumed(output_dir: Path, where: str | None, overwrite: bool) -> Resume
 
 
 def refuse_to_replace(folder: Path, where: str | None) -> None:
-    """Raises UserError if a folder holds a prefix, checkpoints other than damaged ones, or a README.md.
+    """Raises UserError if a folder holds a prefix, checkpoints other than damaged ones, trainable weights, or a README.md.
 
     where: --resume_from_checkpoint, which has found none in this folder.
     """
@@ -96,6 +96,9 @@ def refuse_to_replace(folder: Path, where: str | None) -> None:
     if find_checkpoints(folder) and where != "latest":
         hint = "resume it with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
         raise UserError(f"{folder} holds checkpoints of a run that did not finish; {hint}")
+    if (folder / ENCODER_FILE).exists():  # alone, as somebody may keep what --prefix_from reads
+        hint = "add --overwrite_output_dir or name another --output_dir"
+        raise UserError(f"{folder} holds trainable weights ({ENCODER_FILE}), which new ones would replace; {hint}")
     if (folder / CARD_FILE).exists():
         raise UserError(f"{folder} holds a {CARD_FILE}, which a model card would replace; name another folder")
 

@@ -172,6 +172,8 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
         if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--report_to tensorboard needs a package that is not here: pip install tensorboard")
         _check_output_dir(self.output_dir)
+        if self.push_to_hub == self.model_name_or_path:
+            raise UserError(f"--push_to_hub {self.push_to_hub} is the base; name another repository")
 
     def need_held_out(self) -> str:
         """The flags given that have no effect without held-out rows, as they are written."""
@@ -188,5 +190,8 @@ def _check_output_dir(output_dir: str) -> None:
         raise UserError(f"--output_dir {output_dir}: {error.strerror}; name another folder") from error
     if not existing.is_dir():
         raise UserError(f"--output_dir {output_dir}: {existing.name} is a file; name a folder")
+    if (folder / "config.json").exists():
+        hint = "transformers would take the prefix for an adapter of it and fail to load it; name another folder"
+        raise UserError(f"--output_dir {output_dir}: holds a model (config.json); {hint}")
     if not os.access(existing, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: no permission to write there; name another folder")

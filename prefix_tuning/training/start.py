@@ -127,5 +127,6 @@ def text_prefix(base: Bloom, tokenizer: PreTrainedTokenizerBase, text: str, num_
     if not ids:
         raise UserError("--init_text is empty; --prefix_init text needs a text of at least one token")
     ids = (ids * -(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
-    cache = base(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
+    # Both are said here, as the base's config.json may have other defaults.
+    cache = base(torch.tensor([ids], device=base.device), use_cache=True, return_dict=True).past_key_values
     return cached_pairs(cache).float()

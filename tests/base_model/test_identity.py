@@ -40,6 +40,11 @@ def test_a_prefix_is_used_on_its_own_base_only(tokenizer, capsys):
     # By a version that knew no special tokens.
     check_base(shape, {key: value for key, value in base.items() if key != "special_tokens"}, base, "./chatbot", force=False)
     assert not capsys.readouterr().err
+    # With another token that pads, or none: padding is masked.
+    padded = base | {"special_tokens": base["special_tokens"] | {"pad": None}}
+    check_base(shape, padded, base, "./chatbot", force=False)
+    check_base(shape, base, padded, "./chatbot", force=False)
+    assert not capsys.readouterr().err
     for changed in ("weights", "tokenizer", "special_tokens"):
         said = f"not the same {changed.replace('_', ' ')}"
         with pytest.raises(UserError, match=f"{said}; use the right base, or add --force"):

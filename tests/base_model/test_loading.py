@@ -2,12 +2,15 @@ import json
 
 import pytest
 import torch
-from helpers import random_bloom
+from helpers import prefix_config, random_bloom
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.errors import UserError
+from prefix_tuning.files.prefixes import save_adapter
+from prefix_tuning.model.encoder import PrefixEncoder
 
 
 def resave(folder, change):
@@ -76,3 +79,47 @@ def test_a_base_may_have_more_embeddings_than_tokens(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     model, _ = load_base(str(tmp_path), torch.float32, torch.device("cpu"))
     assert model.config.vocab_size == len(tokenizer) + 100
+
+
+@pytest.mark.parametrize("kind", ["a LoRA", "a prefix"])
+def test_an_adapter_beside_the_weights_is_left_out_and_named(tmp_path, tokenizer, capsys, kind):
+    model = random_bloom()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if kind == "a LoRA":
+        lora = LoraConfig(target_modules=["query_key_value"], init_lora_weights=False)
+        get_peft_model(model, lora).save_pretrained(tmp_path)
+        attached = BloomForCausalLM.from_pretrained(tmp_path)  # as transformers does, if PEFT is installed as it is here
+        assert any("lora" in name for name in attached.state_dict())
+    else:
+        encoder = PrefixEncoder(prefix_config(model))
+        save_adapter(tmp_path, encoder.bake(), encoder.config, {"name_or_path": "base"})
+    capsys.readouterr()
+    loaded, _ = load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+    assert f"{tmp_path}: the adapter beside its weights (adapter_config.json) is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting, hint",
+    [
+        ({"slow_but_exact": True, "pretraining_tp": 2}, 'slow_but_exact, .* set "slow_but_exact": false'),
+        ({"is_causal": False}, 'later tokens; set "is_causal": true'),
+    ],
+)
+def test_a_base_that_would_be_trained_as_another_function_is_refused(tmp_path, tokenizer, setting, hint):
+    random_bloom(**setting).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"--model_name_or_path {tmp_path}: its config\.json asks for .*{hint}"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+def test_padding_is_the_tokenizers_or_else_its_eos(tmp_path, tokenizer):
+    random_bloom().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for pad in (3, 2):
+        model, loaded = load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+        assert loaded.pad_token_id == model.generation_config.pad_token_id == pad
+        resave(tmp_path, lambda settings: settings | {"pad_token": None})

@@ -1,5 +1,6 @@
 """A sharded base. Here with one process, which has all of it; processes.py has the checks with several."""
 
+import copy
 import gc
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import complete, examples_of, random_bloom
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -42,30 +44,129 @@ def sharded(folder, dtype=torch.float32):
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("files", ["one", "several", "headless", "under the head's name", "two sets"])
-def test_every_kind_of_checkpoint_is_read(group, tmp_path, files, dtype):
-    plain = random_bloom()
-    if files == "headless":  # as the first Blooms were saved
-        plain.config.save_pretrained(tmp_path)
-        plain.transformer.save_pretrained(tmp_path)
-        assert "word_embeddings.weight" in load_file(tmp_path / "model.safetensors")
-    else:
-        plain.save_pretrained(tmp_path, max_shard_size="1MB" if files == "several" else "5GB")
-        assert (tmp_path / "model.safetensors.index.json").exists() == (files == "several")
-    path = tmp_path / "model.safetensors"
-    if files == "under the head's name":
-        weights = load_file(path)
-        weights["lm_head.weight"] = weights.pop("transformer.word_embeddings.weight")
-        save_file(weights, path, {"format": "pt"})
-    if files == "two sets":  # transformers takes the one without an index, so the other must not matter
-        (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "other.safetensors"}}')
-    plain, model = plain.to(dtype), sharded(tmp_path, dtype)
-    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours.to_local(), theirs), name
-    assert fingerprint(model, None)["weights"] == fingerprint(plain, None)["weights"]
-    batch = next(pack(examples_of([20, 50, 7]), 1000))
-    assert torch.allclose(model.label_losses(batch, None), plain.label_losses(batch, None), rtol=1e-5)
+EMBEDDINGS = "transformer.word_embeddings.weight"
+
+
+def stored(folder):
+    """The weights in a folder's file, not views of it."""
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def save_changed(model, folder, change):
+    """change: the entries of the file that are other than the model's, made from its weights; None: left out."""
+    model.save_pretrained(folder)
+    weights = stored(folder)
+    weights |= change(weights)
+    kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_head(noise):
+    """Stores a head beside the embeddings, which differs from them by `noise`."""
+    return lambda model, folder: save_changed(
+        model, folder, lambda weights: {"lm_head.weight": weights[EMBEDDINGS] + noise * torch.randn(4096, 48)}
+    )
+
+
+def under_the_heads_name(model, folder):
+    save_changed(model, folder, lambda weights: {"lm_head.weight": weights[EMBEDDINGS], EMBEDDINGS: None})
+
+
+def with_adapter(model, folder):
+    model.save_pretrained(folder)
+    lora = LoraConfig(target_modules=["query_key_value"], init_lora_weights=False)
+    get_peft_model(copy.deepcopy(model), lora).save_pretrained(folder)
+
+
+def with_more(model, folder):
+    save_changed(model, folder, lambda weights: {"masked_bias": torch.ones(1), "transformer.h.9.bias": torch.ones(1)})
+
+
+def in_type(dtype):
+    return lambda model, folder: copy.deepcopy(model).to(dtype).save_pretrained(folder)
+
+
+def in_several_files(model, folder):
+    model.save_pretrained(folder, max_shard_size="1MB")
+    assert (folder / "model.safetensors.index.json").exists()
+
+
+def headless(model, folder):
+    """As the first Blooms were saved."""
+    model.config.save_pretrained(folder)
+    model.transformer.save_pretrained(folder)
+    assert "word_embeddings.weight" in stored(folder)
+
+
+def headless_with_head(model, folder):
+    headless(model, folder)
+    head = {"lm_head.weight": torch.randn(4096, 48)}
+    save_file(stored(folder) | head, folder / "model.safetensors", {"format": "pt"})
+
+
+def two_sets(model, folder):
+    """transformers takes the one without an index, so the other must not matter."""
+    model.save_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "other.safetensors"}}')
+
+
+def named_by_the_configuration(model, folder):
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    random_bloom(seed=1).save_pretrained(folder)
+    model.config.transformers_weights = "mine.safetensors"
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+
+
+def with_old_settings(model, folder):
+    headless(model, folder)
+    config = model.config.to_dict() | {"repetition_penalty": 1.5, "eos_token_id": 7}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+CHECKPOINTS = {
+    "one file": lambda model, folder: model.save_pretrained(folder),
+    "several files": in_several_files,
+    "headless": headless,
+    "headless, and a head": headless_with_head,
+    "two sets": two_sets,
+    "a file that the configuration names": named_by_the_configuration,
+    "embeddings under the head's name": under_the_heads_name,
+    "the embeddings twice": with_head(noise=0),
+    "a head of its own": with_head(noise=1),
+    "a head that differs by less than bfloat16 can tell": with_head(noise=1e-9),
+    "settings of generate in config.json": with_old_settings,
+    "more than a Bloom": with_more,
+    "an adapter beside it": with_adapter,
+    "bfloat16": in_type(torch.bfloat16),
+    "float16": in_type(torch.float16),
+    "float64": in_type(torch.float64),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("save", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_sharded_base_is_the_plain_one_tensor_by_tensor(group, tmp_path, tokenizer, save, tied):
+    tokenizer.save_pretrained(tmp_path)
+    save(random_bloom(tie_word_embeddings=tied), tmp_path)
+    lacks_head = not tied and save in (headless, under_the_heads_name, with_old_settings)
+    for dtype in (torch.float32, torch.bfloat16):
+        if lacks_head:
+            for parts in (None, 1):
+                with pytest.raises(UserError, match="lacks 1 of its weights"):
+                    load_base(str(tmp_path), dtype, CPU, parts)
+            continue
+        plain, model = (load_base(str(tmp_path), dtype, CPU, parts)[0] for parts in (None, 1))
+        ours, theirs = (dict(base.named_parameters(remove_duplicate=False)) for base in (model, plain))
+        assert ours.keys() == theirs.keys() and "lm_head.weight" in ours
+        for name, parameter in ours.items():
+            assert parameter.dtype == dtype and torch.equal(parameter.to_local(), theirs[name]), name
+        of_both = [base.generation_config.to_dict().items() for base in (model, plain)]
+        settings, expected = ({name: value for name, value in items if value} for items in of_both)
+        assert settings == expected and (settings.get("repetition_penalty") == 1.5) == (save is with_old_settings)
+        assert fingerprint(model, None)["weights"] == fingerprint(plain, None)["weights"]
+        batch = next(pack(examples_of([20, 50, 7]), 1000))
+        assert torch.allclose(model.label_losses(batch, None), plain.label_losses(batch, None), rtol=1e-5)
 
 
 def test_answers_are_those_of_the_whole_base(group, tuned):
@@ -94,9 +195,13 @@ def test_a_base_that_cannot_be_sharded_is_one_line(group, tmp_path):
     save_file(weights | {"transformer.ln_f.bias": torch.zeros(7)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"transformer.ln_f.bias has the shape \(7,\) where \(48,\) is expected"):
         sharded(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(UserError, match=r"--shard_base reads weights as they are, and those of .* are quantised"):
+        load_sharded(str(tmp_path), config, torch.float32, CPU, parts=1)
     del weights["transformer.h.1.mlp.dense_h_to_4h.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 of its weights, such as transformer\.h\.1\.mlp\.dense_h_to_4h\.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 of its weights, such as h\.1\.mlp\.dense_h_to_4h\.weight"):
         sharded(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     (tmp_path / "tokenizer.json").write_bytes(Path(bundled.resolve(bundled.MODEL), "tokenizer.json").read_bytes())

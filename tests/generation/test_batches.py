@@ -79,6 +79,33 @@ def test_a_base_with_settings_of_its_own_answers_as_alone(base, tuned, tokenizer
     assert together == [complete(model, tokenizer, [prompt], **GREEDY)[0] for prompt in prompts]
 
 
+PADDING_MATTERS = {
+    "a penalty on what was said": {"repetition_penalty": 1.3},
+    "a penalty on the prompt": {"encoder_repetition_penalty": 1.5},
+    "none on what the prompt lacks": {"encoder_repetition_penalty": 0.7},
+    "no token twice": {"no_repeat_ngram_size": 1},
+    "no token of the prompt": {"encoder_no_repeat_ngram_size": 1},
+    "a least length": {"min_length": 24},
+    "two of them, on beams": {"encoder_repetition_penalty": 0.7, "min_length": 24, "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("settings", PADDING_MATTERS.values(), ids=PADDING_MATTERS)
+def test_answers_do_not_depend_on_the_batch_where_eos_pads(base, tuned, tokenizer, mixed, settings):
+    padded_by_eos = copy.deepcopy(tokenizer)
+    padded_by_eos.pad_token = tokenizer.eos_token
+    odd = copy.deepcopy(base)
+    odd.generation_config.update(**settings)
+    model = PrefixBloom(odd, padded_by_eos)
+    for name in ("short", "sentence"):
+        model.attach(name, load_prefix(tuned[name]))
+    prompts, names = (part[:10] for part in mixed)
+    options = GREEDY | {"prefix_name": names}
+    alone = complete(model, padded_by_eos, prompts, batch_size=1, **options)
+    assert complete(model, padded_by_eos, prompts, **options) == alone
+    assert len({len(ids) for ids in tokenizer(prompts).input_ids}) > 1 and len(set(alone)) > 4
+
+
 @pytest.mark.parametrize("options", [{}, {"min_new_tokens": 9}], ids=["a batch that shrinks", "one that does not"])
 def test_a_signal_ends_the_batch_and_no_other_begins(tuned_model, tokenizer, mixed, options):
     passes = []

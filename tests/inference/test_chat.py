@@ -76,7 +76,7 @@ def endless(tmp_path_factory):
     folder = tmp_path_factory.mktemp("endless") / "model"
     shutil.copytree(bundled.resolve(bundled.MODEL), folder)
     settings = json.loads((folder / "generation_config.json").read_text("utf-8"))
-    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 0}), "utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"suppress_tokens": [2]}), "utf-8")
     return folder
 
 

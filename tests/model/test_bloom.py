@@ -1,4 +1,6 @@
+import ast
 import copy
+import inspect
 import math
 import re
 
@@ -7,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import TRAIN, examples_of, loss_and_gradient, plain_loss, prefix_config, random_bloom, relative, write_jsonl
 from transformers import BloomForCausalLM, DynamicCache
+from transformers.models.bloom import modeling_bloom
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from prefix_tuning.data.readers import load_rows
@@ -30,6 +33,26 @@ OPTIONS = {
     "a power of two heads": {"n_head": 8},
     "one head": {"n_head": 1},
     "pretraining_tp": {"pretraining_tp": 2},
+}
+
+
+# Every field of the configuration that transformers' Bloom reads, with a value other than the default: with it, the packed
+# forward computes the same. (With slow_but_exact and pretraining_tp > 1 together it would not; load_base refuses that.)
+FIELDS = {
+    "apply_residual_connection_post_layernorm": True,
+    "attention_dropout": 0.5,  # of training; the frozen base is in eval mode
+    "hidden_dropout": 0.5,
+    "hidden_size": 96,
+    "layer_norm_epsilon": 0.5,
+    "n_head": 4,
+    "num_hidden_layers": 2,
+    "output_attentions": True,  # these four decide what comes back beside the logits
+    "output_hidden_states": True,
+    "return_dict": False,
+    "use_cache": False,
+    "pretraining_tp": 4,
+    "slow_but_exact": True,
+    "vocab_size": 5000,
 }
 
 
@@ -85,6 +108,31 @@ def test_packed_loss_and_prefix_gradient_equal_transformers(attention_form, opti
     examples = examples_of(lengths, prompt_share=prompt_share)
     prefix = PrefixEncoder(prefix_config(model)).bake()
     ours, our_gradient = loss_and_gradient(lambda x: packed_loss(model, examples, x), prefix)
+    theirs, their_gradient = loss_and_gradient(lambda x: plain_loss(model, examples, x), prefix)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert relative(our_gradient, their_gradient) < 1e-5
+
+
+def test_no_field_of_the_configuration_is_read_by_transformers_alone():
+    used = {"BloomAttention", "BloomMLP", "BloomBlock", "BloomModel", "BloomForCausalLM"}
+    classes = [node for node in ast.parse(inspect.getsource(modeling_bloom)).body if getattr(node, "name", "") in used]
+    assert len(classes) == len(used)
+    read = {
+        node.attr
+        for part in classes
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "self.config")
+    }
+    assert {"slow_but_exact", "hidden_dropout", "return_dict"} <= read <= FIELDS.keys()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_the_packed_forward_heeds_the_configuration(field):
+    model, examples = random_bloom(**{field: FIELDS[field]}), examples_of([7, 12, 9])
+    assert getattr(model.config, field) == FIELDS[field] != getattr(random_bloom().config, field)
+    prefix = PrefixEncoder(prefix_config(model)).bake()
+    ours, our_gradient = loss_and_gradient(lambda x: packed_loss(model, examples, x), prefix)
+    model.config.return_dict = True  # for the plain twin, which takes `.logits`
     theirs, their_gradient = loss_and_gradient(lambda x: plain_loss(model, examples, x), prefix)
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert relative(our_gradient, their_gradient) < 1e-5

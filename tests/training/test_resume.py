@@ -296,3 +296,17 @@ def test_a_finished_run_is_not_overwritten_silently(quick_settings):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     train(TrainConfig(**quick_settings | {"seed": 1, "overwrite_output_dir": True}))
     assert before[ADAPTER_FILE] != (folder / ADAPTER_FILE).read_bytes()
+
+
+def test_trainable_weights_alone_are_not_overwritten(quick_settings, tmp_path):
+    train(TrainConfig(**quick_settings | {"max_steps": 0}))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    shutil.copy(Path(quick_settings["output_dir"]) / ENCODER_FILE, kept)
+    before = contents(kept)
+    again = quick_settings | {"prefix_from": str(kept), "output_dir": str(kept), "max_steps": 1}
+    with pytest.raises(UserError, match=r"kept holds trainable weights .*; add --overwrite_output_dir or name another"):
+        train(TrainConfig(**again))
+    assert contents(kept) == before
+    train(TrainConfig(**again | {"overwrite_output_dir": True}))
+    assert (kept / ADAPTER_FILE).exists() and contents(kept)[ENCODER_FILE] != before[ENCODER_FILE]

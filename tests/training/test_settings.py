@@ -1,8 +1,10 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
+from prefix_tuning import bundled
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.errors import UserError
 from prefix_tuning.training.settings import TrainConfig
@@ -40,6 +42,7 @@ BAD_FLAGS = {
     "--shard_degree 1": "--shard_degree goes with --shard_base; add that flag",
     "--save_steps -1": "--save_steps must be at least 0",
     "--save_total_limit 0": "--save_total_limit must be at least 1",
+    "--push_to_hub me/base --model_name_or_path me/base": "--push_to_hub me/base is the base; name another repository",
 }
 
 
@@ -56,6 +59,20 @@ def test_the_notebooks_command_has_the_notebooks_settings():
 def test_every_setting_says_what_a_resume_does_with_it():
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["rules"].on_resume in ("same", "content", "new"), field.name
+
+
+def test_an_output_folder_that_holds_a_model_is_refused(random_base, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(random_base)
+    (tmp_path / "models").symlink_to(Path(random_base).parent)
+    before = sorted(Path(random_base).iterdir())
+    monkeypatch.chdir(random_base)
+    # The base itself, by any of its paths, and another model.
+    for name in (random_base, ".", f"../{Path(random_base).name}", tmp_path / "link", tmp_path / "models" / "base"):
+        for base in (random_base, bundled.MODEL):
+            with pytest.raises(UserError, match=r"--output_dir .*: holds a model \(config\.json\).*name another folder"):
+                parse_train_config(["--model_name_or_path", base, "--output_dir", str(name), "--overwrite_output_dir"])
+    assert sorted(Path(random_base).iterdir()) == before
+    parse_train_config(["--model_name_or_path", random_base, "--output_dir", "below"])
 
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS.items())

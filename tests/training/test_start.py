@@ -26,6 +26,8 @@ def test_text_prefix_is_what_the_model_computes_for_the_text(tokenizer):
     assert text_prefix(model, tokenizer, "法", 7).shape[3] == 7
     with pytest.raises(UserError, match="init_text"):
         text_prefix(model, tokenizer, "", 7)
+    model.config.return_dict = model.config.use_cache = False  # as the base's config.json may say
+    assert torch.equal(text_prefix(model, tokenizer, "法国的首都是巴黎。", len(ids)), prefix)
 
 
 def test_max_steps_0_saves_the_initial_prefix(quick_settings, tokenizer):
