@@ -77,7 +77,6 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
         evaluator = Evaluator(
             inputs.base,
             inputs.tokenizer,
-            inputs.eval_rows,
             inputs.eval_set if config.max_steps != 0 else None,
             inputs.max_tokens,
             steps.total,
@@ -105,14 +104,14 @@ def settings_of(config: TrainConfig, inputs: Inputs, state: TrainingState, steps
     return dataclasses.asdict(config) | {
         "learning_rate": state.progress.peak_learning_rate or 0.0,
         "train_rows": len(steps.train_set),
-        "eval_rows": len(inputs.eval_rows or ()),
+        "eval_rows": len(inputs.eval_set or ()),
         "rows_per_step": steps.rows_per_step,
     }
 
 
 def size_of_run(inputs: Inputs, state: TrainingState, steps: Steps) -> str:
     """What is trained, and on how much."""
-    held_out = f" and {len(inputs.eval_rows):,} held out" if inputs.eval_rows else ""
+    held_out = f" and {len(inputs.eval_set):,} held out" if inputs.eval_set else ""
     tokens = state.encoder.config.num_virtual_tokens
     trainable = sum(parameter.numel() for parameter in state.encoder.parameters())
     rows = f"{len(steps.train_set):,} rows{held_out}, {steps.total:,} steps of {steps.rows_per_step}"
