@@ -86,7 +86,7 @@ def perplexity(loss: float) -> float:
 
 
 class Turn(NamedTuple):
-    """The last turn of a row as token ids: the turns before it, its prompt, and its answer as far as --max_length keeps it."""
+    """The last turn of a row as token ids: the turns before it, its prompt, and of its answer what --max_length leaves."""
 
     history: list[int]
     prompt: list[int]

@@ -239,7 +239,7 @@ def test_real_rows_on_the_bundled_base(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_named(settings, tmp_path):
-    with pytest.raises(UserError, match=r"--output_dir .*: File name too long; name another folder"):
+    with pytest.raises(UserError, match=r"--output_dir .*: File name too long; name another"):
         train(TrainConfig(**settings | {"output_dir": str(tmp_path / ("x" * 300))}))
 
 

@@ -21,7 +21,7 @@ def test_settings_load_no_torch():
 
 def test_mistakes_and_a_missing_plotly_are_told_before_any_work(monkeypatch):
     assert parse_claims_config(["--quick"]) == ClaimsConfig(quick=True, output="claims.html")
-    for output, message in (("claims.json", "must end in .html"), ("gone/claims.html", "there is no folder gone")):
+    for output, message in (("claims.json", "must end in .html"), ("gone/claims.html", "there is no such folder")):
         with pytest.raises(UserError, match=message):
             parse_claims_config(["--output", output])
     with pytest.raises(UserError, match="unknown argument --fast"):
