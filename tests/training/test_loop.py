@@ -106,10 +106,13 @@ def test_max_grad_norm_0_does_not_clip(quick_settings, tmp_path):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_give_the_same_losses(quick_settings, tmp_path, checkpointing):
+def test_compiled_layers_give_the_same_losses(quick_settings, tmp_path, checkpointing, capsys):
     train(TrainConfig(**quick_settings))
+    assert "compil" not in capsys.readouterr().out
     changed = {"torch_compile": True, "gradient_checkpointing": checkpointing, "output_dir": str(tmp_path / "compiled")}
     train(TrainConfig(**quick_settings | changed))
+    out = capsys.readouterr().out
+    assert 0 < out.index("compiling the layers") < out.index("compiled in ")
     *plain, plain_summary = metrics_of(quick_settings["output_dir"])
     *compiled, summary = metrics_of(tmp_path / "compiled")
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
