@@ -98,7 +98,7 @@ def test_a_signal_during_the_answers_of_an_evaluation_saves_at_once(small_pass_s
 
 
 def test_memory_that_runs_out_during_an_evaluation_loses_nothing(small_pass_settings, tmp_path, monkeypatch):
-    small_pass_settings |= {"save_steps": 0}
+    small_pass_settings |= {"save_steps": 0, "max_steps": 12}  # so that an interval of evaluations ends with the run
     train(TrainConfig(**small_pass_settings))
     stopped, real, evaluations = small_pass_settings | {"output_dir": str(tmp_path / "stopped")}, evaluator.evaluate_loss, []
 
@@ -109,7 +109,7 @@ def test_memory_that_runs_out_during_an_evaluation_loses_nothing(small_pass_sett
         return real(*arguments)
 
     monkeypatch.setattr(evaluator, "evaluate_loss", run_out)
-    with pytest.raises(UserError, match=r"ran out of memory; .*checkpoint-11\.safetensors is intact, resume with"):
+    with pytest.raises(UserError, match=r"ran out of memory; .*checkpoint-12\.safetensors is intact, resume with"):
         train(TrainConfig(**stopped))
     # The prefix of the last step is saved before it is evaluated.
     assert torch.equal(*(load_prefix(run["output_dir"])[0] for run in (stopped, small_pass_settings)))
