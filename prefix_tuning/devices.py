@@ -110,6 +110,13 @@ def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
     return min(640, fitting) if on_cpu else fitting
 
 
+def prompt_tokens(max_tokens: int) -> int:
+    """How many tokens of prompts take about the memory that `max_tokens` take in training: of the ten numbers per token,
+    hidden unit and layer that `held_per_token` counts, a batch of prompts keeps two, its keys and values.
+    """
+    return 5 * max_tokens
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of a device or of the machine."""
     classes = (MemoryError, torch.OutOfMemoryError)

@@ -3,19 +3,24 @@
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import distributed, signals
-from prefix_tuning.data.rows import parts_of, prompt_ids, take
+from prefix_tuning.data.rows import take
+from prefix_tuning.devices import prompt_tokens
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
-from prefix_tuning.model.batch import EMPTY_BATCH, Batch, count_labels, pack
+from prefix_tuning.model.batch import EMPTY_BATCH, IGNORED, Batch, Example, count_labels, pack
 from prefix_tuning.model.bloom import Bloom
 
 SORTED_ROWS = 1024  # rows that are sorted by length together
+# Tokens of a reply beyond those of the expected answer: the same text may be other tokens, and a reply that goes on behind a
+# space or a new line must not look like one that ends there.
+SPARE_TOKENS = 8
 
 
 @torch.no_grad()
@@ -80,30 +85,65 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))  # e ** 710 overflows
 
 
-def answer_rows(
-    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, rows: Dataset, prefix: torch.Tensor | None
-) -> list[str]:
-    """Greedy answers to the questions of `rows`, each with its history in front, long enough to match their output.
+class Turn(NamedTuple):
+    """The last turn of a row as token ids: the turns before it, its prompt, and of its answer what --max_length leaves."""
 
-    Processes share the questions, and all get all answers. Raises Interrupted in all of them, after the current batch, if
-    one was sent a signal.
+    history: list[int]
+    prompt: list[int]
+    answer: list[int]
+
+
+def last_turn(example: Example) -> Turn:
+    """The last turn of a row that has labels."""
+    tokens = zip(example.input_ids, example.labels, strict=True)
+    runs = [[token for token, _ in run] for _, run in itertools.groupby(tokens, key=lambda pair: pair[1] != IGNORED)]
+    if example.labels[-1] == IGNORED:
+        runs.pop()
+    *history, prompt, answer = runs
+    return Turn([*itertools.chain(*history)], prompt, answer)
+
+
+def answer_turns(
+    model: PrefixBloom,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[Turn],
+    prefix: torch.Tensor | None,
+    max_tokens: int,
+) -> list[str]:
+    """Greedy answers to the prompts of these turns, each with its history in front.
+
+    Each reply may be a few tokens longer than the expected answer; if --max_length has cut that, just as long. max_tokens:
+    of a training pass. Processes share the turns, and all get all answers. Raises Interrupted in all of them, after the
+    current batch, if one was sent a signal.
     """
-    talks = [parts_of(row["instruction"], row["input"], row["history"]) for row in rows]
-    prompts = prompt_ids(tokenizer, distributed.share(talks))
-    longest = max(len(ids) for ids in tokenizer(list(rows["output"]), split_special_tokens=True).input_ids)
+    own = distributed.share(turns)
+    limits = [len(turn.answer) + SPARE_TOKENS * (turn.answer[-1] == tokenizer.eos_token_id) for turn in own]
     name = BASE
     if prefix is not None:
         name = "prefix"
         model.attach(name, prefix)
     with model.equal_passes():
-        own = complete(model, tokenizer, prompts, prefix_name=name, max_new_tokens=longest + 1, do_sample=False)
+        replies = complete(
+            model,
+            tokenizer,
+            [turn.history + turn.prompt for turn in own],
+            prefix_name=name,
+            max_tokens=prompt_tokens(max_tokens),
+            limits=limits,
+            do_sample=False,
+        )
     signals.stop_if_heard()
-    answers = [""] * len(rows)
-    for process, part in enumerate(parts := distributed.gather(own)):
+    answers = [""] * len(turns)
+    for process, part in enumerate(parts := distributed.gather(replies)):
         answers[process :: len(parts)] = part
     return answers
 
 
-def exact_match(answers: list[str], rows: Dataset) -> float:
-    """Share of answers that equal the row's output, surrounding white space aside."""
-    return sum(answer.strip() == output.strip() for answer, output in zip(answers, rows["output"], strict=True)) / len(rows)
+def expected_answers(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> list[str]:
+    """The answers that the rows have, as far as --max_length keeps them."""
+    return tokenizer.batch_decode([turn.answer for turn in turns], skip_special_tokens=True)
+
+
+def exact_match(answers: list[str], expected: list[str]) -> float:
+    """Share of answers that equal the expected ones, surrounding white space aside."""
+    return sum(answer.strip() == other.strip() for answer, other in zip(answers, expected, strict=True)) / len(expected)

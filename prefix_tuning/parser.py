@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from prefix_tuning.errors import UserError
+from prefix_tuning.text import as_text
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -83,8 +84,12 @@ class Parser(HfArgumentParser):
         if unknown:
             self._refuse_unknown(unknown[0])
         for name, value in values.items():
-            if "" in (value if isinstance(value, list) else [value]) and name != "question":
+            parts = value if isinstance(value, list) else [value]
+            if "" in parts and name != "question":
                 self.error(f"--{name} is empty; give it a value or leave it out")
+            for part in parts:
+                if isinstance(part, str):
+                    as_text(part, "the question" if name == "question" else f"--{name}")
         names = {part.split("=")[0].lstrip("-").replace("-", "_") for part in argv if part.startswith("--")}
         return values, {name for name in values if name in names or f"no_{name}" in names}
 

@@ -131,12 +131,12 @@ def main(rows_file: str = str(DEMO / "data" / "short.jsonl"), base_name: str = s
     rows = [json.loads(line) for line in Path(rows_file).read_text("utf-8").split("\n") if line.strip()]
     held_out, rows = rows[-3:], rows[:-3]
     examples = [example for example in (tokenize(row, tokenizer) for row in rows) if (example[1][:, 1:] != -100).any()]
-
+    if not examples:
+        sys.exit(f"{rows_file}: no row is left to train on; the last three are held out")
     torch.manual_seed(SEED)
     encoder = new_encoder(base)
     print(f"{len(examples):,} rows, {sum(p.numel() for p in encoder.parameters()):,} trainable parameters")
     train(base, encoder.to(DEVICE), examples)
-
     # The encoder's input never changes, so its output is one constant tensor: nothing else has to be kept.
     save_file({"prefix": encoder.bake().contiguous()}, OUTPUT)
     prefix = load_file(OUTPUT, device=DEVICE)["prefix"]

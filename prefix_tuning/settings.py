@@ -6,6 +6,7 @@ The settings of a command are dataclasses, of which parser.py makes flags. A fie
 """
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,6 +39,7 @@ class Rules(NamedTuple):
     at_least: float | None = None  # the bounds of a number, included; without a lower bound, nothing is checked
     at_most: float = sys.float_info.max  # so by default, infinity and NaN are refused
     needs: Needs | None = None  # for a value other than the default
+    is_path: bool = False  # of a file or folder; many may also be names on the hub
     on_resume: str | None = None  # what a resumed training does with it: same, content or new, as explained below
 
 
@@ -60,7 +62,7 @@ def names_on_resume(settings: type[Any], rule: str) -> tuple[str, ...]:
 
 
 def check_flags(settings: Any, **words: str) -> None:
-    """Raises UserError for the first setting that is out of its bounds, or that lacks what it needs.
+    """Raises UserError for the first setting that is out of its bounds, is no usable path, or lacks what it needs.
 
     words: what replaces the {names} in the messages of `Needs`.
     """
@@ -71,8 +73,22 @@ def check_flags(settings: Any, **words: str) -> None:
             bounds = f"at least {Decimal(str(least)):f}"  # Decimal writes 0.00001 where str writes 1e-05
             bounds += f" and at most {most}" if most < sys.float_info.max else ""
             raise UserError(f"--{field.name} must be {bounds}, not {value}")
+        if value is not None and rules.is_path:
+            check_path(field.name, value)
         if needs and value != field.default and not any(getattr(settings, name) for name in needs.settings):
             raise UserError(f"--{field.name} {needs.message.format(**words)}")
+
+
+def check_path(flag: str, path: str) -> None:
+    """Raises UserError for a path of which the system cannot even say whether there is something: its name is too long, its
+    links lead in a circle, or a folder on the way cannot be entered.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: {error.strerror}; name another") from error
 
 
 @dataclass
@@ -81,7 +97,9 @@ class BaseArguments:
 
     _argument_group_name = "base"
 
-    model_name_or_path: str | None = content_flag(None, "The base, if it is not at the name that the prefix records.")
+    model_name_or_path: str | None = content_flag(
+        None, "The base, if it is not at the name that the prefix records.", is_path=True
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = same_flag(
         "auto",
         "Compute type of the base. auto: bf16 on CUDA or a CPU that has units for it, else fp16 on CUDA, fp32 elsewhere. In "

@@ -20,7 +20,12 @@ def as_text(argument: str, name: str) -> str:
     try:
         return argument if is_text(argument) else os.fsencode(argument).decode()
     except UnicodeError as error:
-        raise UserError(f"{name} holds bytes that are no UTF-8 text") from error
+        raise UserError(f"{name} holds bytes that are no UTF-8 text; write it, or rename the file, in UTF-8") from error
+
+
+def named(path: str) -> str:
+    """A file's name as text: its bytes decoded as UTF-8, a ? for those that are none, whatever Python took them for."""
+    return path if is_text(path) else os.fsencode(path).decode(errors="replace")
 
 
 def display_width(text: str) -> int:

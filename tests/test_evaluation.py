@@ -1,16 +1,22 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import complete, metrics_of, plain_loss, random_bloom, write_jsonl
+from helpers import FRANCE, complete, metrics_of, plain_loss, random_bloom, random_prefix, write_jsonl
 
 from prefix_tuning import PrefixBloom
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import take, tokenize
-from prefix_tuning.evaluation import answer_rows, exact_match
+from prefix_tuning.data.rows import prompt_of, take, tokenize
+from prefix_tuning.evaluation import SPARE_TOKENS, answer_turns, exact_match, expected_answers, last_turn
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.model.batch import IGNORED
+from prefix_tuning.training.evaluator import Evaluator
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
+
+
+def turns_of(rows, tokenizer, max_length=256):
+    tokenized = tokenize(rows, tokenizer, max_length)
+    return [last_turn(example) for example in take(tokenized, range(len(tokenized)))]
 
 
 def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokenizer, mixed):
@@ -24,9 +30,9 @@ def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokeniz
         }
 
     rows = Dataset.from_list([row(prompt) for prompt in mixed[0][:4]])
-    model = PrefixBloom(tuned_model)
-    answers = answer_rows(model, tokenizer, rows, tuned_model.prefixes["sentence"])
-    assert exact_match(answers, rows) == 1
+    turns = turns_of(rows, tokenizer)
+    answers = answer_turns(PrefixBloom(tuned_model), tokenizer, turns, tuned_model.prefixes["sentence"], 1000)
+    assert answers == expected_answers(tokenizer, turns) == rows["output"] and exact_match(answers, rows["output"]) == 1
 
 
 def test_evaluation_agrees_with_the_plain_forward(quick_settings, tokenizer):
@@ -50,11 +56,79 @@ def test_a_talk_is_asked_with_its_history_in_front(tuned_model, tokenizer, tmp_p
     ]
     row = {"messages": [{"role": role, "content": text} for role, text in said]}
     rows = load_rows(write_jsonl(tmp_path / "a.jsonl", row), ("train",))
-    (answer,) = answer_rows(PrefixBloom(tuned_model), tokenizer, rows, tuned_model.prefixes["sentence"])
+    turns = turns_of(rows, tokenizer)
+    (answer,) = answer_turns(PrefixBloom(tuned_model), tokenizer, turns, tuned_model.prefixes["sentence"], 1000)
     ids = take(tokenize(rows, tokenizer, 256), [0])[0].input_ids
     prompt = ids[: -len(tokenizer(said[-1][1]).input_ids) - 1]
     assert tokenizer.decode(prompt).count("</s>Human: ") == 1
-    output = tuned_model.generate(
-        torch.tensor([prompt]), prefix_name="sentence", max_new_tokens=len(ids) - len(prompt), do_sample=False
-    )
+    most = len(ids) - len(prompt) + SPARE_TOKENS
+    output = tuned_model.generate(torch.tensor([prompt]), prefix_name="sentence", max_new_tokens=most, do_sample=False)
     assert answer == tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_loss_and_exact_match_are_of_the_same_rows_cut_in_the_same_way(quick_settings, tmp_path, tokenizer, capsys):
+    """One prompt fills --max_length. No figure counts its row, and nobody answers it."""
+    held_out = [
+        {"instruction": FRANCE, "output": "巴黎"},
+        {"instruction": "很长" * 60, "output": "好"},
+        {"instruction": FRANCE, "output": "长" * 90},
+    ]
+    settings = quick_settings | {"eval_dataset": write_jsonl(tmp_path / "held-out.jsonl", *held_out), "max_length": 60}
+    asked, real = [], PrefixBloom.generate
+
+    def generate(model, **options):
+        asked.append(options["input_ids"].shape)
+        return real(model, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrefixBloom, "generate", generate)
+        train(TrainConfig(**settings | {"eval_exact_match": True}))
+    out = capsys.readouterr().out
+    assert "left out 1 of 3 rows" in out and "40 rows and 2 held out" in out and "of 2 held-out questions" in out
+    # By the base and by the prefix, in two evaluations and at the end.
+    assert asked == [(2, len(tokenizer(prompt_of(FRANCE)).input_ids))] * 2 + asked[2:] and len(asked) == 4
+    assert all(tokens < 60 for _, tokens in asked)
+
+
+def test_a_cut_answer_is_right_if_it_is_right_as_far_as_it_was_kept(tuned_model, tokenizer):
+    prompt = prompt_of(FRANCE)
+    (answer,) = complete(tuned_model, tokenizer, [prompt], prefix_name="sentence", max_new_tokens=64, do_sample=False)
+    tokens = len(tokenizer(answer).input_ids)
+    rows = Dataset.from_list(
+        [{"instruction": FRANCE, "input": "", "output": answer + more, "history": []} for more in ("", "还有很多很多")]
+    )
+    for kept, matches in ((tokens + 1, [True, False]), (tokens, [True, True]), (tokens - 2, [True, True])):
+        turns = turns_of(rows, tokenizer, len(tokenizer(prompt).input_ids) + kept)
+        answers = answer_turns(PrefixBloom(tuned_model), tokenizer, turns, tuned_model.prefixes["sentence"], 1000)
+        expected = expected_answers(tokenizer, turns)
+        assert [ours == theirs for ours, theirs in zip(answers, expected, strict=True)] == matches
+        assert exact_match(answers, expected) == sum(matches) / 2
+
+
+def test_one_long_answer_does_not_make_the_others_long(tokenizer):
+    """A random base hardly ever ends an answer by itself."""
+    model = PrefixBloom(random_bloom())
+    rows = [{"instruction": f"{number}?", "input": "", "output": "好", "history": []} for number in range(40)]
+    rows[7]["output"] = "长" * 150
+    turns = turns_of(Dataset.from_list(rows), tokenizer)
+    computed = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: computed.append(len(output)))
+    answers = answer_turns(model, tokenizer, turns, None, 1000)
+    assert computed[0] == 40 and len(computed) > 140 and sum(computed) < 40 * (2 + SPARE_TOKENS) + 200
+    assert len(tokenizer(answers[7]).input_ids) > 100
+
+
+def test_greedy_is_greedy_whatever_the_bases_own_settings_are(tokenizer, capsys):
+    rows = [{"instruction": f"{number}?", "input": "", "output": "好" * 30, "history": []} for number in range(3)]
+    tokenized = tokenize(Dataset.from_list(rows), tokenizer, 256)
+    shown, answers = [], []
+    for options in ({}, {"repetition_penalty": 5.0, "do_sample": True, "temperature": 3.0, "min_new_tokens": 3}):
+        base = random_bloom()
+        base.generation_config.update(**options)
+        capsys.readouterr()
+        Evaluator(base, tokenizer, tokenized, 640, total_steps=1).show_answers(random_prefix(base))
+        shown.append(capsys.readouterr().out)
+        answers.append(complete(PrefixBloom(base), tokenizer, [prompt_of("0?")], max_new_tokens=30))
+        assert base.generation_config.repetition_penalty == options.get("repetition_penalty")
+    assert shown[0] == shown[1] and shown[0].count("with prefix") == 3
+    assert answers[0] != answers[1]  # by itself the base would obey them

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from forks import Fork
-from helpers import complete, deviation, flat, metrics_of, relative, weights_by_step
+from helpers import complete, deviation, flat, metrics_of, relative, weights_by_step, write_jsonl
 from transformers.models.bloom import modeling_bloom
 
 from prefix_tuning import bundled, plain
@@ -190,3 +190,10 @@ def test_the_page_runs_and_prints_losses_and_three_answers(tmp_path, rows_file):
     assert re.search(r"step 5 of 5: loss \d+\.\d+, gradient norm \d+\.\d+", out)
     assert out.count("frozen base  ") == out.count("with prefix  ") == 3
     assert (tmp_path / plain.OUTPUT).exists()
+
+
+def test_three_rows_are_held_out_and_none_is_left_to_train_on(tmp_path, rows, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"three\.jsonl: no row is left to train on; the last three are held out"):
+        plain.main(write_jsonl(tmp_path / "three.jsonl", *rows[:3]))
+    assert not (tmp_path / plain.OUTPUT).exists()

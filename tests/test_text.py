@@ -2,7 +2,7 @@ import pytest
 from helpers import REAL_ROWS, needs_real_rows
 
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.text import display_width, pad, shorten
+from prefix_tuning.text import display_width, named, pad, shorten
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,9 @@ def test_real_answers_keep_as_much_as_fits():
     answers = load_rows(str(REAL_ROWS / "test.jsonl"), ("train",))["output"]
     cut = [answer for answer in answers if display_width(" ".join(answer.split())) > 80]
     assert len(cut) > 50 and all(79 <= display_width(shorten(answer, 80)) <= 80 for answer in cut)
+
+
+def test_a_files_name_is_text_whatever_its_bytes_are():
+    assert named("名字.jsonl") == "名字.jsonl"
+    assert named("名字.jsonl".encode().decode("ascii", "surrogateescape")) == "名字.jsonl"  # Python took it for ASCII
+    assert named("名.jsonl".encode("gbk").decode("utf-8", "surrogateescape")) == "\ufffd\ufffd.jsonl"

@@ -13,6 +13,7 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 from prefix_tuning import bundled
 from prefix_tuning.base_model.sharding import first_row, sum_of_parts
 from prefix_tuning.errors import UserError
+from prefix_tuning.text import named
 
 LOCAL = "local:"  # marks the last part of a path, which is on the machine of the training only
 
@@ -21,7 +22,7 @@ def portable_name(name: str) -> str:
     """How files name a model or dataset: a bundled or hub name as it is, a path as "local:" and its last part."""
     path = Path(name)
     if name and (path.exists() or path.is_absolute()):
-        return bundled.name_of(path.resolve()) or LOCAL + path.resolve().name
+        return bundled.name_of(path.resolve()) or LOCAL + named(path.resolve().name)
     return name
 
 

@@ -35,6 +35,11 @@ def prompt_of(instruction: str, input: str = "") -> str:
     return "\n".join(["Human: " + instruction, input]).strip() + "\n\nAssistant: "
 
 
+def question_of(prompt: str) -> str:
+    """What a prompt asks, without the template: the inverse of `prompt_of`."""
+    return prompt.removeprefix("Human: ").removesuffix("\n\nAssistant: ")
+
+
 def parts_of(instruction: str, input: str = "", history: Sequence[str] = ()) -> list[str]:
     """All that the model reads before its answer, in the parts that are tokenised each by itself.
 

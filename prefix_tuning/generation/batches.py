@@ -1,7 +1,7 @@
 """Many prompts: which of them are answered together, and how one such batch is answered."""
 
-from collections.abc import Sequence
-from itertools import chain, groupby
+from collections.abc import Iterable, Sequence
+from itertools import chain, groupby, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from prefix_tuning import signals
+from prefix_tuning.base_model.sharding import is_sharded
 from prefix_tuning.base_model.special_tokens import ends_of
+from prefix_tuning.devices import prompt_tokens, suggested_max_tokens
 from prefix_tuning.generation.options import depends_on_padding, is_continuable, resolve_options
 from prefix_tuning.generation.prefix_bloom import Names, PrefixBloom
 from prefix_tuning.generation.sampling import row_draws
@@ -18,11 +20,15 @@ FEW_ROWS = 4  # smaller batches are not shrunk further: another call of `generat
 
 
 class Prompt(NamedTuple):
-    """A tokenised prompt. What is drawn for it depends on its number and the seed, so not on the prompts beside it."""
+    """A tokenised prompt. What is drawn for it depends on its number and the seed, so not on the prompts beside it.
+
+    limit: the most tokens of its own reply; None: as many as max_new_tokens says.
+    """
 
     ids: list[int]
     prefix_name: str
     number: int
+    limit: int | None = None
 
 
 def complete(
@@ -31,16 +37,20 @@ def complete(
     prompts: Sequence[list[int]],
     prefix_name: Names = None,
     batch_size: int = 64,
+    max_tokens: int | None = None,
+    limits: Sequence[int] | None = None,
     **options,
 ) -> list[str]:
     """The completion of each prompt, in their order; of several sequences per prompt, the first.
 
-    prompts: token ids. options: those of `complete_batch`. After a signal the remaining answers are cut short or empty,
-    which the caller has to check. Raises ValueError for unknown names of prefixes.
+    prompts: token ids. max_tokens: of the prompts of a batch; None: `tokens_at_once`. limits: the most tokens of each reply,
+    instead of one max_new_tokens. options: those of `complete_batch`. After a signal the remaining answers are cut short or
+    empty, which the caller has to check. Raises ValueError for unknown names of prefixes.
     """
     names = model.names_of(prefix_name, len(prompts))
     answers = [""] * len(prompts)
-    for batch in batches_of(prompts, names, range(len(prompts)), batch_size):
+    asked = map(Prompt, prompts, names, range(len(prompts)), limits or repeat(None))
+    for batch in batches_of(asked, batch_size, max_tokens or tokens_at_once(model)):
         if signals.heard():
             break
         for prompt, (answer, *_) in zip(batch, complete_batch(model, tokenizer, batch, **options), strict=True):
@@ -48,10 +58,26 @@ def complete(
     return answers
 
 
-def batches_of(ids: Sequence[list[int]], names: list[str], numbers: Sequence[int], batch_size: int) -> list[list[Prompt]]:
-    """Prompts in batches, sorted by prefix and number of tokens, so that there is little padding."""
-    prompts = sorted(map(Prompt, ids, names, numbers), key=lambda prompt: (prompt.prefix_name, len(prompt.ids)))
-    return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+def tokens_at_once(model: PrefixBloom) -> int:
+    """How many tokens of prompts suit a batch, padding included, by device and model."""
+    return prompt_tokens(suggested_max_tokens(model, gathers=is_sharded(model)))
+
+
+def batches_of(prompts: Iterable[Prompt], batch_size: int, max_tokens: int) -> list[list[Prompt]]:
+    """Prompts in batches of at most `batch_size` rows and `max_tokens` tokens, padding included.
+
+    They are sorted by prefix and number of tokens, so that there is little padding. A prompt that is longer than that is a
+    batch of its own.
+    """
+    batches: list[list[Prompt]] = []
+    longest = 0  # prompt of the last batch
+    for prompt in sorted(prompts, key=lambda prompt: (prompt.prefix_name, len(prompt.ids))):
+        longest = max(longest, len(prompt.ids))
+        if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * longest > max_tokens:
+            batches.append([])
+            longest = len(prompt.ids)
+        batches[-1].append(prompt)
+    return batches
 
 
 def complete_batch(
@@ -67,6 +93,9 @@ def complete_batch(
     seed: what is drawn for a prompt with do_sample depends on this and on its number alone. options: those of transformers'
     `generate`.
     """
+    limits = [prompt.limit for prompt in batch if prompt.limit is not None]
+    if limits:
+        options["max_new_tokens"] = max(limits)
     settings, others = resolve_options(model.generation_config, generation_config, options | {"tokenizer": tokenizer})
     settings.return_dict_in_generate = False
     alike = [list(group) for _, group in groupby(batch, key=lambda prompt: len(prompt.ids))]
@@ -78,37 +107,45 @@ def complete_batch(
     keys = [(seed, prompt.number) for prompt in batch]
     if len(batch) > FEW_ROWS and is_continuable(settings, others):
         cache = model.prepend(inputs.attention_mask, names)[1]
-        replies = _replies_of_shrinking_batch(model, settings, inputs, cache, keys)
+        replies = _replies_of_shrinking_batch(model, settings, inputs, cache, keys, limits)
     else:
         others["stopping_criteria"] = [*others.get("stopping_criteria", ()), _SignalHeard()]
         with row_draws(settings, keys):
             output = model.generate(**inputs, generation_config=settings, prefix_name=names, **others)
-        replies = output[:, inputs.input_ids.shape[1] :]
+        replies = output[:, inputs.input_ids.shape[1] :].tolist()
+    each = len(replies) // len(batch)
+    replies = [reply[: batch[index // each].limit] for index, reply in enumerate(replies)]
     texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
-    each = len(texts) // len(batch)
     return [texts[start : start + each] for start in range(0, len(texts), each)]
 
 
 def _replies_of_shrinking_batch(
-    model: PrefixBloom, settings: GenerationConfig, inputs: BatchEncoding, cache: Any, keys: list[tuple[int, int]]
+    model: PrefixBloom,
+    settings: GenerationConfig,
+    inputs: BatchEncoding,
+    cache: Any,
+    keys: list[tuple[int, int]],
+    limits: list[int],
 ) -> list[list[int]]:
     """The new ids of each row. Rows that have ended leave the batch as soon as they are half of it.
 
     The others continue from their part of `cache`, which holds their prefixes: the same texts, but the short answers do not
-    cost as much as the longest. settings: `is_continuable`. keys: as for `row_draws`.
+    cost as much as the longest. settings: `is_continuable`. keys: as for `row_draws`. limits: the most tokens of each reply,
+    or none.
     """
     ids, mask = inputs.input_ids, inputs.attention_mask
     tokens, left = ids.shape[1], settings.max_new_tokens
-    half_ended = _HalfEnded(tokens, ends_of(settings))
+    most = torch.tensor(limits or [left] * len(ids), device=ids.device)
     rows = torch.arange(len(ids))
     replies: list[list[int]] = [[]] * len(ids)
     while len(rows) and not signals.heard():
         settings.max_new_tokens = left
+        half_ended = _HalfEnded(tokens, ends_of(settings), most[rows])
         criteria = [_SignalHeard(), *([half_ended] if len(rows) > FEW_ROWS else [])]
         with row_draws(settings, [keys[row] for row in rows.tolist()], ids.shape[1] - tokens):
             ids = model.generate(ids, settings, attention_mask=mask, past_key_values=cache, stopping_criteria=criteria)
         left -= ids.shape[1] - mask.shape[1]
-        done = half_ended.ended(ids[:, tokens:]).cpu() | (left == 0)
+        done = half_ended.ended(ids[:, tokens:]).cpu()
         for row, reply in zip(rows[done].tolist(), ids[done, tokens:].tolist(), strict=True):
             replies[row] = reply
         rows, kept = rows[~done], (~done).nonzero().flatten().to(ids.device)
@@ -126,14 +163,17 @@ class _SignalHeard(StoppingCriteria):
 
 
 class _HalfEnded(StoppingCriteria):
-    """Stops a batch as soon as half of its rows have ended. start: where the replies begin in input_ids."""
+    """Stops a batch as soon as half of its rows have ended.
 
-    def __init__(self, start: int, ends: list[int]):
-        self.start, self.ends = start, torch.tensor(ends)
+    start: where the replies begin in input_ids. limits: the most tokens of each reply, (rows,), int64.
+    """
+
+    def __init__(self, start: int, ends: list[int], limits: torch.Tensor):
+        self.start, self.ends, self.limits = start, torch.tensor(ends), limits
 
     def ended(self, replies: torch.Tensor) -> torch.Tensor:
         """Which replies (rows, tokens) have ended: (rows,), bool."""
-        return torch.isin(replies, self.ends.to(replies.device)).any(dim=1)
+        return torch.isin(replies, self.ends.to(replies.device)).any(dim=1) | (replies.shape[1] >= self.limits)
 
     def __call__(self, input_ids, scores, **options):
         ended = self.ended(input_ids[:, self.start :])

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from prefix_tuning import bundled, distributed
 from prefix_tuning.data.rows import Question, prompt_ids
 from prefix_tuning.errors import Interrupted, UserError
-from prefix_tuning.generation.batches import batches_of, complete_batch
+from prefix_tuning.generation.batches import Prompt, batches_of, complete_batch, tokens_at_once
 from prefix_tuning.inference.ask import Answerer
 
 Questions = Callable[[], Iterator[Question]]  # reads the --input once more
@@ -81,12 +80,12 @@ def _answered_rows(
         own = distributed.share(window)
         prompts = prompt_ids(tokenizer, [parts for _, _, parts, _ in own])
         names = [prefix or model.active for _, _, _, prefix in own]
-        batches = batches_of(prompts, names, [number for number, *_ in own], batch_size)
-        unanswered = iter([batch for batch in batches if max(prompt.number for prompt in batch) >= done])
+        batches = batches_of(map(Prompt, prompts, names, [number for number, *_ in own]), batch_size, tokens_at_once(model))
+        unanswered = [batch for batch in batches if max(prompt.number for prompt in batch) >= done]
         answers: dict[int, list[str]] = {}
-        # Gathering takes all processes, so each goes as often through this loop as the one with the largest share.
-        for _ in range(0, math.ceil(len(window) / processes), batch_size):
-            batch = next(unanswered, [])
+        # Gathering takes all processes, so each goes as often through this loop as the one with the most batches.
+        for place in range(distributed.max_over_ranks(len(unanswered))):
+            batch = unanswered[place] if place < len(unanswered) else []
             with model.equal_passes():
                 completions = complete_batch(model, tokenizer, batch, answerer.seed, **answerer.options) if batch else []
             mine = [(prompt.number, texts) for prompt, texts in zip(batch, completions, strict=True)]

@@ -7,7 +7,16 @@ from typing import Literal
 
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.errors import UserError
-from prefix_tuning.settings import COLUMNS_HELP, MAX_LENGTH, MAX_SEED, Needs, SharedBaseArguments, check_flags, flag
+from prefix_tuning.settings import (
+    COLUMNS_HELP,
+    MAX_LENGTH,
+    MAX_SEED,
+    Needs,
+    SharedBaseArguments,
+    check_flags,
+    check_path,
+    flag,
+)
 from prefix_tuning.text import as_text
 
 # What a run does is one of these, by the setting that asks for it.
@@ -31,22 +40,30 @@ class AskArguments:
         None,
         "Answer the rows of a .jsonl, .json, .csv or .parquet file: instruction (or question, prompt, query) and input, or "
         "talks up to what the user said last, as for train.py; also prefix (a name, or base), if there is such a column.",
+        is_path=True,
     )
     score: str | None = flag(
         None,
         "Loss and perplexity of given answers by the base and every prefix: questions with answers, or talks, as for "
         "train.py.",
+        is_path=True,
     )
     columns: str | None = flag(None, COLUMNS_HELP, needs=_tasks("input", "score"))
     output: str | None = flag(
         None,
         "Where the answers to --input go, a .jsonl file: each row and its response; or the figures of --score, a .json.",
+        is_path=True,
         needs=_tasks("input", "score"),
     )
     resume: bool = flag(
         False, "Resume an --output that a stopped run left unfinished; give the same flags as before.", needs=_tasks("input")
     )
-    batch_size: int = flag(64, "Rows that each process answers at once, with --input.", at_least=1, needs=_tasks("input"))
+    batch_size: int = flag(
+        64,
+        "Rows that each process answers at once, with --input; fewer where prompts are long.",
+        at_least=1,
+        needs=_tasks("input"),
+    )
     compare: bool = flag(False, "Answer by the frozen base alone, and by every prefix.", needs=_tasks("question", "chat"))
 
 
@@ -95,7 +112,8 @@ class Prefixes:
         for given in self.prefix:
             name, equals, folder = given.partition("=")
             if not equals or "/" in name or os.path.exists(given):
-                name, folder = Path(given).resolve().name, given
+                name, folder = Path(os.path.realpath(given)).name, given
+            check_path("prefix", folder)
             if name == "base" or not name:
                 hint = f"give it another name than {name!r}: --prefix NAME=DIR; base is the model's"
                 raise UserError(f"--prefix {given}: {hint}")

@@ -21,9 +21,12 @@ class StudyArguments:
         None,
         "Rows with answers on which every prefix is studied, named as for train.py. Default: for each prefix, the held-out "
         "rows that its training names, else its training rows.",
+        is_path=True,
     )
     columns: str | None = flag(None, COLUMNS_HELP)
-    output: str = flag("study.html", "The page. All its numbers are written beside it, to a .json of the same name.")
+    output: str = flag(
+        "study.html", "The page. All its numbers are written beside it, to a .json of the same name.", is_path=True
+    )
     rows: int | None = flag(
         None, "How many rows of a dataset to use, evenly spaced. Default: 200, of a base above 100 M weights 20.", at_least=1
     )
@@ -43,15 +46,20 @@ class StudyConfig(StudyArguments, StudyBaseArguments, Prefixes):
 
     def __post_init__(self) -> None:
         check_flags(self)
-        if Path(self.output).suffix != ".html":
-            raise UserError(f"--output {self.output}: must end in .html")
-        folder = Path(self.output).absolute().parent
-        if not folder.is_dir():
-            raise UserError(f"--output {self.output}: there is no such folder; make it, or name another")
-        if Path(self.output).is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"--output {self.output}: cannot be written; name another file")
+        check_page(self.output)
         self.question = self.question and as_text(self.question, "--question")
         self.columns = self.columns and as_text(self.columns, "--columns")
         parse_columns(self.columns)
         if importlib.util.find_spec("plotly") is None:
             raise UserError("the study's pictures need a package that is not here: pip install plotly")
+
+
+def check_page(output: str) -> None:
+    """Raises UserError unless the page, and the .json of its numbers beside it, can be written."""
+    page = Path(output).absolute()
+    if page.suffix != ".html":
+        raise UserError(f"--output {output}: must end in .html; the numbers go beside it, to a .json")
+    if not page.parent.is_dir():
+        raise UserError(f"--output {output}: there is no such folder; make it, or name another")
+    if page.is_dir() or page.with_suffix(".json").is_dir() or not os.access(page.parent, os.W_OK):
+        raise UserError(f"--output {output}: the page and a .json beside it cannot be written; name another file")

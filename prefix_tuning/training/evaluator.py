@@ -2,14 +2,16 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
+from prefix_tuning.data.rows import question_of, take
+from prefix_tuning.evaluation import Turn, answer_turns, evaluate_loss, exact_match, expected_answers, last_turn
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.text import shorten
@@ -23,16 +25,15 @@ LONGEST_SHOWN = 64  # tokens of an expected answer: longer ones take minutes on 
 class Evaluator:
     """Measures a prefix on the held-out rows and prints the figures; after the run, shows answers to a few of them.
 
-    rows, tokenized: the held-out rows and their tokens; None: there are none, and no evaluation is ever due. every: steps
-    between evaluations; None: one at the end of each epoch. wants_answers: also answer the questions. patience: evaluations
-    without a lower loss that end the run; None: none do. keep_best: the weights with the lowest loss are kept.
+    tokenized: the held-out rows; None: there are none, and no evaluation is ever due. every: steps between evaluations;
+    None: one at the end of each epoch. wants_answers: also answer the questions. patience: evaluations without a lower loss
+    that end the run; None: none do. keep_best: the weights with the lowest loss are kept.
     """
 
     base: Bloom
     tokenizer: PreTrainedTokenizerBase
-    rows: Dataset | None
     tokenized: Dataset | None
-    max_tokens: int  # of one forward pass
+    max_tokens: int  # of one forward pass of training
     total_steps: int
     every: int | None = None
     wants_answers: bool = False
@@ -60,33 +61,45 @@ class Evaluator:
         figures = evaluate_loss(self.base, self.tokenized, prefix, self.max_tokens)
         line = f"{title}: eval loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}"
         if self.wants_answers:
-            answers = answer_rows(self._prefixed, self.tokenizer, self.rows, prefix)
-            figures["eval_exact_match"] = exact_match(answers, self.rows)
+            turns = list(self._turns())
+            answers = self._answers(turns, prefix)
+            figures["eval_exact_match"] = exact_match(answers, expected_answers(self.tokenizer, turns))
             line += f", exact match {figures['eval_exact_match']:.1%} of {len(answers)} held-out questions"
         tqdm.write(line)
         return figures
 
+    def _turns(self) -> Iterator[Turn]:
+        """The questions of the held-out rows."""
+        return (last_turn(take(self.tokenized, [place])[0]) for place in range(len(self.tokenized or ())))
+
+    def _answers(self, turns: list[Turn], prefix: torch.Tensor | None) -> list[str]:
+        return answer_turns(self._prefixed, self.tokenizer, turns, prefix, self.max_tokens)
+
     @functools.cached_property
     def _prefixed(self) -> PrefixBloom:
-        return PrefixBloom(self.base)
+        """The base with room for the prefix. It decodes as it is told, whatever the base's own generation_config says: a
+        repetition_penalty, say, would keep an answer from being the likeliest one.
+        """
+        model = PrefixBloom(self.base, self.tokenizer)
+        own = model.generation_config
+        model.generation_config = GenerationConfig(
+            eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id, use_cache=True
+        )
+        return model
 
     def show_answers(self, prefix: torch.Tensor) -> None:
         """Prints the first held-out questions whose expected answers are short, with those of the frozen base and of the
         prefix. All ranks call this together.
         """
-        if self.tokenized is None or self.rows is None:
+        short = (turn for turn in self._turns() if len(turn.answer) <= LONGEST_SHOWN)
+        turns = list(itertools.islice(short, SHOWN_ANSWERS))
+        if not turns:
             return
-        short = (place for place, row in enumerate(self.rows) if self._tokens(row["output"]) <= LONGEST_SHOWN)
-        if not (places := list(itertools.islice(short, SHOWN_ANSWERS))):
-            return
-        rows = self.rows.select(places)
-        base, tuned = (answer_rows(self._prefixed, self.tokenizer, rows, pairs) for pairs in (None, prefix))
-        for row, by_base, by_prefix in zip(rows, base, tuned, strict=True):
-            question = f"{row['instruction']} {row['input']}"
-            texts = {"question": question, "frozen base": by_base, "with prefix": by_prefix, "expected": row["output"]}
+        prompts = self.tokenizer.batch_decode([turn.prompt for turn in turns])
+        expected = expected_answers(self.tokenizer, turns)
+        base, tuned = (self._answers(turns, pairs) for pairs in (None, prefix))
+        for prompt, by_base, by_prefix, answer in zip(prompts, base, tuned, expected, strict=True):
+            texts = {"question": question_of(prompt), "frozen base": by_base, "with prefix": by_prefix, "expected": answer}
             for title, text in texts.items():
                 print(f"  {title:12s} {shorten(text, 80)}")
             print()
-
-    def _tokens(self, text: str) -> int:
-        return len(self.tokenizer(text, split_special_tokens=True).input_ids)

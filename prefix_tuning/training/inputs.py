@@ -22,16 +22,14 @@ from prefix_tuning.training.settings import DEFAULT_HELD_OUT, FEWEST_TO_SPLIT, M
 class Inputs(NamedTuple):
     """The frozen base, its tokenizer and its `fingerprint`, and the rows.
 
-    train_set: the tokenised training rows. eval_rows, eval_set: the held-out rows as texts and tokenised, if there are
-    any. max_tokens: of one forward pass. contents: for each setting whose name may change in a resume but not its data, a
-    hash of that data.
+    train_set, eval_set: the tokenised training rows and, if there are any, held-out rows. max_tokens: of one forward pass.
+    contents: for each setting whose name may change in a resume but not its data, a hash of that data.
     """
 
     base: Bloom
     tokenizer: PreTrainedTokenizerBase
     fingerprint: dict
     train_set: Dataset
-    eval_rows: Dataset | None
     eval_set: Dataset | None
     max_tokens: int
     contents: dict[str, object]
@@ -54,9 +52,9 @@ def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     contents = {
         "model_name_or_path": {key: value for key, value in base_fingerprint.items() if key != "name_or_path"},
         "dataset": digest(train_set),
-        "eval_dataset": eval_set and [digest(eval_rows), digest(eval_set)],  # the texts too: answers are compared with them
+        "eval_dataset": eval_set and digest(eval_set),
     }
-    return Inputs(base, tokenizer, base_fingerprint, train_set, eval_rows, eval_set, max_tokens, contents)
+    return Inputs(base, tokenizer, base_fingerprint, train_set, eval_set, max_tokens, contents)
 
 
 def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:

@@ -58,8 +58,14 @@ def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Searc
     """Finds the peak learning rate of the run that `state` and `steps` begin, if it has none yet and is to train, and says
     so. Nothing else of the state changes. All ranks call this together and find the same. Raises UserError if no loss is
     finite at any rate.
+
+    A run of one step takes the first guess: the only loss of such a trial is that before its update, whatever the rate.
     """
     if state.progress.peak_learning_rate is not None or steps.total == 0:
+        return None
+    if steps.total == 1:
+        state.progress.peak_learning_rate = guess = rate_at(first_place(state.encoder.config))
+        print(f"learning rate {guess:.1e}, guessed by the width of the encoder: one step is too few for trials")
         return None
     print("looking for a learning rate")
     begun = time.perf_counter()

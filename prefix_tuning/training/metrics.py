@@ -79,8 +79,11 @@ class Metrics:
                     self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
-    def write_interval(self, state: TrainingState) -> None:
-        """Writes the line of the steps since the last one, and starts a new interval. Waits for the device."""
+    def write_interval(self, state: TrainingState, ended: bool = False) -> None:
+        """Writes the line of the steps since the last one, and starts a new interval. Waits for the device.
+
+        ended: whether the training is over, so that no time is left to be said.
+        """
         progress, seconds = state.progress, state.clock.seconds()
         steps = progress.step - progress.logged_step
         loss, grad_norm = torch.stack((state.losses / steps, state.grad_norm)).tolist()
@@ -97,7 +100,8 @@ class Metrics:
                 "tokens_per_second": round(speed, 1),
             }
         )
-        if progress.logged_step <= self.steps.done and progress.step < self.steps.total:  # the first line since the start
+        first = progress.logged_step <= self.steps.done  # line since the start
+        if first and progress.step < self.steps.total and not ended:
             left = seconds_per_step * (self.steps.total - progress.step)
             tqdm.write(f"about {duration(left)} of training left, at {speed:,.0f} tokens/s")
         if self.bar is not None:

@@ -15,9 +15,10 @@ from prefix_tuning.files.prefixes import save_adapter, save_encoder
 from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training.resume import Resumed, clear_checkpoints, metrics_so_far
+from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.state import NotFinite, TrainingState
 
-PATH_SETTINGS = ("model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint")
+PATH_SETTINGS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.metadata["rules"].is_path)
 
 
 def describe_run(settings: dict, prefix_config: PrefixConfig, dtype: torch.dtype, device: torch.device) -> dict:

@@ -1,7 +1,9 @@
 """A training run from its settings to its files: what comes before and after the loop (loop.py)."""
 
 import dataclasses
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -9,7 +11,8 @@ import torch
 from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.layers import compile_now
 from prefix_tuning.devices import described, make_reproducible, out_of_memory_explained, resolve_device, resolve_dtype
-from prefix_tuning.errors import Interrupted, UserError
+from prefix_tuning.errors import Interrupted, UserError, reason_of
+from prefix_tuning.files.names import CARD_FILE, PLOT_FILE, SEARCH_FILE
 from prefix_tuning.files.writing import locked
 from prefix_tuning.text import duration
 from prefix_tuning.training.checkpoints import Checkpoints
@@ -67,6 +70,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
         state, steps = begin(config, inputs, resumed)
         print(f"{size_of_run(inputs, state, steps)}; {described(dtype, config.precision, device)}")
         if config.torch_compile and (first := next(iter(steps), None)):
+            print("compiling the layers, which may take minutes", flush=True)
             state.compile_seconds = compile_now(inputs.base, first.batches, state.encoder.bake())
             print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")
         search = find_learning_rate(inputs.base, state, steps)
@@ -77,7 +81,6 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
         evaluator = Evaluator(
             inputs.base,
             inputs.tokenizer,
-            inputs.eval_rows,
             inputs.eval_set if config.max_steps != 0 else None,
             inputs.max_tokens,
             steps.total,
@@ -94,10 +97,23 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
     if repository:
         push_to_hub(output_dir, repository)
         print(f"uploaded to the hub: {repository}")
-    evaluator.show_answers(state.encoder.bake())
+    with excused("the closing answers"):
+        evaluator.show_answers(state.encoder.bake())
     if distributed.is_main():
-        print(what_was_learnt(read_metrics(output_dir), config.save_best))
+        with excused("what was learnt"):
+            print(what_was_learnt(read_metrics(output_dir), config.save_best))
     return summary
+
+
+@contextmanager
+def excused(what: str) -> Iterator[None]:
+    """Around what a run shows to people once its prefix is saved. If it fails, a line says so, and the run goes on."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:  # memory, the disk, matplotlib: each raises classes of its own
+        print(f"{what}: left out ({type(error).__name__}: {reason_of(error)}); the prefix is saved", file=sys.stderr)
 
 
 def settings_of(config: TrainConfig, inputs: Inputs, state: TrainingState, steps: Steps) -> dict:
@@ -105,14 +121,14 @@ def settings_of(config: TrainConfig, inputs: Inputs, state: TrainingState, steps
     return dataclasses.asdict(config) | {
         "learning_rate": state.progress.peak_learning_rate or 0.0,
         "train_rows": len(steps.train_set),
-        "eval_rows": len(inputs.eval_rows or ()),
+        "eval_rows": len(inputs.eval_set or ()),
         "rows_per_step": steps.rows_per_step,
     }
 
 
 def size_of_run(inputs: Inputs, state: TrainingState, steps: Steps) -> str:
     """What is trained, and on how much."""
-    held_out = f" and {len(inputs.eval_rows):,} held out" if inputs.eval_rows else ""
+    held_out = f" and {len(inputs.eval_set):,} held out" if inputs.eval_set else ""
     tokens = state.encoder.config.num_virtual_tokens
     trainable = sum(parameter.numel() for parameter in state.encoder.parameters())
     rows = f"{len(steps.train_set):,} rows{held_out}, {steps.total:,} steps of {steps.rows_per_step}"
@@ -159,7 +175,7 @@ def finish(
     the summary, which is returned, the curves and the model card. fingerprint: that of the base."""
     progress, folder = state.progress, checkpoints.folder
     if progress.logged_step < progress.step:
-        metrics.write_interval(state)
+        metrics.write_interval(state, ended=True)
     save_output(folder, state.encoder, fingerprint)  # before the evaluation, so that nothing that happens there can lose it
     if evaluator.pending(state):
         evaluate(state, evaluator, metrics, checkpoints)
@@ -170,7 +186,7 @@ def finish(
     summary = summarise(state)
     metrics.write(summary)
     if distributed.is_main():
-        plot_curves(folder)
-        plot_search(folder)
-        write_card(folder)
+        for name, write in ((PLOT_FILE, plot_curves), (SEARCH_FILE, plot_search), (CARD_FILE, write_card)):
+            with excused(name):
+                write(folder)
     return summary

@@ -34,7 +34,9 @@ class ModelArguments(SharedBaseArguments):
     _argument_group_name = "model"
 
     model_name_or_path: str = content_flag(
-        bundled.MODEL, "The frozen Bloom: a hub name, a folder, or the mini Bloom that comes with this program."
+        bundled.MODEL,
+        "The frozen Bloom: a hub name, a folder, or the mini Bloom that comes with this program.",
+        is_path=True,
     )
 
 
@@ -47,8 +49,9 @@ class DataArguments:
         "Training rows: instruction, input (may be missing) and output; or question and answer, prompt and completion or "
         "response, query and response; or talks, in messages or conversations. A .json, .jsonl, .csv or .parquet file, a "
         "folder written by save_to_disk, a hub name, or a bundled set.",
+        is_path=True,
     )
-    eval_dataset: str | None = content_flag(None, "Held-out rows, named in the same ways.")
+    eval_dataset: str | None = content_flag(None, "Held-out rows, named in the same ways.", is_path=True)
     columns: str | None = new_flag(None, COLUMNS_HELP)  # a resume compares what is read: content of the two above
     eval_fraction: float | None = same_flag(
         None,
@@ -57,7 +60,11 @@ class DataArguments:
         at_least=0,
     )
     eval_exact_match: bool = same_flag(
-        False, "Also answer the held-out questions greedily, and report the share of exact matches.", needs=_HELD_OUT_ROWS
+        False,
+        "Also answer the held-out questions, and report the share of exact matches. Always greedily, without the "
+        "repetition_penalty and the like that the base's generation_config may have. An answer that --max_length cuts is "
+        "compared as far as it is kept.",
+        needs=_HELD_OUT_ROWS,
     )
     max_length: int = same_flag(MAX_LENGTH, "Tokens per row, prompt and answer together; the rest is cut off.", at_least=1)
 
@@ -81,7 +88,9 @@ class PrefixArguments:
     )
     init_text: str | None = same_flag(None, "The text for --prefix_init text; best an instruction that fits the task.")
     prefix_from: str | None = same_flag(
-        None, "Start from the trainable weights of an earlier run: its output folder. Fixes all other prefix flags."
+        None,
+        "Start from the trainable weights of an earlier run: its output folder. Fixes all other prefix flags.",
+        is_path=True,
     )
 
 
@@ -95,7 +104,9 @@ class LoopArguments:
     gradient_accumulation_steps: int = same_flag(
         8, "See above. How a step's rows share forward passes is up to --max_tokens_per_batch.", at_least=1
     )
-    num_train_epochs: float = new_flag(1.0, "How often to go through the training rows; fractions are allowed.", at_least=0)
+    num_train_epochs: float = new_flag(
+        1.0, "How often to go through the training rows; fractions are allowed.", at_least=0, at_most=10**9
+    )
     max_tokens_per_batch: int | None = new_flag(
         None,
         "Tokens per forward pass; fewer take less memory, the result is the same. Default: by device and model.",
@@ -127,7 +138,7 @@ class LoopArguments:
 class OutputArguments:
     _argument_group_name = "output"
 
-    output_dir: str = new_flag("./chatbot", "Where the prefix and the metrics are saved.")
+    output_dir: str = new_flag("./chatbot", "Where the prefix and the metrics are saved.", is_path=True)
     overwrite_output_dir: bool = new_flag(
         False, "Replace the finished run that --output_dir holds, or discard the checkpoints of an unfinished one."
     )
@@ -142,7 +153,9 @@ class OutputArguments:
     )
     push_to_hub: str | None = new_flag(None, "Upload the finished prefix to this repository of the hub: NAME or USER/NAME.")
     resume_from_checkpoint: str | None = new_flag(
-        None, "Resume a run that stopped: latest (of those in --output_dir), a checkpoint, or a folder that holds some."
+        None,
+        "Resume a run that stopped: latest (of those in --output_dir), a checkpoint, or a folder that holds some.",
+        is_path=True,
     )
     save_best: bool = same_flag(False, "Save the prefix with the lowest eval loss, not the last.", needs=_HELD_OUT_ROWS)
     early_stopping_patience: int | None = new_flag(
@@ -182,16 +195,14 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
 
 
 def _check_output_dir(output_dir: str) -> None:
-    """Raises UserError if this process cannot write to the folder, or cannot make it."""
+    """Raises UserError if this process cannot read and write the folder, or cannot make it."""
     folder = Path(output_dir).absolute()
-    try:
-        existing = next(place for place in (folder, *folder.parents) if place.exists())
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: {error.strerror}; name another folder") from error
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # a link that leads nowhere, too
     if not existing.is_dir():
-        raise UserError(f"--output_dir {output_dir}: {existing.name} is a file; name a folder")
+        kind = "a link to no folder" if existing.is_symlink() else "a file"
+        raise UserError(f"--output_dir {output_dir}: {existing.name} is {kind}; name a folder")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir}: no permission to read and write there; name another folder")
     if (folder / "config.json").exists():
         hint = "transformers would take the prefix for an adapter of it and fail to load it; name another folder"
         raise UserError(f"--output_dir {output_dir}: holds a model (config.json); {hint}")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: no permission to write there; name another folder")

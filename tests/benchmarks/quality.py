@@ -72,7 +72,6 @@ def worker(name: str) -> None:
         Evaluator(
             base,
             tokenizer,
-            inputs.eval_rows,
             inputs.eval_set,
             inputs.max_tokens,
             steps.total,

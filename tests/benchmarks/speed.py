@@ -87,7 +87,7 @@ def train_ours(model, encoder, data, rows_per_step: int, total: int) -> list[flo
     state = TrainingState(encoder, make_optimizer(encoder, 0.0), schedule, max_grad_norm=1.0, loss_scaling=False)
     state.progress.peak_learning_rate = 5e-5
     state.progress.rows_per_step = rows_per_step
-    evaluator = Evaluator(model, None, None, None, max_tokens, total)
+    evaluator = Evaluator(model, None, None, max_tokens, total)
     with tempfile.TemporaryDirectory() as folder, Metrics(Path(folder), 10, steps) as metrics:
         fit(model, state, steps, metrics, evaluator, Checkpoints(Path(folder), {}, None))
         lines = (

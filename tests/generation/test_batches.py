@@ -6,6 +6,7 @@ from helpers import GREEDY, complete
 from transformers import GenerationConfig, SuppressTokensAtBeginLogitsProcessor
 
 from prefix_tuning import PrefixBloom, load_prefix, signals
+from prefix_tuning.generation.batches import Prompt, batches_of
 
 IS = 267  # the token "是", which most sentences have
 OTHER_DECODING = {
@@ -44,6 +45,31 @@ def test_so_it_does_with_other_decoding(tuned_model, tokenizer, mixed, options):
         for p, n in zip(prompts, names, strict=True)
     ]
     assert together == alone
+
+
+def test_batches_are_bounded_by_tokens_as_well_as_by_rows():
+    lengths = [3, 40, 5, 5, 900, 41, 4, 5, 99, 3]
+    prompts = [Prompt([1] * length, "ab"[number % 2], number) for number, length in enumerate(lengths)]
+    batches = batches_of(prompts, batch_size=4, max_tokens=100)
+    assert sorted(prompt.number for batch in batches for prompt in batch) == list(range(10))
+    for batch in batches:
+        assert len(batch) <= 4
+        assert len(batch) == 1 or len(batch) * max(len(prompt.ids) for prompt in batch) <= 100
+    assert [len(batch) for batch in batches] == [3, 1, 1, 3, 2]
+    assert [len(batch) for batch in batches_of(prompts, batch_size=4, max_tokens=10**6)] == [4, 4, 2]
+
+
+def test_long_prompts_are_answered_in_smaller_batches_with_the_same_answers(tuned_model, tokenizer, mixed):
+    prompts, names = (part[:12] for part in mixed)
+    rows = []
+    hook = tuned_model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    try:
+        few = complete(tuned_model, tokenizer, prompts, prefix_name=names, max_tokens=60, **GREEDY)
+        most = max(rows)
+        whole = complete(tuned_model, tokenizer, prompts, prefix_name=names, **GREEDY)
+    finally:
+        hook.remove()
+    assert few == whole and max(rows) == 12 and 1 <= most <= 60 // min(len(ids) for ids in tokenizer(prompts).input_ids)
 
 
 @pytest.mark.parametrize("most", [1, 3, 12])

@@ -1,12 +1,12 @@
 import pytest
 from helpers import PROMPTS, complete, logits_after
 
-from prefix_tuning.generation.batches import batches_of, complete_batch
+from prefix_tuning.generation.batches import Prompt, batches_of, complete_batch
 
 
 def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_model, tokenizer):
     options = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0, "num_return_sequences": 3}
-    (batch,) = batches_of(tokenizer(PROMPTS).input_ids, ["five"] * 4, range(4), 64)
+    (batch,) = batches_of(map(Prompt, tokenizer(PROMPTS).input_ids, ["five"] * 4, range(4)), 64, 1000)
     texts = complete_batch(random_model, tokenizer, batch, seed=3, **options)
     assert sorted(prompt.number for prompt in batch) == [0, 1, 2, 3] and all(len(set(row)) == 3 for row in texts)
     assert complete_batch(random_model, tokenizer, batch, seed=3, **options) == texts
@@ -25,7 +25,7 @@ def test_what_is_drawn_for_a_prompt_depends_on_its_number_and_the_seed_alone(tun
     def answers(numbers, seed, batch_size):
         asked = tokenizer([prompts[number] for number in numbers]).input_ids, [names[number] for number in numbers]
         found = {}
-        for batch in batches_of(*asked, numbers, batch_size):
+        for batch in batches_of(map(Prompt, *asked, numbers), batch_size, 10_000):
             texts = complete_batch(tuned_model, tokenizer, batch, seed, **options)
             found |= zip((prompt.number for prompt in batch), texts, strict=True)
         return found

@@ -65,3 +65,9 @@ def test_prefixes_are_named_or_take_the_name_of_their_folder(tmp_path):
 def test_a_question_that_begins_with_a_dash_goes_behind_two(flags):
     config = parse_infer_config(flags.split())
     assert (config.question, config.prefix, config.compare) == ("-5加3？", ["x"], True)
+
+
+@pytest.mark.parametrize("flags", ["hello --prefix {}", "hello --prefix a={}", "--input {} --output a.jsonl", "--score {}"])
+def test_a_path_whose_links_lead_in_a_circle_is_refused(flags, tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    refuses("circle: Too many levels of symbolic links; name another", *flags.format(tmp_path / "circle").split())

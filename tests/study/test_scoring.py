@@ -3,8 +3,8 @@ import torch
 from helpers import examples_of
 
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import tokenize
-from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
+from prefix_tuning.data.rows import take, tokenize
+from prefix_tuning.evaluation import answer_turns, evaluate_loss, exact_match, expected_answers, last_turn
 from prefix_tuning.model.batch import pack
 from prefix_tuning.study.scoring import batches_of, label_rows, score
 
@@ -16,7 +16,9 @@ def test_a_score_is_what_evaluation_finds_by_generating(tuned_model, tokenizer, 
     tokenized = tokenize(rows, tokenizer, 256)
     prefix = tuned_model.prefixes[name]
     found = score(tuned_model, batches_of(tokenized, max_tokens=300), prefix)
-    assert found.exact_match == exact_match(answer_rows(tuned_model, tokenizer, rows, prefix), rows)
+    turns = [last_turn(example) for example in take(tokenized, range(60))]
+    answers = answer_turns(tuned_model, tokenizer, turns, prefix, 1000)
+    assert found.exact_match == exact_match(answers, expected_answers(tokenizer, turns))
     assert 0 < found.exact_match < 1
     assert found.loss == pytest.approx(evaluate_loss(tuned_model, tokenized, prefix, 1000)["eval_loss"], abs=1e-5)
 

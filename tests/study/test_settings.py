@@ -8,6 +8,8 @@ from prefix_tuning.errors import UserError
 MISTAKES = {
     "--output study.pdf": "--output study.pdf: must end in .html",
     "--output nowhere/study.html": "--output nowhere/study.html: there is no such folder; make it, or name another",
+    "--output page.html": "--output page.html: the page and a .json beside it cannot be written; name another file",
+    "--output numbers.html": "--output numbers.html: the page and a .json beside it cannot be written; name another file",
     "--rows 0": "--rows must be at least 1, not 0",
     "--prefix base=a": "--prefix base=a: give it another name",
     "--prefix a/x --prefix b/x": "--prefix b/x: there is a prefix x already",
@@ -19,6 +21,8 @@ MISTAKES = {
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes_are_named(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for folder in ("page.html", "numbers.json"):
+        (tmp_path / folder).mkdir()
     with pytest.raises(UserError, match=MISTAKES[flags]):
         parse_study_config(flags.split()).named_prefixes()
 

@@ -2,11 +2,26 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import LATEST, assert_same_run, checkpoint_names, interrupt, metrics_without_timings
+import torch
+from datasets import Dataset
+from helpers import (
+    LATEST,
+    assert_same_run,
+    checkpoint_names,
+    complete,
+    interrupt,
+    metrics_without_timings,
+    random_bloom,
+    random_prefix,
+)
 
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.rows import prompt_of, tokenize
 from prefix_tuning.errors import UserError
+from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.training import evaluator
+from prefix_tuning.training.evaluator import Evaluator
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -31,6 +46,31 @@ def test_long_answers_are_not_shown(settings, tmp_path, capsys):
     held_out.write_text(json.dumps({"instruction": "问", "output": "长" * 100}) + "\n", "utf-8")
     train(TrainConfig(**settings | {"eval_dataset": str(held_out)}))
     assert "  expected  " not in capsys.readouterr().out
+
+
+def test_the_answers_shown_are_by_whom_the_line_says(tuned_model, tokenizer, capsys):
+    rows = load_rows("bundled:short-eval", ("train",)).select(range(3))
+    tokenized = tokenize(rows, tokenizer, 256)
+    Evaluator(tuned_model, tokenizer, tokenized, 640, total_steps=1).show_answers(tuned_model.prefixes["short"])
+    out = capsys.readouterr().out
+    prompts = [prompt_of(question) for question in rows["instruction"]]
+    for title, name in (("frozen base", "base"), ("with prefix", "short")):
+        shown = [line[15:] for line in out.splitlines() if line.startswith(f"  {title}")]
+        answers = complete(tuned_model, tokenizer, prompts, prefix_name=name, max_new_tokens=8, do_sample=False)
+        assert len(shown) == 3
+        for ours, text in zip(shown, answers, strict=True):
+            assert text and ours.startswith(" ".join(text.split())[:4])
+
+
+def test_tokens_and_not_characters_decide_what_is_too_long_to_be_shown(tokenizer, capsys):
+    """80 characters of 40 tokens are shown, 30 characters of 120 tokens are not."""
+    texts = {"fits": "北京" * 40, "long": "𠮷" * 30}
+    rows = [{"instruction": name, "input": "", "output": text, "history": []} for name, text in texts.items()]
+    model = random_bloom()
+    tokenized = tokenize(Dataset.from_list(rows), tokenizer, 256)
+    Evaluator(model, tokenizer, tokenized, 640, total_steps=1).show_answers(random_prefix(model))
+    out = capsys.readouterr().out
+    assert "question     fits\n" in out and "question     long\n" not in out
 
 
 # Evaluations: the frozen base, steps 3, 6 and 9, and the last step, 11.
@@ -58,7 +98,7 @@ def test_a_signal_during_the_answers_of_an_evaluation_saves_at_once(small_pass_s
 
 
 def test_memory_that_runs_out_during_an_evaluation_loses_nothing(small_pass_settings, tmp_path, monkeypatch):
-    small_pass_settings |= {"save_steps": 0}
+    small_pass_settings |= {"save_steps": 0, "max_steps": 12}  # so that an interval of evaluations ends with the run
     train(TrainConfig(**small_pass_settings))
     stopped, real, evaluations = small_pass_settings | {"output_dir": str(tmp_path / "stopped")}, evaluator.evaluate_loss, []
 
@@ -69,7 +109,9 @@ def test_memory_that_runs_out_during_an_evaluation_loses_nothing(small_pass_sett
         return real(*arguments)
 
     monkeypatch.setattr(evaluator, "evaluate_loss", run_out)
-    with pytest.raises(UserError, match=r"ran out of memory; .*checkpoint-11\.safetensors is intact, resume with"):
+    with pytest.raises(UserError, match=r"ran out of memory; .*checkpoint-12\.safetensors is intact, resume with"):
         train(TrainConfig(**stopped))
+    # The prefix of the last step is saved before it is evaluated.
+    assert torch.equal(*(load_prefix(run["output_dir"])[0] for run in (stopped, small_pass_settings)))
     train(TrainConfig(**stopped | LATEST))
     assert_same_run(stopped["output_dir"], small_pass_settings["output_dir"])

@@ -10,9 +10,13 @@ from helpers import LATEST, metrics_of, metrics_without_timings
 
 from prefix_tuning.files.names import PLOT_FILE, SEARCH_FILE
 from prefix_tuning.model.encoder import PrefixConfig
+from prefix_tuning.training import learning_rate
+from prefix_tuning.training.inputs import read_inputs
 from prefix_tuning.training.learning_rate import find_learning_rate, first_place, rate_at, valley, walk_downhill
+from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.start import begin
 
 
 @pytest.fixture
@@ -111,3 +115,44 @@ def test_what_is_found_learns_more_than_the_notebooks_rate(searching, tmp_path, 
         train(TrainConfig(**searching | flags | {"overwrite_output_dir": True}))
         losses.append([line["loss"] for line in metrics_of(tmp_path / "out") if "loss" in line][-1])
     assert losses[0] < losses[1] - 0.05
+
+
+@pytest.fixture
+def searched(searching, monkeypatch):
+    """find_learning_rate for a run of so many steps: the search, and the rate and the loss of each step of its trials."""
+
+    def search(total):
+        taken = []
+
+        def step(base, state, step):
+            rate, result = state.learning_rate(), optimizer_step(base, state, step)
+            taken.append((rate, result[1].item()))
+            return result
+
+        monkeypatch.setattr(learning_rate, "optimizer_step", step)
+        config = TrainConfig(**searching | {"max_steps": total})
+        inputs = read_inputs(config, torch.float32, torch.device("cpu"))
+        return find_learning_rate(inputs.base, *begin(config, inputs, None)), taken
+
+    return search
+
+
+@pytest.mark.parametrize("total, length", [(5, 5), (14, 8), (800, 10)], ids=["of a short run", "least", "a share"])
+def test_a_trial_is_a_short_run_whose_rate_falls_to_zero(searched, total, length):
+    """Never longer than the run, and its loss is the mean over the last quarter."""
+    search, taken = searched(total)
+    assert search.steps == length and len(taken) == length * len(search.rates)
+    last = math.ceil(length / 4)
+    for number, (rate, loss) in enumerate(zip(search.rates, search.losses, strict=True)):
+        rates, losses = zip(*taken[number * length : (number + 1) * length], strict=True)
+        assert rates == pytest.approx([rate * (length - step) / length for step in range(length)])
+        assert loss == pytest.approx(sum(losses[-last:]) / last)
+
+
+def test_one_step_is_too_few_for_trials(searching, capsys):
+    """Its only loss is the one before the update, whatever the rate: nothing would be found."""
+    train(TrainConfig(**searching | {"max_steps": 1}))
+    out, lines = capsys.readouterr().out, metrics_of(searching["output_dir"])
+    assert "looking for" not in out and "found in" not in out
+    assert "learning rate 3.2e-02, guessed by the width of the encoder" in out
+    assert lines[0]["learning_rate"] == 3.2e-2 and not any("learning_rate_search" in line for line in lines)

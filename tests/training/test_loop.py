@@ -113,11 +113,14 @@ def test_max_grad_norm_0_does_not_clip(quick_settings, tmp_path):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_give_the_same_losses_and_gradients(quick_settings, tmp_path, checkpointing):
+def test_compiled_layers_give_the_same_losses_and_gradients(quick_settings, tmp_path, checkpointing, capsys):
     quick_settings |= {"learning_rate": STANDSTILL}
     train(TrainConfig(**quick_settings))
+    assert "compiling" not in capsys.readouterr().out
     changed = {"torch_compile": True, "gradient_checkpointing": checkpointing, "output_dir": str(tmp_path / "compiled")}
     train(TrainConfig(**quick_settings | changed))
+    out = capsys.readouterr().out
+    assert 0 < out.index("compiling the layers") < out.index("compiled in ")
     for ours, plain in zip(figures_of(tmp_path / "compiled"), figures_of(quick_settings["output_dir"]), strict=True):
         assert ours == pytest.approx(plain, rel=1e-5)
     summary, plain_summary = (metrics_of(folder)[-1] for folder in (tmp_path / "compiled", quick_settings["output_dir"]))

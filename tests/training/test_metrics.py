@@ -8,9 +8,12 @@ from prefix_tuning.training.state import Clock
 from prefix_tuning.training.steps import Steps
 
 
-def test_an_early_stop_writes_the_loss_of_its_last_interval(small_pass_settings, tmp_path):
+def test_an_early_stop_writes_the_loss_of_its_last_interval(small_pass_settings, tmp_path, capsys):
     patient = {"learning_rate": 0.0, "early_stopping_patience": 1, "eval_steps": 2, "logging_steps": 3, "shuffle": False}
-    train(TrainConfig(**small_pass_settings | patient))
+    train(TrainConfig(**small_pass_settings | patient | {"logging_steps": 100}))
+    out = capsys.readouterr().out
+    assert "stopping early" in out and "of training left" not in out
+    train(TrainConfig(**small_pass_settings | patient | {"overwrite_output_dir": True}))
     every_step = small_pass_settings | patient | {"logging_steps": 1, "output_dir": str(tmp_path / "every-step")}
     train(TrainConfig(**every_step))
     losses = {line["step"]: line["loss"] for line in metrics_without_timings(every_step["output_dir"]) if "loss" in line}

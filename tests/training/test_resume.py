@@ -68,15 +68,9 @@ def test_a_changed_row_is_noticed_wherever_it_is(small_pass_settings, tmp_path):
         with pytest.raises(UserError, match=f"another --{name}"):
             train(TrainConfig(**small_pass_settings | {"max_steps": 2} | LATEST))
         path.write_text("".join(rows), "utf-8")
-    # Also one that gives no labels: its answer is compared.
-    long = json.dumps({"instruction": "长" * 300, "output": "短"}, ensure_ascii=False) + "\n"
+    # One that gives no labels is no part of the run: nobody answers it.
     path, *_ = files["eval_dataset"]
-    path.write_text("".join([*held_out, long]), "utf-8")
-    train(TrainConfig(**small_pass_settings | {"max_steps": 1, "overwrite_output_dir": True}))
-    path.write_text("".join([*held_out, long.replace("短", "长")]), "utf-8")
-    with pytest.raises(UserError, match="another --eval_dataset"):
-        train(TrainConfig(**small_pass_settings | {"max_steps": 2} | LATEST))
-    path.write_text("".join([*held_out, long]), "utf-8")
+    path.write_text("".join([*held_out, json.dumps({"instruction": "长" * 300, "output": "短"}) + "\n"]), "utf-8")
     # Where the file lies does not matter.
     moved = Path(small_pass_settings["dataset"]).rename(tmp_path / "moved.jsonl")
     train(TrainConfig(**small_pass_settings | {"max_steps": 2, "dataset": str(moved)} | LATEST))

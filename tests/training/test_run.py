@@ -47,6 +47,7 @@ from prefix_tuning.files.names import (
     PLOT_FILE,
 )
 from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_encoder
+from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
@@ -266,7 +267,7 @@ def test_real_rows_on_the_bundled_base(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_named(settings, tmp_path):
-    with pytest.raises(UserError, match=r"--output_dir .*: File name too long; name another folder"):
+    with pytest.raises(UserError, match=r"--output_dir .*: File name too long; name another"):
         train(TrainConfig(**settings | {"output_dir": str(tmp_path / ("x" * 300))}))
 
 
@@ -309,6 +310,25 @@ def test_a_signal_during_the_last_files_lets_them_be_written(small_pass_settings
     with pytest.raises(Interrupted, match="SIGTERM: stopped after step 11, which was the last one; the prefix is saved"):
         train(TrainConfig(**small_pass_settings))
     assert (Path(small_pass_settings["output_dir"]) / CARD_FILE).exists()
+
+
+def test_what_is_only_shown_may_fail_once_the_prefix_is_saved(settings, monkeypatch, capsys):
+    """Here a folder is where the card should go, and no answer fits into memory."""
+    folder = Path(settings["output_dir"])
+    (folder / CARD_FILE / "notes").mkdir(parents=True)
+
+    def no_memory(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(PrefixBloom, "generate", no_memory)
+    summary = train(TrainConfig(**settings | {"overwrite_output_dir": True}))
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if "left out" in line]
+    assert [line.split(":")[0] for line in lines] == [CARD_FILE, "the closing answers"]
+    assert "cannot be written" in lines[0] and "MemoryError" in lines[1]
+    assert all(line.endswith("; the prefix is saved") for line in lines)
+    assert "learnt" in said.out.splitlines()[-1] and metrics_of(folder)[-1] == summary
+    assert load_prefix(folder)[0].isfinite().all()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs to know its own size")

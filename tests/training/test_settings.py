@@ -1,12 +1,21 @@
+import contextlib
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
 from prefix_tuning import bundled
-from prefix_tuning.cli import parse_train_config
+from prefix_tuning.cli import parse_claims_config, parse_infer_config, parse_study_config, parse_train_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.files.names import CONFIG_FILE
+from prefix_tuning.training.output import PATH_SETTINGS
+from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
 BAD_FLAGS = {
@@ -38,7 +47,7 @@ BAD_FLAGS = {
     "--output_dir=": "--output_dir is empty",
     "--prefix_init text --init_text \udcff": "--init_text holds bytes that are no UTF-8 text",
     "--seed 4611686018427387905": "--seed must be at least 0 and at most 4611686018427387904",
-    "--num_train_epochs inf": "--num_train_epochs must be at least 0, not inf",
+    "--num_train_epochs inf": "--num_train_epochs must be at least 0 and at most 1000000000, not inf",
     "--shard_degree 1": "--shard_degree goes with --shard_base; add that flag",
     "--save_steps -1": "--save_steps must be at least 0",
     "--save_total_limit 0": "--save_total_limit must be at least 1",
@@ -80,3 +89,90 @@ def test_flags_that_make_no_sense_are_refused(flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         parse_train_config(flags.split())
+
+
+FLOATS = [field.name for field in dataclasses.fields(TrainConfig) if field.type in (float, float | None)]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [1e308, 1e-308])
+def test_a_number_at_its_extremes_is_used_or_ends_in_one_line(quick_settings, name, value):
+    """A UserError is that line. Anything else that is raised would be a traceback."""
+    with contextlib.suppress(UserError):
+        epochs = {"max_steps": -1 if name == "num_train_epochs" else 2}
+        assert train(TrainConfig(**quick_settings | epochs | {name: value}))["steps"] in (1, 2)
+
+
+def test_all_numbers_and_all_paths_are_known():
+    assert {"learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "eval_fraction"} == set(FLOATS)
+    paths = {"model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint"}
+    assert set(PATH_SETTINGS) == paths
+
+
+@pytest.mark.parametrize("name", PATH_SETTINGS)
+def test_a_path_that_leads_nowhere_ends_in_one_line(quick_settings, tmp_path, name):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "file").touch()
+    quick_settings |= {"eval_fraction": None} if name == "eval_dataset" else {}
+    for path in ("dangling", "circle", "circle/below", "file/below", "x" * 300):
+        with pytest.raises(UserError, match=r"dangling|circle: Too many|below: Too many|below|x: File name too long"):
+            train(TrainConfig(**quick_settings | {name: str(tmp_path / path)}))
+
+
+# As nobody, because nothing is forbidden to root.
+TRY_FOLDERS = """
+import os, sys
+from prefix_tuning.errors import UserError
+from prefix_tuning.training.settings import TrainConfig
+os.getuid() or os.setuid(65534)
+for folder in sys.argv[1:]:
+    try:
+        TrainConfig(output_dir=folder)
+        print("accepted")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_folder_that_cannot_be_opened_is_refused():
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        folders = [Path(parent, f"{mode:o}") for mode in (0o777, 0o333, 0o666, 0o000)]
+        for folder in folders:
+            folder.mkdir()
+            folder.chmod(int(folder.name, 8))
+        command = [sys.executable, "-c", TRY_FOLDERS, *map(str, folders), str(folders[-1] / "below")]
+        answers = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert answers[0] == "accepted" and answers[4].endswith("below: Permission denied; name another")
+    assert all(answer.endswith("no permission to read and write there; name another folder") for answer in answers[1:4])
+
+
+@pytest.mark.parametrize("parse", [parse_train_config, parse_infer_config, parse_study_config, parse_claims_config])
+def test_a_name_that_is_no_utf8_is_refused_before_any_work(parse):
+    name = "/tmp/" + "名".encode("gbk").decode("utf-8", "surrogateescape")
+    flags = {
+        "dataset",
+        "eval_dataset",
+        "prefix_from",
+        "model_name_or_path",
+        "output_dir",
+        "input",
+        "score",
+        "prefix",
+        "output",
+    }
+    refused = set()
+    for flag in flags:
+        with pytest.raises(UserError) as error:
+            parse([f"--{flag}", name])
+        refused |= {flag} if f"--{flag} holds bytes that are no UTF-8 text" in str(error.value) else set()
+        assert flag in refused or "unknown argument" in str(error.value)
+    assert refused
+
+
+def test_a_name_that_python_takes_for_ascii_is_recorded_as_what_it_is(quick_settings, tmp_path):
+    """As in a process whose locale is C: the bytes of the name are good UTF-8."""
+    folder = tmp_path / "输出".encode().decode("ascii", "surrogateescape")
+    train(TrainConfig(**quick_settings | {"output_dir": str(folder)}))
+    assert json.loads((tmp_path / "输出" / CONFIG_FILE).read_text("utf-8"))["output_dir"] == "local:输出"

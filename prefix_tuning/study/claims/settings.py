@@ -2,10 +2,10 @@
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.settings import flag
+from prefix_tuning.settings import check_flags, flag
+from prefix_tuning.study.settings import check_page
 
 
 @dataclass
@@ -22,14 +22,12 @@ class ClaimsConfig:
         "The page. Beside it, by the same name, a .json with every number, written after each training. Started "
         "again with the same settings, the command trains nothing anew that stands there; delete the .json to "
         "measure all again.",
+        is_path=True,
     )
 
     def __post_init__(self) -> None:
-        page = Path(self.output)
-        if page.suffix != ".html":
-            raise UserError(f"--output {page}: must end in .html; the numbers go beside it, to a .json")
-        if not page.parent.is_dir():
-            raise UserError(f"--output {page}: there is no folder {page.parent}")
+        check_flags(self)
+        check_page(self.output)
         if importlib.util.find_spec("plotly") is None:
             raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
 

@@ -19,11 +19,15 @@ def test_settings_load_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_mistakes_and_a_missing_plotly_are_told_before_any_work(monkeypatch):
+def test_mistakes_and_a_missing_plotly_are_told_before_any_work(tmp_path, monkeypatch):
     assert parse_claims_config(["--quick"]) == ClaimsConfig(quick=True, output="claims.html")
-    for output, message in (("claims.json", "must end in .html"), ("gone/claims.html", "there is no folder gone")):
+    for output, message in (("claims.json", "must end in .html"), ("gone/claims.html", "there is no such folder")):
         with pytest.raises(UserError, match=message):
             parse_claims_config(["--output", output])
+    for folder, output in (("page.html", "page.html"), ("numbers.json", "numbers.html")):
+        (tmp_path / folder).mkdir()
+        with pytest.raises(UserError, match=rf"{output}: the page and a \.json beside it cannot be written"):
+            parse_claims_config(["--output", str(tmp_path / output)])
     with pytest.raises(UserError, match="unknown argument --fast"):
         parse_claims_config(["--fast"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
