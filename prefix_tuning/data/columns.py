@@ -125,7 +125,7 @@ def parse_columns(flag: str | None) -> dict[str, str]:
             raise UserError(f"--columns {flag}: there is no {ours!r} to read; there are {', '.join(READ)}")
         given[ours] = theirs
     if "messages" in given and given.keys() - {"messages", "system"}:
-        raise UserError(f"--columns {flag}: messages are whole talks and exclude all others but system; choose")
+        raise UserError(f"--columns {flag}: messages are whole talks and exclude the others but system; choose")
     return given
 
 

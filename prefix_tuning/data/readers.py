@@ -135,6 +135,8 @@ def _open(name: str, splits: tuple[str, ...]) -> Dataset:
     except (OSError, ValueError, RuntimeError) as error:
         kind = "a folder, but not one written by save_to_disk" if Path(name).is_dir() else "no file, folder or hub name"
         raise UserError(f"{name}: {kind} that can be loaded: {str(error).strip()[:300]}") from error
+    except IndexError as error:  # of a set without rows, `datasets` saves no file, and then fails to load it
+        raise UserError(f"{name}: holds no rows, or a split without rows") from error
     if isinstance(found, DatasetDict):
         split = next((split for split in splits if split in found), None)
         if split is None:
