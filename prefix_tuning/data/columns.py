@@ -102,10 +102,9 @@ class Seen:
         parts = []
         if "messages" in self.columns.sources:
             parts.append(f"each row of {self.columns.sources['messages']} is read as a talk")
-        renamed = [(theirs, ours) for ours in READ for theirs in self.readings if self.readings[theirs] == ours != theirs]
-        renamed = [pair for pair in renamed if pair[1] != "messages"]
+        renamed = [pair for pair in self.readings.items() if pair[1] not in (pair[0], "messages")]
         if renamed:
-            (theirs, ours), *others = renamed
+            (theirs, ours), *others = sorted(renamed, key=lambda pair: READ.index(pair[1]))
             parts.append(", ".join([f"{theirs} is read as {ours}", *(f"{theirs} as {ours}" for theirs, ours in others)]))
         if self.unread:
             named = ", ".join(column if column.strip() else repr(column) for column in self.unread)
@@ -170,8 +169,9 @@ def _readings(found: Collection[str], given: Mapping[str, str], answered: bool) 
 
 
 class _Talk(NamedTuple):
-    """The system's text, "" if there is none; the texts of user and assistant in turn, the user's first; and of each answer
-    whether it is learned (1) or not (0)."""
+    """The system's text, "" if there is none; the texts of user and assistant in turn, the user's first; and for each answer,
+    whether it is learned (1) or not (0).
+    """
 
     system: str
     texts: list[str]
@@ -233,7 +233,7 @@ def _row_of_talk(where: str, column: str, talk: _Talk, answered: bool) -> dict[s
             raise UserError(f"{where}: {column!r} holds no answer{' whose weight is 1' if talk.weights else ''}")
         *history, question, output = texts
     else:
-        texts, weights, output = talk.texts[: (len(talk.texts) - 1) // 2 * 2 + 1], [], ""
+        texts, weights, output = talk.texts[:-1] if len(talk.texts) % 2 == 0 else talk.texts, [], ""
         if not texts:
             raise UserError(f"{where}: {column!r} holds no question")
         *history, question = texts

@@ -77,7 +77,7 @@ def load_rows(
             seen = Seen(columns)
             rows = reader(name, source, columns.sources.values())
             yield from _checked(name, rows, seen.read)
-            line_file.write_text(seen.line(name), "utf-8")
+            line_file.write_text(seen.line(name), "utf-8", "backslashreplace")
 
         def prepared() -> tuple[Dataset, str]:
             split = NamedSplit(splits[0])  # the progress bar shows it; part of the key, because the cache keeps it
@@ -319,9 +319,9 @@ def _refuse_duplicates(name: str, columns: Sequence[str]) -> None:
 def _lines(name: str, path: str) -> Iterator[str]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for line in file:
-                if "\0" in line:
-                    raise UserError(f"{name}: is not text in UTF-8; {_encoding_hint(path)}")
+            for number, line in enumerate(file):
+                if number == 0 and "\0" in line:  # ASCII in UTF-16 is also UTF-8, with a zero byte beside each character
+                    raise UserError(f"{name}: is not UTF-8 text; {_encoding_hint(path)}")
                 yield line
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: is not UTF-8 text: {error.reason}; {_encoding_hint(path)}") from error

@@ -295,6 +295,14 @@ def test_columns_that_are_not_read_are_named_also_from_the_cache(tmp_path, capsy
         assert capsys.readouterr().out == f"{source}: not read: '', id, 输入\n"
 
 
+def test_a_name_that_is_no_text_is_named(tmp_path):
+    assert read(tmp_path, {"instruction": "a", "output": "b"})[1] == []
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b", "\\ud83d": 1, "x\\ny": 2}', "utf-8")
+    said = []
+    load_rows(str(tmp_path / "a.jsonl"), TRAIN, say=said.append)
+    assert said == [f"{tmp_path / 'a.jsonl'}: not read: \\ud83d, x y"]
+
+
 def test_a_column_of_the_last_row_alone_is_named(tmp_path):
     row = {"instruction": "a", "output": "b"}
     assert read(tmp_path, *[row] * 2000, row | {"Input": "c"})[1] == ["not read: Input"]

@@ -157,12 +157,15 @@ def test_a_cell_without_a_column_is_named(tmp_path):
         ("gbk", "it looks like GBK: iconv -f GB18030 -t UTF-8 .*a"),
         ("utf-16", "it looks like UTF-16: iconv -f UTF-16 -t UTF-8 .*a"),
         ("utf-16-le", "it looks like UTF-16"),
+        ("ascii utf-16-le", "it looks like UTF-16"),
         ("latin-1", "save it as UTF-8$"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_another_encoding_is_named_with_the_way_out(tmp_path, name, encoding, hint):
-    instruction = "straße, fräge" if encoding == "latin-1" else "法国的首都是哪里？请用“一个词”回答。"
+    instruction = "straße; fräge" if encoding == "latin-1" else "法国的首都是哪里？请用“一个词”回答。"
+    if encoding.startswith("ascii"):
+        encoding, instruction = encoding.split()[1], "France?"
     text = f"instruction,output\n{instruction},a\n" * 500
     if name == "a.jsonl":
         text = json.dumps({"instruction": instruction, "output": "a"}, ensure_ascii=False) + "\n"
