@@ -169,7 +169,7 @@ def _readings(found: Collection[str], given: Mapping[str, str], answered: bool) 
 
 
 class _Talk(NamedTuple):
-    """The system's text, "" if there is none; the texts of user and assistant in turn, the user's first; and for each answer,
+    """The system's text, "" if there is none; the texts of user and assistant in turn, the user's first; for each answer,
     whether it is learned (1) or not (0).
     """
 

@@ -197,7 +197,8 @@ def _checked(name: str, rows: Iterator[tuple[str, Any]], read: Callable[[str, di
             break
         except UserError as error:
             bad += 1
-            errors += [str(error)] * (bad <= SHOWN_ERRORS)
+            if bad <= SHOWN_ERRORS:
+                errors.append(str(error))
         else:
             if not bad:
                 yield result

@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pyarrow
 import pyarrow.compute
 from datasets import Dataset
@@ -128,9 +127,9 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 def with_labels(encoded: Dataset) -> Dataset:
     """The rows of `encode` that have a label, with their columns input_ids and labels."""
-    kept = numpy.flatnonzero(pyarrow.compute.list_value_length(encoded.data.column("labels")))
+    kept = pyarrow.compute.indices_nonzero(pyarrow.compute.list_value_length(encoded.data.column("labels")))
     tokenized = encoded.select_columns(["input_ids", "labels"])
-    return tokenized if len(kept) == len(tokenized) else tokenized.select(kept)
+    return tokenized if len(kept) == len(tokenized) else tokenized.select(kept.to_numpy())
 
 
 def cut_answers(encoded: Dataset) -> tuple[int, int, int]:

@@ -175,8 +175,10 @@ def test_another_encoding_is_named_with_the_way_out(tmp_path, name, encoding, hi
             read(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow", None])
-@pytest.mark.parametrize("columns", [["instruction", "output"], ["output"], None])
+@pytest.mark.parametrize(
+    "form, columns",
+    [("torch", ["instruction", "output"]), ("numpy", ["output"]), ("pandas", None), ("arrow", None), (None, ["output"])],
+)
 def test_a_saved_format_hides_nothing(tmp_path, form, columns):
     rows = [GOOD | {"input": "请回答"}] * 3
     Dataset.from_list(rows).with_format(form, columns=columns).save_to_disk(tmp_path / "folder")
