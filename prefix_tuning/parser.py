@@ -11,6 +11,34 @@ from transformers import HfArgumentParser
 from prefix_tuning.errors import UserError
 from prefix_tuning.text import as_text
 
+# Flags of similar programs, each after the one of ours that does the same. Where a command lacks the first such flag, the
+# next one is meant: --train_file is --dataset in train.py, and --input in infer.py.
+FLAGS_ELSEWHERE = {
+    "learning_rate": "lr",
+    "dataset": "train_file train_data train_path data data_file data_path dataset_name dataset_path input input_file",
+    "eval_dataset": "validation_file valid_file eval_file test_file dev_file eval_data val_data test_data",
+    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size",
+    "num_train_epochs": "epochs epoch num_epochs n_epochs",
+    "max_steps": "steps num_steps train_steps max_train_steps total_steps",
+    "warmup_steps": "warmup num_warmup_steps lr_warmup_steps",
+    "lr_scheduler_type": "lr_scheduler scheduler",
+    "max_grad_norm": "grad_clip gradient_clipping max_norm",
+    "gradient_accumulation_steps": "accumulation_steps grad_accum grad_accum_steps gradient_accumulation",
+    "num_virtual_tokens": "pre_seq_len prefix_length prefix_len prefix_tokens num_prefix_tokens",
+    "max_length": "max_seq_length max_seq_len seq_length cutoff_len model_max_length block_size max_source_length",
+    "output_dir": "output out out_dir save_dir save_path",
+    "precision": "bf16 fp16 fp32 dtype torch_dtype mixed_precision",
+    "prefix_from": "prefix adapter adapter_path adapter_name_or_path peft_model checkpoint",
+    "prefix": "output_dir adapter adapter_path adapter_name_or_path peft_model checkpoint ptuning_checkpoint",
+    "resume_from_checkpoint": "resume",
+    "model_name_or_path": "model model_name model_path model_id base base_model base_model_name_or_path",
+    "input": "dataset train_file test_file data data_file data_path input_file file questions",
+    "output": "output_file out out_file",
+    "max_new_tokens": "max_tokens max_output_tokens",
+    "temperature": "temp",
+    "num_beams": "beams beam_size",
+}
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """One spelling of each flag (--no-x and --x-y work, too), and its default where that says more than "off"."""
@@ -94,8 +122,11 @@ class Parser(HfArgumentParser):
         return values, {name for name in values if name in names or f"no_{name}" in names}
 
     def _refuse_unknown(self, argument: str) -> NoReturn:
-        known = {name for action in self._actions for name in action.option_strings}
-        close = difflib.get_close_matches(argument.split("=")[0], known, n=1)
+        known = {name.lstrip("-"): name for action in self._actions for name in reversed(action.option_strings)}
+        given = argument.split("=")[0].lstrip("-")
+        other = given.replace("-", "_").lower()
+        names = [ours for ours, theirs in FLAGS_ELSEWHERE.items() if ours in known and other in theirs.split()]
+        close = [known[name] for name in names or difflib.get_close_matches(given, known, n=1)]
         hint = f", did you mean {close[0]}?" if close else ""
         if not hint and any(action.dest == "question" for action in self._actions):
             hint = "; a question is one argument, in quotes, and goes behind -- if it begins with -"

@@ -21,8 +21,8 @@ MAX_SEED = 2**62  # torch takes 64-bit seeds; the rest is room for counting up f
 
 # The flag --columns of every command. Its values: data/columns.py.
 COLUMNS_HELP = (
-    "The columns to read, where they are not recognised: instruction=NAME,output=NAME; also input=NAME, or messages=NAME "
-    "for talks."
+    "The columns to read, where they are not recognised: instruction=NAME,output=NAME; also input=NAME, history=NAME and "
+    "system=NAME; or messages=NAME for talks."
 )
 
 

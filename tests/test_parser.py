@@ -1,11 +1,15 @@
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
+from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.errors import UserError
-from prefix_tuning.parser import Parser
-from prefix_tuning.settings import Needs, flag
+from prefix_tuning.inference.settings import AskArguments, DecodingArguments, Prefixes
+from prefix_tuning.parser import FLAGS_ELSEWHERE, Parser
+from prefix_tuning.settings import Needs, SharedBaseArguments, flag
+from prefix_tuning.training.settings import DataArguments, LoopArguments, ModelArguments, OutputArguments, PrefixArguments
 
 
 @dataclass
@@ -67,6 +71,43 @@ def test_a_mistake_is_a_user_error(flags, message):
     with pytest.raises(UserError) as error:
         parse(*flags.split())
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "command, given, meant",
+    [
+        (parse_train_config, "--lr 1e-3", "learning_rate"),
+        (parse_train_config, "--lr=1e-3", "learning_rate"),
+        (parse_train_config, "--train_file a.jsonl", "dataset"),
+        (parse_train_config, "--train-file a.jsonl", "dataset"),
+        (parse_train_config, "--batch_size 8", "per_device_train_batch_size"),
+        (parse_train_config, "--epochs 3", "num_train_epochs"),
+        (parse_train_config, "--prefix ./chatbot", "prefix_from"),
+        (parse_train_config, "--output ./chatbot", "output_dir"),
+        (parse_infer_config, "--train_file a.jsonl", "input"),
+        (parse_infer_config, "--output_dir ./chatbot", "prefix"),
+        (parse_infer_config, "--max_tokens 8", "max_new_tokens"),
+        (parse_infer_config, "--max_seq_length 8", "max_length"),
+    ],
+)
+def test_flags_of_other_programs_are_answered_with_ours(command, given, meant):
+    with pytest.raises(UserError, match=f"^unknown argument {given.split()[0]}, did you mean --{meant}[?]; see --help$"):
+        command(given.split())
+
+
+def test_a_flag_that_is_like_none_gets_no_hint():
+    with pytest.raises(UserError, match=r"^unknown argument --lr; a question is one argument"):
+        parse_infer_config(["--lr", "1e-3"])
+
+
+def test_a_flag_of_another_program_means_one_of_ours():
+    train = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
+    infer = (AskArguments, DecodingArguments, SharedBaseArguments, Prefixes)
+    flags = [{field.name for group in groups for field in dataclasses.fields(group)} for groups in (train, infer)]
+    assert FLAGS_ELSEWHERE.keys() <= set.union(*flags)
+    for known in flags:
+        theirs = [name for ours, names in FLAGS_ELSEWHERE.items() if ours in known for name in names.split()]
+        assert len(theirs) == len(set(theirs)) and not known & {*theirs}
 
 
 def test_help_has_the_groups_and_what_the_flags_are_for(capsys):

@@ -1,56 +1,115 @@
 """From the columns of any source to ours: which column is read as which, and talks of several turns as rows.
 
-A row of ours has the texts instruction, input and output, and `history`: the texts of the turns before, those of the user
-and of the assistant in turn. It is empty unless the row was a talk. Imports nothing large: the settings check their flags
-with it.
+A row of ours has the texts instruction, input and output, and two lists. `history` has the texts of the turns before, those
+of the user and of the assistant in turn. `weights` says of each answer of a talk, the last one included, whether it is
+learned (1) or only read (0); it is empty where all are learned. Imports nothing large: the settings check their flags with
+it.
 """
 
 import json
 from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.text import is_text, shorten
 
 COLUMNS = ("instruction", "input", "output")
+READ = (*COLUMNS, "history", "system", "messages")  # what --columns can name
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"), ("query", "response"))
 TALKS = ("messages", "conversations")  # each a list of {role, content}, or of {from, value}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+OPTIONAL = ("input", "context", "history", "system", "prefix")  # a row may have them or not, whatever the first one has
+WEIGHTS = ("weight", "loss", "train")  # whether a message is learned: as OpenAI, ms-swift and axolotl write it
+CALLS = ("tool_calls", "function_call")  # a message with one of these says something that is not in its content
 
 
 class Columns(NamedTuple):
     """How the rows of a source are read.
 
-    sources: by our names, the columns of the source that are read as them: instruction, input and output, or messages alone.
+    sources: by our names, the columns of the source that are read as them: messages, or instruction and output; and those
+    of OPTIONAL that may be there. `context` is read as input in a row that has no input.
     answered: whether every row needs an answer. If not, rows are questions: answers that they come with are passed over.
     """
 
     sources: dict[str, str]
     answered: bool
 
-    def note(self, name: str) -> str | None:
-        """What to tell the user about the source of this name; None if its columns have our names."""
-        if "messages" in self.sources:
-            return f"{name}: each row of {self.sources['messages']} is read as a talk"
-        renamed = [(theirs, ours) for ours, theirs in self.sources.items() if ours != theirs]
-        readings = [f"{theirs} {'as' if place else 'is read as'} {ours}" for place, (theirs, ours) in enumerate(renamed)]
-        return f"{name}: {', '.join(readings)}" if readings else None
-
     def read(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the source as ours. Raises UserError, beginning with `where`, for a value that is not as it must be."""
         for ours, theirs in self.sources.items():
-            if theirs not in row and ours != "input":
+            if theirs not in row and ours not in OPTIONAL:
                 raise UserError(f"{where}: has no column {theirs!r}; it has {_listed(row)}")
+        system = self._optional(where, "system", row)
         if "messages" in self.sources:
             column = self.sources["messages"]
-            return _row_of_talk(where, column, *_texts_of_talk(where, column, row[column]), self.answered)
+            talk = _read_talk(where, column, row[column])
+            if talk.system and system and talk.system != system:
+                places = f"one in {self.sources['system']!r} and another in {column!r}"
+                raise UserError(f"{where}: has two texts of a system, {places}; leave one of them out")
+            return _row_of_talk(where, column, talk._replace(system=talk.system or system), self.answered)
         texts = dict.fromkeys(COLUMNS, "")
-        for ours, theirs in self.sources.items():
-            if ours != "input" or row.get(theirs) is not None:
-                texts[ours] = _text(where, repr(theirs), row[theirs])
+        for ours in ("instruction", "output") if self.answered else ("instruction",):
+            texts[ours] = _text(where, repr(self.sources[ours]), row[self.sources[ours]])
         if self.answered and not texts["output"].strip():
             raise UserError(f"{where}: {self.sources['output']!r} is empty; every row needs an answer")
-        return texts | {"history": []}
+        texts["input"] = self._optional(where, "input" if self.has(row, "input") else "context", row)
+        history = _texts_of_history(where, self.sources["history"], row) if "history" in self.sources else []
+        return _with_system(system, texts | {"history": history, "weights": []})
+
+    def has(self, row: Mapping[str, Any], ours: str) -> bool:
+        return ours in self.sources and row.get(self.sources[ours]) is not None
+
+    def _optional(self, where: str, ours: str, row: Mapping[str, Any]) -> str:
+        """The text of one of OPTIONAL, "" if the row has none."""
+        return _text(where, repr(self.sources[ours]), row[self.sources[ours]]) if self.has(row, ours) else ""
+
+
+class Seen:
+    """Reads the rows of a source, and keeps which columns they had: those that were read, by what they were read as, and
+    those that were not, in the order of the source.
+    """
+
+    def __init__(self, columns: Columns):
+        self.columns = columns
+        self.ours = {theirs: ours for ours, theirs in columns.sources.items()}
+        self.readings: dict[str, str] = {}
+        self.unread: dict[str, None] = {}
+
+    def read(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """`Columns.read` of a row."""
+        for column in row:
+            ours = self.ours.get(column)
+            if ours == "context" and self.columns.has(row, "input"):
+                if not self.columns.has(row, "context"):
+                    continue
+                ours = None
+            if ours is None:
+                self.unread[column] = None
+            else:
+                self.readings[column] = "input" if ours == "context" else ours
+        return self.columns.read(where, row)
+
+    def line(self, name: str) -> str:
+        """What to tell the user of the columns when all rows are read; "" if all were read, and have our names.
+
+        Raises UserError if --columns names one that no row has.
+        """
+        for ours, theirs in self.columns.sources.items():
+            if ours != theirs and theirs not in self.readings:
+                found = _listed([*self.readings, *self.unread])
+                raise UserError(f"{name}: no row has a column {theirs!r}, which --columns names; they have {found}")
+        parts = []
+        if "messages" in self.columns.sources:
+            parts.append(f"each row of {self.columns.sources['messages']} is read as a talk")
+        renamed = [pair for pair in self.readings.items() if pair[1] not in (pair[0], "messages")]
+        if renamed:
+            (theirs, ours), *others = sorted(renamed, key=lambda pair: READ.index(pair[1]))
+            parts.append(", ".join([f"{theirs} is read as {ours}", *(f"{theirs} as {ours}" for theirs, ours in others)]))
+        if self.unread:
+            named = ", ".join(column if column.strip() else repr(column) for column in self.unread)
+            parts.append(f"not {'read' if self.columns.answered else 'part of the question'}: {shorten(named, 300)}")
+        return f"{name}: {'; '.join(parts)}" if parts else ""
 
 
 def parse_columns(flag: str | None) -> dict[str, str]:
@@ -61,11 +120,11 @@ def parse_columns(flag: str | None) -> dict[str, str]:
         ours = ours.strip()
         if not theirs or ours in given or theirs in given.values():
             raise UserError(f"--columns {flag}: must be like instruction=NAME,output=NAME, each name once")
-        if ours not in (*COLUMNS, "messages"):
-            raise UserError(f"--columns {flag}: there is no {ours!r} to read; there are {', '.join(COLUMNS)} and messages")
+        if ours not in READ:
+            raise UserError(f"--columns {flag}: there is no {ours!r} to read; there are {', '.join(READ)}")
         given[ours] = theirs
-    if "messages" in given and len(given) > 1:
-        raise UserError(f"--columns {flag}: messages are whole talks and exclude the others; choose")
+    if "messages" in given and given.keys() - {"messages", "system"}:
+        raise UserError(f"--columns {flag}: messages are whole talks and exclude the others but system; choose")
     return given
 
 
@@ -74,41 +133,59 @@ def columns_of(where: str, found: Collection[str], given: Mapping[str, str], ans
 
     where: the source and the place of its first row, whose columns they are. given: what --columns says.
     """
-    if missing := [theirs for theirs in given.values() if theirs not in found]:
+    if missing := [theirs for ours, theirs in given.items() if theirs not in found and ours not in OPTIONAL]:
         raise UserError(f"{where}: has no column {missing[0]!r}, which --columns names; it has {_listed(found)}")
     readings = _readings(found, given, answered)
     if len(readings) != 1:
         problem = "can be read in more than one way" if readings else "are not known as those of question and answer"
         hint = "instruction=NAME,output=NAME or messages=NAME" if answered else "instruction=NAME or messages=NAME"
         raise UserError(f"{where}: its columns {problem}: {_listed(found)}; say which to read by --columns {hint}")
-    return Columns({ours: theirs for ours, theirs in readings[0].items() if answered or ours != "output"}, answered)
+    sources = readings[0] if answered else {ours: theirs for ours, theirs in readings[0].items() if ours != "output"}
+    optional = ["system"]
+    if "messages" not in sources:
+        optional += ["history"] if "input" in given else ["history", "context"]
+    if not answered:
+        optional += ["prefix"]  # the name of the prefix that answers the question
+    taken = {*sources.values(), *given.values()}
+    sources |= {ours: given.get(ours, ours) for ours in optional if ours in given or ours not in taken}
+    return Columns(sources, answered)
 
 
 def _readings(found: Collection[str], given: Mapping[str, str], answered: bool) -> list[dict[str, str]]:
     """The ways in which a source can be read. Those of our own names come before all others."""
     if "messages" in given:
-        return [dict(given)]
-    # Each row may have an input or not, whatever the first one has.
+        return [{"messages": given["messages"]}]
     own = {ours: given.get(ours, ours) for ours in COLUMNS if ours in given or ours not in given.values()}
     if all(own.get(ours) in found for ours in (("instruction", "output") if answered else ("instruction",))):
         return [own]
     if given.keys() & {"instruction", "output"}:
         return []
     readings = [own | {"instruction": asked, "output": answer} for asked, answer in PAIRS if {asked, answer} <= {*found}]
-    if not given:
+    if not given.keys() - {"system"}:
         readings += [{"messages": column} for column in TALKS if column in found]
     if not answered and not readings:  # a question alone will do
         readings = [own | {"instruction": asked} for asked in dict(PAIRS) if asked in found]
     return readings
 
 
-def _texts_of_talk(where: str, column: str, talk: Any) -> tuple[str, list[str]]:
-    """The system's text, "" if there is none, and the texts of user and assistant in turn, the user's first."""
+class _Talk(NamedTuple):
+    """The system's text, "" if there is none; the texts of user and assistant in turn, the user's first; for each answer,
+    whether it is learned (1) or not (0).
+    """
+
+    system: str
+    texts: list[str]
+    weights: list[int]
+
+
+def _read_talk(where: str, column: str, talk: Any) -> _Talk:
     if not isinstance(talk, list):
         kinds = "as .json, .jsonl and .parquet files can hold one"
         raise UserError(f"{where}: {column!r} must be a list of messages, {kinds}, not {_shown(talk)}")
     system = ""
     texts: list[str] = []
+    weights: list[int] = []
+    names: dict[str, str] = {}
     for number, message in enumerate(talk, start=1):
         what = f"message {number} of {column!r}"
         if not isinstance(message, dict):
@@ -116,33 +193,84 @@ def _texts_of_talk(where: str, column: str, talk: Any) -> tuple[str, list[str]]:
         role, content = ("role", "content") if "role" in message else ("from", "value")
         speaker, expected = message.get(role), ("assistant" if len(texts) % 2 else "user")
         kind = ROLES.get(speaker) if isinstance(speaker, str) else None
-        if kind != expected and not (kind == "system" and number == 1):
+        if kind is None or (kind != expected and not (kind == "system" and number == 1)):
             order = "user and assistant take turns, a system may come first"
             raise UserError(f"{where}: {what} is by {_shown(speaker)}, where {expected} is expected: {order}")
+        if call := next((key for key in CALLS if message.get(key)), None):
+            raise UserError(f"{where}: {what} has {call}, which cannot be learned; write it as content or leave the row out")
+        if (name := message.get("name")) and names.setdefault(kind, name) != name:
+            hint = "a talk is between one user and one assistant"
+            raise UserError(f"{where}: {what} is by {_shown(name)}, an earlier one by {_shown(names[kind])}: {hint}")
         text = _text(where, f"the {content} of {what}", message.get(content))
         if kind == "system":
             system = text
-        elif kind == "assistant" and not text.strip():
+            continue
+        if kind == "assistant":
+            if not text.strip():
+                raise UserError(f"{where}: {what} is empty; every answer needs a text")
+            weights.append(_weight(where, what, message))
+        texts.append(text)
+    return _Talk(system, texts, weights)
+
+
+def _weight(where: str, what: str, message: Mapping[str, Any]) -> int:
+    """Whether this answer is learned: 0 or 1."""
+    for key in WEIGHTS:
+        value = message.get(key)
+        if value is not None and value not in (0, 1):
+            raise UserError(f"{where}: the {key} of {what} must be 0 or 1, not {_shown(value)}")
+        if value == 0:
+            return 0
+    return 1
+
+
+def _row_of_talk(where: str, column: str, talk: _Talk, answered: bool) -> dict[str, Any]:
+    """A talk as a row, up to the last answer that is learned, or for questions up to what the user said last."""
+    if answered:
+        turns = max((number for number, weight in enumerate(talk.weights, start=1) if weight), default=0)
+        texts, weights = talk.texts[: 2 * turns], talk.weights[:turns]
+        if not texts:
+            raise UserError(f"{where}: {column!r} holds no answer{' whose weight is 1' if talk.weights else ''}")
+        *history, question, output = texts
+    else:
+        texts, weights, output = talk.texts[:-1] if len(talk.texts) % 2 == 0 else talk.texts, [], ""
+        if not texts:
+            raise UserError(f"{where}: {column!r} holds no question")
+        *history, question = texts
+    row = {"instruction": question, "input": "", "output": output, "history": history}
+    return _with_system(talk.system, row | {"weights": [] if all(weights) else weights})
+
+
+def _with_system(system: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row, with the system's text on a line before what the user says first."""
+    if not system:
+        return row
+    if not row["history"]:
+        return row | {"instruction": f"{system}\n{row['instruction']}"}
+    first, *others = row["history"]
+    return row | {"history": [f"{system}\n{first}", *others]}
+
+
+def _texts_of_history(where: str, column: str, row: Mapping[str, Any]) -> list[str]:
+    """The texts of earlier turns, of user and assistant in turn, from [[question, answer], ...] or a list of these texts."""
+    history = row.get(column)
+    if history in (None, "", []):
+        return []
+    kinds = "a list of [question, answer], as .json, .jsonl and .parquet files can hold one"
+    problem = f"{where}: {column!r} must be {kinds}, not {_shown(history)}"
+    if not isinstance(history, list):
+        raise UserError(problem)
+    if not any(isinstance(turn, str) for turn in history):
+        if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+            raise UserError(problem)
+        history = [*chain.from_iterable(history)]
+    if len(history) % 2:
+        raise UserError(f"{where}: {column!r} ends with a question, and the row is the next one; it needs an answer")
+    for number, text in enumerate(history):
+        what = f"{'answer' if number % 2 else 'question'} {number // 2 + 1} of {column!r}"
+        if not _text(where, what, text).strip() and number % 2:
             raise UserError(f"{where}: {what} is empty; every answer needs a text")
-        else:
-            texts.append(text)
-    return system, texts
-
-
-def _row_of_talk(where: str, column: str, system: str, texts: list[str], answered: bool) -> dict[str, Any]:
-    """A talk as a row, up to its last answer, or for questions up to what the user said last."""
-    if (len(texts) % 2 == 0) != answered:
-        texts = texts[:-1]
-    if not texts:
-        raise UserError(f"{where}: {column!r} holds no {'answer' if answered else 'question'}")
-    texts, output = (texts[:-1], texts[-1]) if answered else (texts, "")
-    *history, question = texts
-    instruction, input = question, ""
-    if system and history:
-        history[0] = f"{system}\n{history[0]}"
-    elif system:  # it is to the only question what an instruction is to its input
-        instruction, input = system, question
-    return {"instruction": instruction, "input": input, "output": output, "history": history}
+    return history
 
 
 def _text(where: str, what: str, value: Any) -> str:

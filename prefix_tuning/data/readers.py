@@ -4,14 +4,16 @@
 Their errors name the file and the place of the row. columns.py says which columns are read; rows.py turns rows into tokens.
 """
 
+import codecs
+import contextlib
 import csv
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow.parquet
@@ -20,28 +22,35 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from prefix_tuning import bundled
-from prefix_tuning.data.columns import COLUMNS, Columns, columns_of
+from prefix_tuning.data.columns import COLUMNS, Columns, Seen, columns_of
 from prefix_tuning.errors import UserError, reason_of
 
-FEATURES = Features({**dict.fromkeys(COLUMNS, Value("string")), "history": List(Value("string"))})
+FEATURES = Features(
+    {**dict.fromkeys(COLUMNS, Value("string")), "history": List(Value("string")), "weights": List(Value("int8"))}
+)
 HASHED_BYTES = 64 * 2**20  # the cache knows a file of up to this size by its content
+SHOWN_ERRORS = 10
 
 # Part of the cache key: rows that an older version prepared are not reused.
 _THIS_CODE = "".join(Path(__file__).with_name(file).read_text("utf-8") for file in ("readers.py", "columns.py"))
 
 # Yields each row of a source with its place, such as "line 3". Called with the name for messages, a path or Dataset, and the
 # columns whose values are wanted, None for all. A row has all columns of its source; from tables, None for those not wanted.
+# A row that cannot be read, where the next one may well be, is a UserError that says why.
 Reader = Callable[[str, Any, Collection[str] | None], Iterator[tuple[str, Any]]]
+T = TypeVar("T")
 
 
 def load_rows(
     name: str, splits: tuple[str, ...], given: Mapping[str, str] | None = None, say: Callable[[str], object] = print
 ) -> Dataset:
-    """Reads a dataset: rows with the columns instruction, input (empty where the source has none), output and history.
+    """Reads a dataset: rows with the columns instruction, input (empty where the source has none), output, history and
+    weights (columns.py).
 
-    name: a bundled name; a .json, .jsonl, .csv or .parquet file; a folder written by `save_to_disk`; or a hub name.
+    name: a bundled name; a .json, .jsonl, .csv, .tsv or .parquet file; a folder written by `save_to_disk`; or a hub name.
     splits: which split to take of a source that has several: the first of these that it has. given: what --columns says.
-    say: is called with a line that names the columns that are read, where the source has other names than ours.
+    say: is called with a line that names the columns that are read, where the source has other names than ours, and those
+    that are not read.
 
     The rows are cached on disk by `datasets`. The key is the file's content, or its size and time if it is larger than
     HASHED_BYTES; for a folder, the fingerprint that `datasets` saved with it. Raises UserError naming the file and the row
@@ -59,18 +68,35 @@ def load_rows(
         else:
             reader, source = _read_dataset, _open(name, splits)
             version = source._fingerprint
-        first = next(_numbered_rows(name, reader(name, source, ())))
-        columns = _columns_by(name, first, given, True, say)
-        return Dataset.from_generator(
-            _checked_rows,
-            features=FEATURES,
-            gen_kwargs={"name": name, "reader": reader, "source": source, "columns": columns},
-            split=NamedSplit(splits[0]),  # the progress bar shows it; part of the key, because the cache keeps it
-            fingerprint=Hasher.hash([_THIS_CODE, name, version, splits[0], columns.sources]),
-        )
+        columns = _columns_by(name, reader(name, source, ()), given, answered=True)
+        key = Hasher.hash([_THIS_CODE, name, version, splits[0], columns.sources])
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "prefix_tuning" / key
+        line_file = folder / "columns.txt"  # written before `datasets` finishes the rows, so it is there wherever they are
+
+        def prepare() -> Iterator[dict[str, Any]]:
+            seen = Seen(columns)
+            rows = reader(name, source, columns.sources.values())
+            yield from _checked(name, rows, seen.read)
+            line_file.write_text(seen.line(name), "utf-8", "backslashreplace")
+
+        def prepared() -> tuple[Dataset, str]:
+            split = NamedSplit(splits[0])  # the progress bar shows it; part of the key, because the cache keeps it
+            rows = Dataset.from_generator(prepare, features=FEATURES, cache_dir=str(folder), split=split, fingerprint=key)
+            return rows, line_file.read_text("utf-8")
+
+        try:
+            rows, line = prepared()
+        except (OSError, ValueError, KeyError, pyarrow.ArrowException):
+            if not folder.exists():
+                raise
+            shutil.rmtree(folder)  # what an earlier run left there is damaged, or else the same error comes again
+            rows, line = prepared()
+    if line:
+        say(line)
+    return rows
 
 
-@contextmanager
+@contextlib.contextmanager
 def dataset_cache() -> Iterator[None]:
     """Around what `datasets` writes. Raises UserError if it cannot be written. A reader's UserError comes out unwrapped."""
     try:
@@ -109,61 +135,80 @@ def _open(name: str, splits: tuple[str, ...]) -> Dataset:
     except (OSError, ValueError, RuntimeError) as error:
         kind = "a folder, but not one written by save_to_disk" if Path(name).is_dir() else "no file, folder or hub name"
         raise UserError(f"{name}: {kind} that can be loaded: {str(error).strip()[:300]}") from error
+    except IndexError as error:  # of a set without rows, `datasets` saves no file, and then fails to load it
+        raise UserError(f"{name}: holds no rows, or a split without rows") from error
     if isinstance(found, DatasetDict):
         split = next((split for split in splits if split in found), None)
         if split is None:
             raise UserError(f"{name}: has the splits {', '.join(found)}, but none of {', '.join(splits)}")
         found = found[split]
-    return found
+    return found.with_format(None)  # a saved format may hide columns, or give other values than Python's
 
 
 # --- rows of any source, checked ---
 
 
-def _checked_rows(name: str, reader: Reader, source: str | Dataset, columns: Columns) -> Iterator[dict[str, Any]]:
-    """The rows of one source as ours (columns.py)."""
-    for place, row in _numbered_rows(name, reader(name, source, columns.sources.values())):
-        yield columns.read(f"{name}, {place}", row)
-
-
 def read_whole_rows(
-    name: str, given: Mapping[str, str] | None = None, say: Callable[[str], object] | None = None
-) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """The rows of a bundled or other file of questions: the place of each, it with all its columns, and it as ours.
+    name: str,
+    read: Callable[[str, dict[str, Any], dict[str, Any]], T],
+    given: Mapping[str, str] | None = None,
+    say: Callable[[str], object] | None = None,
+) -> Iterator[T]:
+    """`read` of each row of a bundled or other file of questions: of its place, of it with all its columns, and as ours.
 
-    given, say: as for `load_rows`.
+    read: may raise a UserError that begins with the place. given, say: as for `load_rows`; the line comes after all rows.
     """
     path = Path(bundled.resolve(name))
-    rows = _numbered_rows(name, _reader_of(name, path)(name, str(path), None))
-    first = next(rows)
-    columns = _columns_by(name, first, given, False, say)
-    for place, row in itertools.chain([first], rows):
-        yield place, row, columns.read(f"{name}, {place}", row)
+    reader = _reader_of(name, path)
+    columns = _columns_by(name, reader(name, str(path), None), given, answered=False)
+    seen = Seen(columns)
+    rows = reader(name, str(path), None)
+    yield from _checked(name, rows, lambda where, row: read(where, row, seen.read(where, row)))
+    if (line := seen.line(name)) and say:
+        say(line)
 
 
-def _columns_by(
-    name: str,
-    first: tuple[str, dict[str, Any]],
-    given: Mapping[str, str] | None,
-    answered: bool,
-    say: Callable[[str], object] | None,
-) -> Columns:
-    """How the rows of a source are read, by its first one with its place; said if it has other names than ours."""
-    place, row = first
-    columns = columns_of(f"{name}, {place}", row, given or {}, answered)
-    if say and (note := columns.note(name)):
-        say(note)
-    return columns
-
-
-def _numbered_rows(name: str, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a reader. Raises UserError for one that is no object, and if there is none at all."""
-    place = None
+def _columns_by(name: str, rows: Iterator[tuple[str, Any]], given: Mapping[str, str] | None, answered: bool) -> Columns:
+    """How the rows of a source are read, by the first of them that is an object."""
     for place, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, {place}: is no object with named columns, such as instruction and output")
-        yield place, row
-    if place is None:
+        if isinstance(row, dict):
+            return columns_of(f"{name}, {place}", row, given or {}, answered)
+    return Columns({}, answered)  # `_checked` will say what is wrong with the rows
+
+
+def _checked(name: str, rows: Iterator[tuple[str, Any]], read: Callable[[str, dict[str, Any]], T]) -> Iterator[T]:
+    """`read` of the place and the columns of each row.
+
+    Raises UserError for a source without rows, and one for all bad rows together: those that are no objects, and those for
+    which `read` or the reader raises a UserError. It has their number, and the errors of the first SHOWN_ERRORS.
+    """
+    count, bad = 0, 0
+    errors: list[str] = []
+    while True:
+        try:
+            place, row = next(rows)
+            count += 1
+            if isinstance(row, UserError):
+                raise row
+            if not isinstance(row, dict):
+                raise UserError(f"{name}, {place}: is no object with named columns, such as instruction and output")
+            result = read(f"{name}, {place}", row)
+        except StopIteration:
+            break
+        except UserError as error:
+            bad += 1
+            if bad <= SHOWN_ERRORS:
+                errors.append(str(error))
+        else:
+            if not bad:
+                yield result
+    if bad > 1:
+        others = [error.removeprefix(name).lstrip(",: ") for error in errors]
+        first = f", the first {SHOWN_ERRORS}" if bad > SHOWN_ERRORS else ""
+        raise UserError(f"{name}: {bad} bad rows{first}: {'; '.join(others)}")
+    if bad:
+        raise UserError(errors[0])
+    if not count:
         raise UserError(f"{name}: holds no rows")
 
 
@@ -177,33 +222,50 @@ def _reader_of(name: str, path: Path) -> Reader:
     return reader
 
 
-def _read_jsonl(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(name, path), start=1):
-        if line.strip():
-            yield f"line {number}", _parse_json(name, f"line {number}", line)
-
-
 def _read_json(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """A list of rows, or one object per line: files of both kinds are called .json as well as .jsonl."""
     first = next((line.strip() for line in _lines(name, path) if line.strip()), "")
     if first == "{":
-        raise UserError(f"{name}: is one object over several lines; it must be a list of rows, or one object per line")
+        hint = "it must be a list of rows, or one object per line, as `jq -c .` writes it"
+        raise UserError(f"{name}: has an object over several lines; {hint}")
     if first.startswith("["):
         rows = _parse_json(name, "as a whole", "".join(_lines(name, path)))
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    else:  # many .json files hold one object per line
-        yield from _read_jsonl(name, path)
+        return
+    for number, line in enumerate(_lines(name, path), start=1):
+        if line.strip():
+            place = f"line {number}"
+            try:
+                yield place, _parse_json(name, place, line)
+            except UserError as error:
+                yield place, error
 
 
 def _read_csv(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Separated by commas, semicolons or tabs, whichever separates most names in the header, or by what Excel's line
+    sep=; names. Empty cells without a column, behind the last one, are passed over: Excel writes some.
+    """
     number = 0
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
+    lines = _lines(name, path)
     try:
-        table = csv.DictReader(_lines(name, path), strict=True)
-        _refuse_duplicates(name, table.fieldnames or [])
+        header = next(lines, "")
+        if header.startswith("sep=") and len(separator := header[4:].rstrip("\r\n")) == 1:
+            header = next(lines, "")
+        else:
+            separator = max(",;\t", key=lambda one: len(next(csv.reader([header], delimiter=one), [])))
+        table = csv.DictReader(itertools.chain([header], lines), delimiter=separator, strict=True)
+        names = list(table.fieldnames or [])
+        while names and not names[-1].strip():
+            names.pop()
+        _refuse_duplicates(name, names)
+        table.fieldnames = names
         for number, row in enumerate(table, start=1):
-            if None in row:
-                raise UserError(f"{name}, row {number}: has more cells than the header line names columns")
-            yield f"row {number}", row
+            place = f"row {number}"
+            if any(map(str.strip, row.pop(None, []))):
+                yield place, UserError(f"{name}, {place}: has more cells than the header line names columns")
+            else:
+                yield place, row
     except csv.Error as error:
         raise UserError(f"{name}, row {number + 1}: is not CSV: {error}") from error
 
@@ -223,8 +285,9 @@ def _read_parquet(name: str, path: str, columns: Collection[str] | None) -> Iter
                         for column, values in read.items():
                             row[column] = values[index].as_py()
                     except Exception as error:  # of many classes: a date beyond Python's, bytes that are no UTF-8, ...
-                        raise UserError(f"{name}, {place}: {column!r} cannot be read: {reason_of(error)}") from error
-                    yield place, row
+                        yield place, UserError(f"{name}, {place}: {column!r} cannot be read: {reason_of(error)}")
+                    else:
+                        yield place, row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name is no UTF-8
         raise UserError(f"{name}: cannot be read as Parquet: {str(error).strip()[:300]}") from error
 
@@ -240,7 +303,13 @@ def _read_dataset(name: str, dataset: Dataset, columns: Collection[str] | None) 
         yield f"row {number}", dict.fromkeys(names) | row
 
 
-_READERS: dict[str, Reader] = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS: dict[str, Reader] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def _refuse_duplicates(name: str, columns: Sequence[str]) -> None:
@@ -251,11 +320,29 @@ def _refuse_duplicates(name: str, columns: Sequence[str]) -> None:
 def _lines(name: str, path: str) -> Iterator[str]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from file
+            for number, line in enumerate(file):
+                if number == 0 and "\0" in line:  # ASCII in UTF-16 is also UTF-8, with a zero byte beside each character
+                    raise UserError(f"{name}: is not UTF-8 text; {_encoding_hint(path)}")
+                yield line
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise UserError(f"{name}: is not UTF-8 text: {error.reason}; {_encoding_hint(path)}") from error
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+def _encoding_hint(path: str) -> str:
+    """How to make a file UTF-8 that is not, by what its beginning looks like."""
+    with open(path, "rb") as file:
+        beginning = file.read(2**20)
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in beginning[:4]:
+        return f"it looks like UTF-16: iconv -f UTF-16 -t UTF-8 {path}"
+    try:
+        beginning.decode()
+    except UnicodeDecodeError as error:
+        with contextlib.suppress(UnicodeDecodeError):  # GB2312 has the common characters of GBK, and little else
+            codecs.getincrementaldecoder("gb2312")().decode(beginning[error.start : error.start + 200])
+            return f"it looks like GBK: iconv -f GB18030 -t UTF-8 {path}"
+    return "save it as UTF-8"
 
 
 def _parse_json(name: str, place: str, text: str) -> Any:

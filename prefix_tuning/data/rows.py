@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.compute
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """The tokens of the rows that have a label, by `encode`. The mean loss of another row would be 0 / 0."""
+    return with_labels(encode(rows, tokenizer, max_length))
+
+
+def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Rows of `load_rows` as columns input_ids and labels, lists of at most max_length token ids, in the same order.
 
         input_ids = tokens(prompt)               + tokens(output) + [EOS]
@@ -76,40 +82,65 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
     Prompt and output are tokenised by separate calls, as in the notebook that this re-creates. So no token contains the end
     of one and the start of the other, and training sees the prompt as the same tokens as inference, which has no output.
 
-    A talk is one such turn after the other: all its answers are learned. Of its turns, as many of the first are kept as fit
-    whole. Only where the first is too long by itself, as any other row may be, it is cut.
+    A talk is one such turn after the other: all its answers are learned, but for those whose weight is 0. Of its turns, as
+    many of the first are kept as fit whole. Only where the first is too long by itself, as any other row may be, it is cut.
 
-    A row whose (first) prompt alone fills max_length has no label left, and is dropped: its mean loss would be 0 / 0.
+    A row whose (first) prompt alone fills max_length has no label left; both of its lists are empty.
+
+    Three more columns count what was cut: `length`, the tokens of the whole row; `answers`, how many of it are learned;
+    and `cut`, how many of these lose their end or are left out.
 
     plain.py does the same row by row, without talks; here in batches, cached on disk.
     """
 
-    def encode(columns: dict[str, list]) -> dict[str, list[list[int]]]:
+    def encode_batch(columns: dict[str, list]) -> dict[str, list]:
         fields = (columns[name] for name in ("instruction", "input", "history", "output"))
         talks = [[*parts_of(*asked), output] for *asked, output in zip(*fields, strict=True)]
-        encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        for parts in part_ids(tokenizer, talks):
+        encoded: dict[str, list] = {name: [] for name in ("input_ids", "labels", "length", "answers", "cut")}
+        for parts, weights in zip(part_ids(tokenizer, talks), columns["weights"], strict=True):
+            weights = weights or [1] * (len(parts) // 2)
             ids: list[int] = []
             labels: list[int] = []
-            for prompt, answer in zip(parts[::2], parts[1::2], strict=True):
-                if ids and len(ids) + len(prompt) + len(answer) > max_length:
-                    break
-                ids += prompt + answer
-                labels += [IGNORED] * len(prompt) + answer
-            if len(parts[0]) < max_length:
-                encoded["input_ids"].append(ids[:max_length])
-                encoded["labels"].append(labels[:max_length])
+            kept, following = 0, 0  # answers that are learned whole; tokens up to the next turn
+            for prompt, answer, weight in zip(parts[::2], parts[1::2], weights, strict=True):
+                following += len(prompt) + len(answer)
+                if following <= max_length or not ids:
+                    ids += prompt + answer
+                    labels += [IGNORED] * len(prompt) + (answer if weight else [IGNORED] * len(answer))
+                    kept += weight if following <= max_length else 0
+            end = max_length if any(label != IGNORED for label in labels[:max_length]) else 0
+            encoded["input_ids"].append(ids[:end])
+            encoded["labels"].append(labels[:end])
+            encoded["length"].append(following)
+            encoded["answers"].append(sum(weights))
+            encoded["cut"].append(sum(weights) - kept)
         return encoded
 
     state = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    options: dict[str, Any] = {
+        "batched": True,
+        "remove_columns": rows.column_names,
+        "desc": "Tokenising",
+        "new_fingerprint": Hasher.hash([_THIS_CODE, rows._fingerprint, state, max_length]),
+    }
     with dataset_cache():
-        return rows.map(
-            encode,
-            batched=True,
-            remove_columns=rows.column_names,
-            desc="Tokenising",
-            new_fingerprint=Hasher.hash([_THIS_CODE, rows._fingerprint, state, max_length]),
-        )
+        try:
+            return rows.map(encode_batch, **options)
+        except (OSError, pyarrow.ArrowException):  # what an earlier run left there is damaged
+            return rows.map(encode_batch, load_from_cache_file=False, **options)
+
+
+def with_labels(encoded: Dataset) -> Dataset:
+    """The rows of `encode` that have a label, with their columns input_ids and labels."""
+    kept = pyarrow.compute.indices_nonzero(pyarrow.compute.list_value_length(encoded.data.column("labels")))
+    tokenized = encoded.select_columns(["input_ids", "labels"])
+    return tokenized if len(kept) == len(tokenized) else tokenized.select(kept.to_numpy())
+
+
+def cut_answers(encoded: Dataset) -> tuple[int, int, int]:
+    """Of the rows of `encode`: how many answers are cut or left out, of how many, and the max_length that keeps them all."""
+    cut, answers = (pyarrow.compute.sum(encoded.data.column(name)).as_py() for name in ("cut", "answers"))
+    return cut, answers, pyarrow.compute.max(encoded.data.column("length")).as_py()
 
 
 def take(tokenized: Dataset, indices: Sequence[int]) -> list[Example]:
@@ -139,13 +170,16 @@ def read_questions(
 ) -> Iterator[Question]:
     """Reads a file of questions.
 
-    name: a .json, .jsonl, .csv or .parquet file. given, say: as for `load_rows`. Raises UserError naming the row whose
-    question is no text, that names none of `prefixes`, or that has a column response already.
+    name: a .json, .jsonl, .csv, .tsv or .parquet file. given, say: as for `load_rows`. Raises UserError naming the rows
+    whose question is no text, that name none of `prefixes`, or that have a column response already.
     """
-    for place, row, question in read_whole_rows(name, given, say):
+
+    def read(where: str, row: dict[str, Any], question: dict[str, Any]) -> Question:
         prefix = None if row.get("prefix") in (None, "") else row["prefix"]
         if prefix is not None and prefix not in prefixes:
-            raise UserError(f"{name}, {place}: names the prefix {prefix!r}; there are {', '.join(prefixes)}")
+            raise UserError(f"{where}: names the prefix {prefix!r}; there are {', '.join(prefixes)}")
         if "response" in row:
-            raise UserError(f"{name}, {place}: has a column 'response' already; the answer would replace it")
-        yield row, parts_of(question["instruction"], question["input"], question["history"]), prefix
+            raise UserError(f"{where}: has a column 'response' already; the answer would replace it")
+        return row, parts_of(question["instruction"], question["input"], question["history"]), prefix
+
+    return read_whole_rows(name, read, given, say)

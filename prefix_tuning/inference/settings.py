@@ -38,8 +38,9 @@ class AskArguments:
     chat: bool = flag(False, "A conversation in the terminal; /help there lists its commands.")
     input: str | None = flag(
         None,
-        "Answer the rows of a .jsonl, .json, .csv or .parquet file: instruction (or question, prompt, query) and input, or "
-        "talks up to what the user said last, as for train.py; also prefix (a name, or base), if there is such a column.",
+        "Answer the rows of a .jsonl, .json, .csv, .tsv or .parquet file: instruction (or question, prompt, query), input, "
+        "system and history, or talks up to what the user said last, as for train.py; also prefix (a name, or base), where "
+        "there is such a column.",
         is_path=True,
     )
     score: str | None = flag(

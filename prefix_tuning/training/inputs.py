@@ -12,7 +12,7 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import digest, tokenize
+from prefix_tuning.data.rows import cut_answers, digest, encode, with_labels
 from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.bloom import Bloom
@@ -89,10 +89,16 @@ def number_held_out(config: TrainConfig, rows: int) -> int:
 
 
 def tokenize_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`tokenize`, and a line about the rows that lost all their labels to truncation. Raises UserError if none is left."""
-    tokenized = tokenize(rows, tokenizer, max_length)
+    """The tokens of the rows, and a line each about the rows that lost all their labels to truncation, and about the answers
+    that were cut. Raises UserError if no row is left.
+    """
+    encoded = encode(rows, tokenizer, max_length)
+    tokenized = with_labels(encoded)
     if not len(tokenized):
         raise UserError(f"{name}: no row has a label left; every prompt fills --max_length {max_length}")
     if dropped := len(rows) - len(tokenized):
         print(f"{name}: left out {dropped} of {len(rows)} rows, whose prompts alone fill --max_length {max_length}")
+    cut, answers, longest = cut_answers(encoded)
+    if cut:
+        print(f"{name}: {cut} of {answers} answers are cut or left out; --max_length {longest} would keep them all")
     return tokenized

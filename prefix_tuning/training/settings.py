@@ -46,9 +46,10 @@ class DataArguments:
 
     dataset: str = content_flag(
         bundled.DATASETS[0],
-        "Training rows: instruction, input (may be missing) and output; or question and answer, prompt and completion or "
-        "response, query and response; or talks, in messages or conversations. A .json, .jsonl, .csv or .parquet file, a "
-        "folder written by save_to_disk, a hub name, or a bundled set.",
+        "Training rows: instruction and output; or question and answer, prompt and completion or response, query and "
+        "response; or talks, in messages or conversations. A row may also have input (or context), system, and history: the "
+        "turns before, whose answers are learned, too. A .json, .jsonl, .csv, .tsv or .parquet file, a folder written by "
+        "save_to_disk, a hub name, or a bundled set.",
         is_path=True,
     )
     eval_dataset: str | None = content_flag(None, "Held-out rows, named in the same ways.", is_path=True)

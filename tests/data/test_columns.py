@@ -8,7 +8,7 @@ from helpers import TRAIN, write_jsonl, write_rows
 
 from prefix_tuning.data.columns import PAIRS, columns_of, parse_columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.rows import parts_of, prompt_of, read_questions
 from prefix_tuning.errors import UserError
 
 KINDS = ("json", "jsonl", "csv", "parquet", "folder")
@@ -22,8 +22,17 @@ def write(folder, kind, rows):
     return str(write_rows(folder / f"rows.{kind}", rows))
 
 
-def ours(instruction, output, input="", history=()):
-    return {"instruction": instruction, "input": input, "output": output, "history": list(history)}
+def ours(instruction, output, input="", history=(), weights=()):
+    row = {"instruction": instruction, "input": input, "output": output}
+    return row | {"history": list(history), "weights": list(weights)}
+
+
+def read(tmp_path, *rows, flag=None):
+    """These rows of a .jsonl file as ours, and what is said of their columns."""
+    said = []
+    path = write_jsonl(tmp_path / "a.jsonl", *rows)
+    found = load_rows(path, TRAIN, parse_columns(flag), said.append).to_list()
+    return found, [line.removeprefix(f"{path}: ") for line in said]
 
 
 def talk(*texts, system=None):
@@ -45,7 +54,7 @@ def test_common_pairs_are_recognised_and_said_also_from_the_cache(tmp_path, caps
     source = write(tmp_path, kind, rows)
     for _ in range(2):
         assert load_rows(source, TRAIN).to_list() == [ours("法国？", "巴黎"), ours("3+5", "8")]
-        assert capsys.readouterr().out == f"{source}: {asked} is read as instruction, {answer} as output\n"
+        assert capsys.readouterr().out == f"{source}: {asked} is read as instruction, {answer} as output; not read: id\n"
 
 
 def test_input_stays_input_whichever_row_has_it(tmp_path):
@@ -53,20 +62,21 @@ def test_input_stays_input_whichever_row_has_it(tmp_path):
     assert load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN).to_list() == [ours("a", "b"), ours("c", "e", "d")]
 
 
-def test_our_own_names_come_first_and_nothing_is_said_of_them(tmp_path, capsys):
+def test_our_own_names_come_first_and_nothing_is_said_of_them(tmp_path):
+    assert read(tmp_path, {"instruction": "a", "output": "b", "input": "c"}) == ([ours("a", "b", "c")], [])
     row = {"question": "x", "answer": "y", "instruction": "a", "output": "b", "messages": []}
-    assert load_rows(write_jsonl(tmp_path / "a.jsonl", row), TRAIN).to_list() == [ours("a", "b")]
-    assert capsys.readouterr().out == ""
+    assert read(tmp_path, row) == ([ours("a", "b")], ["not read: question, answer, messages"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_other_columns_are_named_by_the_flag(tmp_path, capsys, kind):
     source = write(tmp_path, kind, [{"frage": "a", "kontext": "b", "antwort": "c", "input": "d"}])
     assert load_rows(source, TRAIN, parse_columns("instruction=frage,output=antwort")).to_list() == [ours("a", "c", "d")]
-    assert capsys.readouterr().out == f"{source}: frage is read as instruction, antwort as output\n"
+    assert capsys.readouterr().out == f"{source}: frage is read as instruction, antwort as output; not read: kontext\n"
     given = parse_columns("output=antwort, input=kontext,instruction=frage")
     assert load_rows(source, TRAIN, given).to_list() == [ours("a", "c", "b")]  # the same file, cached otherwise
-    assert capsys.readouterr().out == f"{source}: frage is read as instruction, kontext as input, antwort as output\n"
+    reading = "frage is read as instruction, kontext as input, antwort as output"
+    assert capsys.readouterr().out == f"{source}: {reading}; not read: input\n"
     assert load_rows(source, TRAIN, parse_columns("instruction=input,output=kontext")).to_list() == [ours("d", "b")]
 
 
@@ -116,7 +126,8 @@ READABLE = {
 @pytest.mark.parametrize("found", READABLE)
 def test_a_file_of_questions_needs_no_answers(found):
     flag, sources = READABLE[found]
-    assert columns_of("a", found.split(), parse_columns(flag), answered=False).sources == sources
+    found = columns_of("a", found.split(), parse_columns(flag), answered=False).sources
+    assert {ours: found[ours] for ours in sources} == sources and not {"output", "question"} & found.keys()
 
 
 @pytest.mark.parametrize("flag", ["frage", "instruction=", "=a", "instruction=a,", "input=a,input=b", "input=a,output=a"])
@@ -126,10 +137,12 @@ def test_a_malformed_flag_is_refused(flag):
 
 
 def test_unknown_names_in_the_flag_are_refused():
-    with pytest.raises(UserError, match="no 'question' to read; there are instruction, input, output and messages"):
+    with pytest.raises(
+        UserError, match="no 'question' to read; there are instruction, input, output, history, system, mess"
+    ):
         parse_columns("question=frage")
     with pytest.raises(UserError, match="exclude the others"):
-        parse_columns("messages=a,input=b")
+        parse_columns("messages=a,system=c,input=b")
     assert parse_columns(None) == {} and parse_columns("output=a=b") == {"output": "a=b"}
 
 
@@ -151,7 +164,7 @@ def test_of_a_table_only_the_columns_that_are_needed_are_read(tmp_path):
 
 TALKS = [
     (talk("a", "b"), ours("a", "b")),
-    (talk("a", "b", system="s"), ours("s", "b", "a")),
+    (talk("a", "b", system="s"), ours("s\na", "b")),
     (talk("a", "b", system=""), ours("a", "b")),
     (talk("a", "b", "c", "d"), ours("c", "d", history=["a", "b"])),
     (talk("a", "b", "c", "d", system="s"), ours("c", "d", history=["s\na", "b"])),
@@ -167,13 +180,154 @@ def test_talks_are_rows_with_a_history(tmp_path, capsys, kind, convention):
     source = write(tmp_path, kind, rows)
     assert load_rows(source, TRAIN).to_list() == [row for _, row in TALKS]
     column = ("messages", "conversations")[convention]
-    assert capsys.readouterr().out == f"{source}: each row of {column} is read as a talk\n"
+    assert capsys.readouterr().out == f"{source}: each row of {column} is read as a talk; not read: id\n"
 
 
 def test_a_talk_may_stand_in_any_column_and_have_more_than_role_and_content(tmp_path):
     said = [{"role": "user", "content": "a", "weight": 0}, {"from": "gpt", "value": "b", "tools": None}]
     path = write_jsonl(tmp_path / "a.jsonl", {"chosen": said, "messages": 5})
     assert load_rows(path, TRAIN, parse_columns("messages=chosen")).to_list() == [ours("a", "b")]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "csv"])
+def test_an_answer_whose_weight_is_0_is_read_but_not_learned(tmp_path, kind):
+    def weighed(*weights, key="weight"):
+        messages = talk("a", "b", "c", "d", "e", "f")[0]["messages"]
+        return {"messages": [m | {key: weights[n // 2] if n % 2 else None} for n, m in enumerate(messages)]}
+
+    rows = [weighed(0, 1, 1), weighed(1, 1, None), weighed(0, 1, 0), weighed(1, 0, 0)]
+    expected = [
+        ours("e", "f", history="abcd", weights=[0, 1, 1]),
+        ours("e", "f", history="abcd"),
+        ours("c", "d", history="ab", weights=[0, 1]),  # nothing is learned after its second answer
+        ours("a", "b"),
+    ]
+    assert load_rows(write(tmp_path, kind, rows), TRAIN).to_list() == expected
+    flags = [[False, True, True], [None, True, None]]
+    assert [read(tmp_path, weighed(*weights, key="loss"))[0][0] for weights in flags] == expected[:2]
+
+
+PAIRED = [["a", "b"], ["c", "d"]]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "csv"])
+@pytest.mark.parametrize("history, texts", [(PAIRED, [*"abcd"]), ([*"abcd"], [*"abcd"])], ids=["pairs", "flat"])
+def test_a_history_is_the_turns_before(tmp_path, capsys, kind, history, texts):
+    rows = [{"instruction": "e", "input": "i", "output": "f", "history": each} for each in (history, [], None)]
+    source = write(tmp_path, kind, rows)
+    assert load_rows(source, TRAIN).to_list() == [ours("e", "f", "i", each) for each in (texts, [], [])]
+    ((_, parts, _), *alone) = read_questions(source, []) if kind != "folder" else load_questions(tmp_path, rows)
+    assert parts == parts_of("e", "i", texts) and [parts for _, parts, _ in alone] == [parts_of("e", "i")] * 2
+    assert capsys.readouterr().out == ""
+
+
+def load_questions(tmp_path, rows):
+    return read_questions(write_jsonl(tmp_path / "questions.jsonl", *rows), [])
+
+
+BAD_HISTORIES = {
+    "a number": ([1], r"'history' must be a list of \[question, answer\], as .* can hold one, not \[1\]"),
+    "a text": ("a: b", "'history' must be a list of .*, not \"a: b\""),
+    "three of a turn": ([["a", "b", "c"]], "'history' must be a list of"),
+    "messages": (talk("a", "b")[0]["messages"], "'history' must be a list of"),
+    "a question at the end": (["a", "b", "c"], "'history' ends with a question"),
+    "no text": ([["a", None]], "answer 1 of 'history' must be a text, not null"),
+    "a pair among texts": (["a", ["b"]], r"answer 1 of 'history' must be a text, not \[\"b\"\]"),
+    "an empty answer": ([["a", "b"], ["c", " "]], "answer 2 of 'history' is empty; every answer needs a text"),
+}
+
+
+@pytest.mark.parametrize("history, message", BAD_HISTORIES.values(), ids=BAD_HISTORIES)
+def test_a_bad_history_is_named(tmp_path, history, message):
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: {message}"):
+        read(tmp_path, {"instruction": "e", "output": "f", "history": history})
+
+
+def test_a_systems_text_comes_before_what_the_user_says_first(tmp_path):
+    row = {"instruction": "c", "input": "i", "output": "d", "system": "s"}
+    rows = [row, row | {"history": [["a", "b"]]}, row | {"system": None}, row | {"system": ""}]
+    expected = [ours("s\nc", "d", "i"), ours("c", "d", "i", ["s\na", "b"]), *[ours("c", "d", "i")] * 2]
+    assert read(tmp_path, *rows) == (expected, [])
+    assert prompt_of("s\nc", "i") == "Human: s\nc\ni\n\nAssistant: "
+    alone, both = ({"system": "s"} | talk("a", "b", system=system)[0] for system in (None, "s"))
+    line = ["each row of messages is read as a talk"]
+    assert read(tmp_path, alone, both) == ([ours("s\na", "b")] * 2, line)
+    with pytest.raises(
+        UserError, match="line 1: has two texts of a system, one in 'system' and another in 'messages'; leave"
+    ):
+        read(tmp_path, alone | talk("a", "b", system="t")[0])
+    with pytest.raises(UserError, match="line 1: 'system' must be a text, not 1"):
+        read(tmp_path, row | {"system": 1})
+
+
+def test_columns_of_history_and_system_can_be_named(tmp_path):
+    row = {"instruction": "c", "output": "d", "earlier": [["a", "b"]], "role": "s"}
+    found, said = read(tmp_path, row, flag="history=earlier,system=role")
+    assert found == [ours("c", "d", history=["s\na", "b"])] and said == ["earlier is read as history, role as system"]
+    found, said = read(tmp_path, {"chosen": talk("a", "b")[0]["messages"], "role": "s"}, flag="messages=chosen,system=role")
+    assert found == [ours("s\na", "b")] and said == ["each row of chosen is read as a talk; role is read as system"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_context_is_the_input_where_there_is_none(tmp_path, capsys, kind):
+    rows = [{"question": "a", "context": "c", "answer": "b"}, {"question": "d", "context": "", "answer": "e"}]
+    source = write(tmp_path, kind, rows)
+    assert load_rows(source, TRAIN).to_list() == [ours("a", "b", "c"), ours("d", "e")]
+    said = "question is read as instruction, context as input, answer as output"
+    assert capsys.readouterr().out == f"{source}: {said}\n"
+
+
+def test_beside_an_input_a_context_is_named(tmp_path):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "context": "c"}]
+    rows += [rows[1] | {"input": None}, rows[0] | {"input": "i", "context": None}]
+    expected = [ours("a", "b"), ours("a", "b", "c"), ours("a", "b", "c"), ours("a", "b", "i")]
+    assert read(tmp_path, *rows) == (expected, ["context is read as input"])
+    assert read(tmp_path, *rows[:2], rows[1] | {"input": "i"})[1] == ["context is read as input; not read: context"]
+    assert read(tmp_path, rows[1] | {"input": "i"}) == ([ours("a", "b", "i")], ["not read: context"])
+    assert read(tmp_path, rows[1], flag="input=context") == ([ours("a", "b", "c")], ["context is read as input"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_that_are_not_read_are_named_also_from_the_cache(tmp_path, capsys, kind):
+    source = write(tmp_path, kind, [{"": "y", "id": "1", "instruction": "a", "输入": "x", "output": "b"}])
+    for _ in range(2):
+        assert load_rows(source, TRAIN).to_list() == [ours("a", "b")]
+        assert capsys.readouterr().out == f"{source}: not read: '', id, 输入\n"
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path):
+    assert read(tmp_path, {"instruction": "a", "output": "b"})[1] == []
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b", "\\ud83d": 1, "x\\ny": 2}', "utf-8")
+    said = []
+    load_rows(str(tmp_path / "a.jsonl"), TRAIN, say=said.append)
+    assert said == [f"{tmp_path / 'a.jsonl'}: not read: \\ud83d, x y"]
+
+
+def test_a_column_of_the_last_row_alone_is_named(tmp_path):
+    row = {"instruction": "a", "output": "b"}
+    assert read(tmp_path, *[row] * 2000, row | {"Input": "c"})[1] == ["not read: Input"]
+    assert read(tmp_path, {"messages": talk("a", "b")[0]["messages"]}, talk("a", "b")[0] | {"history": PAIRED})[1] == [
+        "each row of messages is read as a talk; not read: history"
+    ]
+
+
+def test_a_column_that_the_flag_names_may_be_missing_in_some_rows_but_not_in_all(tmp_path):
+    row = {"instruction": "a", "output": "b"}
+    rows = [row, row | {"kontext": "c"}]
+    assert read(tmp_path, *rows, flag="input=kontext") == (
+        [ours("a", "b"), ours("a", "b", "c")],
+        ["kontext is read as input"],
+    )
+    with pytest.raises(UserError, match=r"a\.jsonl: no row has a column 'context', which --columns names; they have 'instr"):
+        read(tmp_path, *rows, flag="input=context")
+
+
+def test_of_a_file_of_questions_the_columns_beside_the_question_are_named(tmp_path):
+    said = []
+    row = {"id": 1, "question": "a", "输入": "x", "answer": "b", "prefix": None}
+    assert len(list(read_questions(write_jsonl(tmp_path / "a.jsonl", row, row), [], say=said.append))) == 2
+    line = "question is read as instruction; not part of the question: id, 输入, answer"
+    assert said == [f"{tmp_path / 'a.jsonl'}: {line}"]
 
 
 def test_many_rows_without_history_may_come_before_one_with(tmp_path):
@@ -190,11 +344,22 @@ def test_a_question_is_all_up_to_what_the_user_said_last(tmp_path):
     a, c = "Human: a\n\nAssistant: ", "Human: c\n\nAssistant: "
     system = "Human: s\na\n\nAssistant: "
     assert [parts for _, parts, _ in found] == [[a], [a], [system], [system, "b", c]]
-    assert said == [f"{tmp_path / 'a.jsonl'}: each row of messages is read as a talk"]
+    assert said == [f"{tmp_path / 'a.jsonl'}: each row of messages is read as a talk; not part of the question: note"]
 
 
 def said(*pairs):
     return {"messages": [{"role": role, "content": text} for role, text in pairs]}
+
+
+def with_keys(number, **keys):
+    """A talk with a user called Wang. Message `number` has these keys, too; the other keys of all messages mean nothing."""
+    messages = talk("a", "b", "c")[0]["messages"]
+    for place, message in enumerate(messages):
+        message |= {"tool_calls": None, "function_call": None, "weight": None, "id": 7} | (
+            {"name": "Wang"} if place == 0 else {}
+        )
+    messages[number - 1] |= keys
+    return {"messages": messages}
 
 
 BAD_TALKS = {
@@ -222,6 +387,18 @@ BAD_TALKS = {
     "null content": (said(("user", "a"), ("assistant", None)), "the content of message 2 of 'messages' must be a text"),
     "an empty answer": (said(("user", "a"), ("assistant", " \n")), "message 2 of 'messages' is empty; every answer needs"),
     "half a character": (said(("user", "\ud83d")), "the content of message 1 of 'messages' holds half of a character"),
+    "a call of a tool": (
+        with_keys(2, tool_calls=[{"id": 1}]),
+        "message 2 of 'messages' has tool_calls, which cannot be learned",
+    ),
+    "a call of a function": (with_keys(2, function_call={"name": "f"}), "message 2 of 'messages' has function_call, which"),
+    "half a weight": (with_keys(2, weight=0.5), r"the weight of message 2 of 'messages' must be 0 or 1, not 0\.5"),
+    "a loss in words": (with_keys(2, loss="no"), "the loss of message 2 of 'messages' must be 0 or 1, not \"no\""),
+    "two users": (
+        with_keys(3, name="Li"),
+        'message 3 of \'messages\' is by "Li", an earlier one by "Wang": a talk is between',
+    ),
+    "nothing to learn": (with_keys(2, weight=0), "'messages' holds no answer whose weight is 1"),
 }
 
 

@@ -17,7 +17,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
     import pandas
 
     rows = [GOOD, {"instruction": "翻译，\n“好”", "input": "a,b", "output": "8"}, GOOD | {"input": None}]
-    expected = [row | {"input": row["input"] or "", "history": []} for row in rows]
+    expected = [row | {"input": row["input"] or "", "history": [], "weights": []} for row in rows]
     write_jsonl(tmp_path / "a.jsonl", *rows)
     write_jsonl(tmp_path / "lines.json", *rows)
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), "utf-8")
@@ -32,9 +32,10 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
     assert load_rows(str(tmp_path / "splits"), ("validation", "test", "train")).to_list() == expected[:1]
 
 
-def test_input_may_be_missing_and_other_columns_are_passed_over(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", {"instruction": "你好", "output": "好", "history": [1]})
-    assert load_rows(path, TRAIN).to_list() == [{"instruction": "你好", "input": "", "output": "好", "history": []}]
+def test_input_may_be_missing(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"instruction": "你好", "output": "好"})
+    expected = {"instruction": "你好", "input": "", "output": "好", "history": [], "weights": []}
+    assert load_rows(path, TRAIN).to_list() == [expected]
     assert prompt_of("你好") == "Human: 你好\n\nAssistant: "
     assert prompt_of("你好", "世界") == "Human: 你好\n世界\n\nAssistant: "
 
@@ -55,13 +56,15 @@ BAD_FILES = {
     "null instruction": ("a.jsonl", json.dumps(GOOD | {"instruction": None}), "line 1: 'instruction' must be a text"),
     "list as input": ("a.json", json.dumps([GOOD, GOOD | {"input": []}]), r"a\.json, row 2: 'input' must be a text"),
     "empty output": ("a.json", json.dumps([GOOD, GOOD | {"output": " "}]), r"a\.json, row 2: 'output' is empty"),
-    "no object": ("a.jsonl", "[1, 2]", "line 1: is no object"),
+    "no object": ("a.jsonl", "1", "line 1: is no object"),
+    "a list without objects": ("a.jsonl", "[1]", "row 1: is no object"),
     "empty file": ("a.jsonl", "", r"a\.jsonl: holds no rows"),
     "empty list": ("a.json", "[]", r"a\.json: holds no rows"),
     "empty csv": ("a.csv", "instruction,output\n", r"a\.csv: holds no rows"),
     "no JSON": ("a.jsonl", json.dumps(GOOD) + "\nhello", r"a\.jsonl, line 2: is not JSON"),
     "half a character": ("a.jsonl", '{"instruction": "a\\ud83d", "output": "b"}', "line 1: 'instruction' holds half of a"),
-    "one object over lines": ("a.json", '{\n"data": []\n}', "is one object over several lines"),
+    "one object over lines": ("a.json", '{\n"data": []\n}', "has an object over several lines; it must be a list of rows"),
+    "objects over lines": ("a.jsonl", '{\n "a": 1\n}\n{\n "a": 1\n}\n', r"has an object over several lines; .*`jq -c \.`"),
     "broken JSON list": ("a.json", "[{", r"a\.json, as a whole: is not JSON"),
     "deeply nested": ("a.json", "[" * 100_000, "is not JSON"),
     "no CSV": ("a.csv", 'instruction,output\n"a', r"a\.csv, row 1: is not CSV"),
@@ -79,6 +82,117 @@ def test_a_bad_file_is_named_with_its_row(tmp_path, name, text, message):
     path.write_text(text, "utf-8")
     with pytest.raises(UserError, match=message):
         load_rows(str(path), TRAIN)
+
+
+def test_the_first_ten_bad_rows_are_named_at_once(tmp_path):
+    def write(*bad):
+        lines = [json.dumps(GOOD | {"instruction": str(number)}) for number in range(1, 31)]
+        for number, line in bad:
+            lines[number - 1] = line if isinstance(line, str) else json.dumps(GOOD | line)
+        (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+        return str(tmp_path / "a.jsonl")
+
+    bad = [(1, "{]"), (3, {"output": 3}), (7, "hello"), (9, "5"), (11, {"instruction": None})]
+    errors = (
+        "line 1: is not JSON: .*; line 3: 'output' must be a text, not 3; line 7: is not JSON: .*; line 9: is no object .*"
+    )
+    errors += "; line 11: 'instruction' must be a text, not null"
+    for read in (lambda name: load_rows(name, TRAIN), lambda name: list(read_questions(name, []))):
+        with pytest.raises(UserError, match=r"a\.jsonl, line 3: 'input' must be a text, not 3$"):
+            read(write((3, {"input": 3})))
+    with pytest.raises(UserError, match=rf"a\.jsonl: 5 bad rows: {errors}$"):
+        load_rows(write(*bad), TRAIN)
+    many = [(number, {"instruction": number}) for number in range(10, 30)]
+    for read in (lambda name: load_rows(name, TRAIN), lambda name: list(read_questions(name, []))):
+        with pytest.raises(UserError, match=r"a\.jsonl: 20 bad rows, the first 10: line 10: .*; line 19: ") as error:
+            read(write(*many))
+        assert "line 20" not in str(error.value)
+
+
+def test_bad_rows_of_questions_are_named_at_once(tmp_path):
+    rows = [{"instruction": "a", "prefix": "x"}, {"instruction": "b"}, {"instruction": "c", "response": ""}]
+    with pytest.raises(UserError, match=r"2 bad rows: line 1: names the prefix 'x'; .*; line 3: has a column 'response' al"):
+        list(read_questions(write_jsonl(tmp_path / "a.jsonl", *rows), ["p"]))
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_a_list_is_read_whatever_the_file_is_called(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    for indent in (None, 2):
+        path.write_text(json.dumps([GOOD, GOOD], indent=indent), "utf-8")
+        assert load_rows(str(path), TRAIN)["output"][:] == ["二", "二"]
+
+
+CSV = {
+    "semicolons": ("a.csv", "instruction;input;output\na;b,c;d\n"),
+    "tabs": ("a.csv", "instruction\tinput\toutput\na\tb,c\td\n"),
+    "tabs in a .tsv": ("a.tsv", "instruction\tinput\toutput\r\na\tb,c\td\r\n"),
+    "sep=": ("a.csv", "sep=;\r\ninstruction;input;output\r\na;b,c;d\r\n"),
+    "sep=|": ("a.csv", "sep=|\ninstruction|input|output\na|b,c|d\n"),
+    "quotes": ("a.csv", '"instruction";"input";"output"\n"a";"b,c";"d"\n'),
+    "commas": ("a.csv", 'instruction,input,output\na,"b,c",d\n'),
+    "empty last columns": ("a.csv", 'instruction,input,output,,\na,"b,c",d,,\n'),
+    "empty last cells": ("a.csv", "instruction;input;output\na;b,c;d;; \n"),
+}
+
+
+@pytest.mark.parametrize("name, text", CSV.values(), ids=CSV)
+def test_a_csv_as_excel_writes_it(tmp_path, capsys, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_rows(str(tmp_path / name), TRAIN).to_list() == [
+        {"instruction": "a", "input": "b,c", "output": "d", "history": [], "weights": []}
+    ]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cell_without_a_column_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output,\na,b,c\n", "utf-8")
+    with pytest.raises(UserError, match=r"a\.csv, row 1: has more cells"):
+        load_rows(str(tmp_path / "a.csv"), TRAIN)
+
+
+@pytest.mark.parametrize(
+    "encoding, hint",
+    [
+        ("gbk", "it looks like GBK: iconv -f GB18030 -t UTF-8 .*a"),
+        ("utf-16", "it looks like UTF-16: iconv -f UTF-16 -t UTF-8 .*a"),
+        ("utf-16-le", "it looks like UTF-16"),
+        ("ascii utf-16-le", "it looks like UTF-16"),
+        ("latin-1", "save it as UTF-8$"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_another_encoding_is_named_with_the_way_out(tmp_path, name, encoding, hint):
+    instruction = "straße; fräge" if encoding == "latin-1" else "法国的首都是哪里？请用“一个词”回答。"
+    if encoding.startswith("ascii"):
+        encoding, instruction = encoding.split()[1], "France?"
+    text = f"instruction,output\n{instruction},a\n" * 500
+    if name == "a.jsonl":
+        text = json.dumps({"instruction": instruction, "output": "a"}, ensure_ascii=False) + "\n"
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    for read in (lambda path: load_rows(path, TRAIN), lambda path: list(read_questions(path, []))):
+        with pytest.raises(UserError, match=rf"{name}: is not UTF-8 text.*; {hint}"):
+            read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "form, columns",
+    [("torch", ["instruction", "output"]), ("numpy", ["output"]), ("pandas", None), ("arrow", None), (None, ["output"])],
+)
+def test_a_saved_format_hides_nothing(tmp_path, form, columns):
+    rows = [GOOD | {"input": "请回答"}] * 3
+    Dataset.from_list(rows).with_format(form, columns=columns).save_to_disk(tmp_path / "folder")
+    found = load_rows(str(tmp_path / "folder"), TRAIN)
+    assert found.to_list() == [row | {"history": [], "weights": []} for row in rows]
+
+
+@pytest.mark.parametrize("form", ["torch", None])
+def test_a_saved_set_without_rows_is_named(tmp_path, form):
+    Dataset.from_list([GOOD]).select([]).with_format(form).save_to_disk(tmp_path / "rows")
+    Dataset.from_dict({}).save_to_disk(tmp_path / "nothing")
+    for name in ("rows", "nothing"):
+        with pytest.raises(UserError, match=f"{name}: holds no rows, or a split without rows$"):
+            load_rows(str(tmp_path / name), TRAIN)
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
@@ -203,6 +317,6 @@ def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
 def test_the_bar_names_the_split(tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", GOOD)
     for splits in (TRAIN, ("validation", "test", "train")):
-        assert load_rows(path, splits).to_list() == [GOOD | {"history": []}]
+        assert load_rows(path, splits).to_list() == [GOOD | {"history": [], "weights": []}]
         bars = {line.split(":")[0] for line in capsys.readouterr().err.split("\r") if line}
         assert bars == {f"Generating {splits[0]} split"}

@@ -10,7 +10,17 @@ from helpers import GOOD, REAL_ROWS, TRAIN, needs_real_rows, write_jsonl
 from prefix_tuning.data import readers
 from prefix_tuning.data import rows as rows_module
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import digest, parts_of, prompt_ids, prompt_of, read_questions, take, tokenize
+from prefix_tuning.data.rows import (
+    cut_answers,
+    digest,
+    encode,
+    parts_of,
+    prompt_ids,
+    prompt_of,
+    read_questions,
+    take,
+    tokenize,
+)
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import IGNORED
 
@@ -59,6 +69,22 @@ def test_tokenising_is_cached(rows_file, tokenizer):
     first, second = (tokenize(rows, tokenizer, 64) for _ in range(2))
     assert first.cache_files == second.cache_files and first.cache_files
     assert tokenize(rows, tokenizer, 63).cache_files != first.cache_files
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, -1], ids=["empty", "half", "a byte less"])
+def test_damaged_files_of_the_cache_are_made_anew(tmp_path, tokenizer, monkeypatch, kept):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "a.jsonl", *(GOOD | {"instruction": f"{number}加一等于几？"} for number in range(50)))
+    rows = load_rows(path, TRAIN)
+    expected = rows.to_list(), tokenize(rows, tokenizer, 64).to_list()
+    files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.stat().st_size]
+    assert len(files) == 3 and len([file for file in files if file.suffix == ".arrow"]) == 2
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()  # what has it open keeps it
+        file.write_bytes(content[: int(kept * len(content)) if kept >= 0 else kept])
+        rows = load_rows(path, TRAIN)
+        assert (rows.to_list(), tokenize(rows, tokenizer, 64).to_list()) == expected, file.name
 
 
 def test_the_cache_knows_the_program(rows_file, tokenizer, monkeypatch):
@@ -237,6 +263,30 @@ def test_a_talk_is_cut_between_turns_and_a_first_turn_like_any_row(tmp_path, tok
         assert found == ([(whole.input_ids[:kept], whole.labels[:kept])] if kept else [])
         if max_length <= ends[0]:
             assert cut.to_list() == tokenize(first_alone, tokenizer, max_length).to_list()
+
+
+def test_answers_whose_weight_is_0_have_no_labels(tmp_path, tokenizer):
+    rows, loaded = talk_rows(tmp_path, ["法国？", "巴黎", "德国？", "柏林", "日本？", "东京"])
+    (whole,) = take(tokenize(loaded, tokenizer, 256), [0])
+    for message, weight in zip(rows[0]["messages"], [None, 0, None, 1, None, 0], strict=True):
+        message["weight"] = weight
+    (weighed,) = take(tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 256), [0])
+    first, second, _ = (place + 1 for place, token in enumerate(whole.input_ids) if token == tokenizer.eos_token_id)
+    assert weighed.input_ids == whole.input_ids[:second]
+    assert weighed.labels == [IGNORED] * first + whole.labels[first:second]
+    # Cut before its second turn, it has no label left.
+    assert len(tokenize(load_rows(str(tmp_path / "a.jsonl"), TRAIN), tokenizer, second - 1)) == 0
+
+
+def test_cut_answers_are_counted(tmp_path, tokenizer):
+    _, loaded = talk_rows(tmp_path, ["法国？", "巴黎，人人都知道", "德国？", "柏林"], ["日本？", "东京"])
+    talk, short = (len(ids) for ids in tokenize(loaded, tokenizer, 256)["input_ids"])
+    first = len(tokenizer(prompt_of("法国？")).input_ids) + len(tokenizer("巴黎，人人都知道").input_ids) + 1
+    prompt = len(tokenizer(prompt_of("日本？")).input_ids)
+    assert prompt < short < first < talk
+    for max_length, cut in ((talk, 0), (talk - 1, 1), (first, 1), (first - 1, 2), (short, 2), (short - 1, 3), (prompt, 3)):
+        for _ in range(2):  # the second time from the cache
+            assert cut_answers(encode(loaded, tokenizer, max_length)) == (cut, 3, talk)
 
 
 def test_prompts_are_those_of_training_without_the_last_answer(tmp_path, tokenizer):

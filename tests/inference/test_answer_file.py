@@ -156,7 +156,10 @@ def test_talks_are_answered_after_their_history_and_keep_their_columns(tmp_path,
     flags = ["--input", source, "--output", output, *prefixes, "--max_new_tokens", 24, "--precision", "fp32"]
     run_infer(*flags)
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count(f"{source}: each row of messages is read as a talk\n") == 1
+    assert (
+        captured.out == ""
+        and captured.err.count(f"{source}: each row of messages is read as a talk; not part of the question: id\n") == 1
+    )
     found = read_lines(output)
     assert [{name: row[name] for name in rows[0]} for row in found] == rows
     first, same, third, also = [row["response"] for row in found]
@@ -178,7 +181,7 @@ def test_questions_may_be_in_other_columns(tmp_path, prefixes, capsys):
             tmp_path / f"{name}.jsonl",
         )
         run_infer("--input", source, "--output", output, *prefixes, *flag.split())
-        assert f"{source}: {name} is read as instruction\n" in capsys.readouterr().err
+        assert f"{source}: {name} is read as instruction; not part of the question: id\n" in capsys.readouterr().err
         assert read_lines(output) == [{name: row["instruction"], "id": "1", "response": row["output"]}]
     flags = ["--input", source, "--output", tmp_path / "a.jsonl", *prefixes]
     refuses("row 1: its columns are not known as those of question and answer: 'frage', 'id'", *flags)

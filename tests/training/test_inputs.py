@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from helpers import assert_same_run, write_jsonl
 
@@ -37,6 +39,20 @@ def test_rows_without_labels_are_counted_and_all_of_them_are_an_error(quick_sett
     assert "of 40 rows, whose prompts alone fill --max_length 26" in capsys.readouterr().out
     with pytest.raises(UserError, match="no row has a label left"):
         train(TrainConfig(**quick_settings | {"max_length": 5, "overwrite_output_dir": True}))
+
+
+def test_cut_answers_are_counted_also_from_the_cache(quick_settings, capsys):
+    source = quick_settings["dataset"]
+    quick_settings |= {"eval_dataset": source, "overwrite_output_dir": True, "max_steps": 0}
+
+    def lines(max_length):
+        train(TrainConfig(**quick_settings | {"max_length": max_length}))
+        pattern = rf"{source}: (\d+) of (\d+) answers are cut or left out; --max_length (\d+) would keep them all"
+        return [tuple(map(int, found)) for found in re.findall(pattern, capsys.readouterr().out)]
+
+    (cut, answers, longest), *same = lines(26)
+    assert 0 < cut < answers == 40 and same == [(cut, answers, longest)] and lines(26) == [same[0]] * 2
+    assert lines(longest) == [] and [needed for _, _, needed in lines(longest - 1)] == [longest] * 2
 
 
 def test_other_columns_are_trained_on_and_said(quick_settings, tmp_path, capsys):

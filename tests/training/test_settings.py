@@ -40,7 +40,7 @@ BAD_FLAGS = {
     "--save_best --dataset my.jsonl --eval_fraction 0": "--save_best needs held-out rows",
     "--early_stopping_patience 2 --dataset my.jsonl --eval_fraction 0": "needs held-out rows",
     "--eval_exact_match --dataset my.jsonl --eval_fraction 0": "--eval_exact_match needs held-out rows",
-    "--columns a=b": "--columns a=b: there is no 'a' to read; there are instruction, input, output and messages",
+    "--columns a=b": "--columns a=b: there is no 'a' to read; there are instruction, input, output, history,",
     "--columns instruction=": "--columns instruction=: must be like instruction=NAME,output=NAME",
     "--eval_steps 5 --eval_fraction 0": "--eval_steps needs held-out rows",
     "--encoder_hidden_size 64 --prefix_projection false": "--encoder_hidden_size is the width of the projection",
