@@ -1,7 +1,8 @@
 """A training run from its settings to its files: what comes before and after the loop (loop.py)."""
 
 import dataclasses
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from prefix_tuning.base_model.layers import compile_now
 from prefix_tuning.devices import described, make_reproducible, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.files.writing import locked
+from prefix_tuning.screen import Screen
 from prefix_tuning.text import duration
 from prefix_tuning.training.checkpoints import Checkpoints
 from prefix_tuning.training.evaluator import Evaluator
@@ -46,7 +48,13 @@ def train(config: TrainConfig) -> dict:
     dtype = resolve_dtype(config.precision, device)
     make_reproducible(device)
     output_dir = Path(config.output_dir)
-    with distributed.processes(device), locked(output_dir) if distributed.is_main() else nullcontext():
+    with (
+        # Here and not in cli.py only, as Ctrl-C, which ends the reader of a pipe too, is heeded here.
+        redirect_stdout(Screen(sys.stdout)),
+        redirect_stderr(Screen(sys.stderr)),
+        distributed.processes(device),
+        locked(output_dir) if distributed.is_main() else nullcontext(),
+    ):
         return _train(config, dtype, device, output_dir)
 
 
