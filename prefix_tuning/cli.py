@@ -162,7 +162,9 @@ def _open_streams(stdout_is_answers: bool) -> None:
             stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 (stays open)
         stream.reconfigure(encoding="utf-8" if codecs.lookup(stream.encoding).name == "ascii" else None, errors="replace")
         if name == "stdout" and stdout_is_answers:
-            options = {option: getattr(stream, option) for option in ("encoding", "errors", "line_buffering", "write_through")}
+            options = {
+                option: getattr(stream, option) for option in ("encoding", "errors", "line_buffering", "write_through")
+            }
             stream = _Stdout(stream.detach(), **options)
         elif name != "stdin":
             stream = Screen(stream)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from prefix_tuning import distributed
@@ -30,7 +30,7 @@ def listening(announcement: str) -> Iterator[None]:
     """Inside, a signal is recorded and main prints `announcement`; the same one again ends the process at once.
 
     Not so where one event sends it twice: then later signals are ignored. Slurm sends one to torchrun and to its processes,
-    and torchrun forwards its own. SIGHUP comes from the shell of the closed terminal, and from the system as that shell ends.
+    and torchrun forwards its own. When a terminal is closed, its shell sends SIGHUP, and the system another as that ends.
     A signal that was ignored before, as in a shell's background job or by nohup, stays ignored. Only the main thread can
     have handlers; in another this is a no-op.
     """
@@ -61,6 +61,22 @@ def listening(announcement: str) -> Iterator[None]:
         _heard = 0
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def when_continued(action: Callable[[], None]) -> Iterator[None]:
+    """Inside, `action` is called when the process goes on after it was stopped by Ctrl-Z or SIGSTOP. Windows has neither.
+
+    Only the main thread can have handlers; in another this is a no-op.
+    """
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCONT, lambda number, frame: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCONT, before)
 
 
 def stop_if_heard() -> None:

@@ -26,9 +26,8 @@ def become(program, flags, outputs, cwd=ROOT, limit=None, stdin=None):
     """What a fork does: it runs the program, its stdout and stderr in these files, none of which may exceed the limit."""
     for name, number, output in zip(("stdout", "stderr"), (1, 2), outputs, strict=True):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
-        setattr(
-            sys, name, open(number, "w", buffering=1 if number == 2 else -1)
-        )  # the old one remembers another kind of file
+        # A new object, as the old one remembers what kind of file it had.
+        setattr(sys, name, open(number, "w", buffering=1 if number == 2 else -1))  # noqa: SIM115 (open until the fork ends)
     if stdin is not None:
         sys.stdin = open(stdin, encoding="utf-8")  # noqa: SIM115 (open until the fork ends)
     os.chdir(cwd)
