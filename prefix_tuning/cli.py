@@ -282,3 +282,9 @@ def study_command() -> None:
 
 def claims_command() -> None:
     _run(_claims)
+
+
+if __name__ == "__main__":
+    commands = "train.py, infer.py, python -m prefix_tuning.study or python -m prefix_tuning.study.claims"
+    print(f"error: prefix_tuning.cli is no command; run {commands}", file=sys.stderr)
+    sys.exit(2)
