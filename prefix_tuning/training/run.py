@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> dict:
     make_reproducible(device)
     output_dir = Path(config.output_dir)
     with (
-        # Here and not in cli.py only, as Ctrl-C, which ends the reader of a pipe too, is heeded here.
+        # As cli.py has it, for programs that call this: they may write to a pipe whose reader Ctrl-C ends.
         redirect_stdout(Screen(sys.stdout)),
         redirect_stderr(Screen(sys.stderr)),
         distributed.processes(device),

@@ -186,8 +186,8 @@ def _shapes_and_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 class Clock:
     """Counts seconds while it is `running` and not `stopped`, from those of an earlier part of the run on.
 
-    A lap is the time of a step. How long the process itself stood still in it, after Ctrl-Z or SIGSTOP, is not known: such
-    a lap counts as the longest of the others at most.
+    A lap is the time of a step. If the process was stopped during one, by Ctrl-Z or SIGSTOP, nobody knows for how long. Such
+    a lap counts at most as much as the longest one before it.
     """
 
     def __init__(self, seconds: float = 0.0):

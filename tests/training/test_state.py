@@ -107,7 +107,7 @@ def test_the_clock_counts_while_it_runs_and_is_not_stopped(monkeypatch):
     assert clock.seconds() == 15
 
 
-def test_a_step_in_which_the_process_was_stopped_counts_as_the_longest_other_one_at_most(monkeypatch):
+def test_a_step_in_which_the_process_was_stopped_counts_at_most_as_the_longest_before(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     state = new_state()
@@ -120,7 +120,7 @@ def test_a_step_in_which_the_process_was_stopped_counts_as_the_longest_other_one
                 signal.raise_signal(signal.SIGCONT)
             state.advance(Step(number, [], 6, 100, 0, 8), prefix, one, one)
             taken.append(state.clock.seconds())
-    # The first one counts as it is: there is no other one to compare it with.
+    # The first one counts as it is: there is none before it.
     assert taken == [9, 12, 21, 23, 43] and signal.getsignal(signal.SIGCONT) is before
 
 
