@@ -20,6 +20,7 @@ from typing import Any
 from prefix_tuning import bundled
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.inference.settings import AskArguments, DecodingArguments, InferConfig
+from prefix_tuning.screen import Screen
 from prefix_tuning.settings import SharedBaseArguments
 from prefix_tuning.study.claims.settings import ClaimsConfig
 from prefix_tuning.study.settings import StudyArguments, StudyBaseArguments, StudyConfig
@@ -74,13 +75,14 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(prepare: Callable[[list[str]], Callable[[], object]]) -> None:
+def _run(prepare: Callable[[list[str]], Callable[[], object]], stdout_is_answers: bool = False) -> None:
     """Runs a command and sets the exit code: 2 for a UserError, which is one line on stderr; 128 + the signal's number for a
     signal; 1 for a bug, with its traceback.
 
     prepare: checks the arguments of the command line, imports what the command takes, and returns it ready to be called.
+    stdout_is_answers: a stdout that cannot be written ends the command. A screen, as stderr always is, does not.
     """
-    _open_streams()
+    _open_streams(stdout_is_answers)
     try:
         try:
             with _default_sigint():
@@ -150,18 +152,23 @@ class _Stdout(io.TextIOWrapper):
             raise UserError(f"stdout cannot be written: {error.strerror}") from error
 
 
-def _open_streams() -> None:
+def _open_streams(stdout_is_answers: bool) -> None:
     """Makes stdin, stdout and stderr usable. Closed ones become /dev/null; ASCII, Python's choice without a locale, becomes
-    UTF-8; bytes that cannot be decoded and characters that cannot be encoded become a ?."""
+    UTF-8; bytes that cannot be decoded and characters that cannot be encoded become a ?. stderr becomes a Screen, and stdout
+    too unless it carries answers."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller
             stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 (stays open)
-            setattr(sys, name, stream)
         stream.reconfigure(encoding="utf-8" if codecs.lookup(stream.encoding).name == "ascii" else None, errors="replace")
-    stdout: Any = sys.stdout
-    options = {name: getattr(stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
-    sys.stdout = _Stdout(stdout.detach(), **options)
+        if name == "stdout" and stdout_is_answers:
+            options = {
+                option: getattr(stream, option) for option in ("encoding", "errors", "line_buffering", "write_through")
+            }
+            stream = _Stdout(stream.detach(), **options)
+        elif name != "stdin":
+            stream = Screen(stream)
+        setattr(sys, name, stream)
 
 
 def parse_train_config(argv: list[str]) -> TrainConfig:
@@ -266,7 +273,7 @@ def train_command() -> None:
 
 
 def infer_command() -> None:
-    _run(_infer)
+    _run(_infer, stdout_is_answers=True)
 
 
 def study_command() -> None:
@@ -275,3 +282,9 @@ def study_command() -> None:
 
 def claims_command() -> None:
     _run(_claims)
+
+
+if __name__ == "__main__":
+    commands = "train.py, infer.py, python -m prefix_tuning.study or python -m prefix_tuning.study.claims"
+    print(f"error: prefix_tuning.cli is no command; run {commands}", file=sys.stderr)
+    sys.exit(2)

@@ -24,8 +24,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # that
 
 def become(program, flags, outputs, cwd=ROOT, limit=None, stdin=None):
     """What a fork does: it runs the program, its stdout and stderr in these files, none of which may exceed the limit."""
-    for stream, output in zip((sys.stdout, sys.stderr), outputs, strict=True):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream.fileno())
+    for name, number, output in zip(("stdout", "stderr"), (1, 2), outputs, strict=True):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
+        # A new object, as the old one remembers what kind of file it had.
+        setattr(sys, name, open(number, "w", buffering=1 if number == 2 else -1))  # noqa: SIM115 (open until the fork ends)
     if stdin is not None:
         sys.stdin = open(stdin, encoding="utf-8")  # noqa: SIM115 (open until the fork ends)
     os.chdir(cwd)
@@ -38,12 +40,14 @@ def become(program, flags, outputs, cwd=ROOT, limit=None, stdin=None):
 class Fork:
     """A program that runs, with the methods of subprocess.Popen that tests use. It ends with the test at the latest.
 
-    limit: no file may grow beyond so many bytes. stdin: a file.
+    limit: no file may grow beyond so many bytes. stdin: a file. screen: the path that stdout and stderr are written to
+    instead of to files.
     """
 
-    def __init__(self, program, *flags, cwd=ROOT, limit=None, stdin=None):
+    def __init__(self, program, *flags, cwd=ROOT, limit=None, stdin=None, screen=None):
         self._files = outputs()
-        arguments = program, [str(flag) for flag in flags], [file.name for file in self._files], cwd, limit, stdin
+        names = [screen or file.name for file in self._files]
+        arguments = program, [str(flag) for flag in flags], names, cwd, limit, stdin
         self._process = forks().Process(target=become, args=arguments)
         self._process.start()
         self.pid = self._process.pid
@@ -96,12 +100,13 @@ def handlers_kept():
             signal.signal(number, handler)
 
 
-def torchrun_forks(processes, program, *flags, restarts=0, more=None):
+def torchrun_forks(processes, program, *flags, restarts=0, more=None, screen=None):
     """Runs the program in so many processes, which torchrun's agent starts, watches and restarts as for a user.
 
-    Returns the exit code of torchrun, and all that the processes wrote to stdout and to stderr.
+    Returns the exit code of torchrun, and all that the processes wrote to stdout and to stderr, unless it is to a `screen`.
     """
     files, code = outputs(), 0
+    names = [screen or file.name for file in files]
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -115,7 +120,7 @@ def torchrun_forks(processes, program, *flags, restarts=0, more=None):
     forks()
     with handlers_kept():
         try:
-            elastic_launch(config, become_worker)(program, [str(f) for f in flags], [f.name for f in files], more or {})
+            elastic_launch(config, become_worker)(program, [str(f) for f in flags], names, more or {})
         except ChildFailedError as error:
             code = error.get_first_failure()[1].exitcode
             with open(files[1].name, "a", encoding="utf-8") as err:

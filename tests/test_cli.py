@@ -94,16 +94,25 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path):
     assert not out.exists()
 
 
-def test_closed_streams_are_no_error(trained):
+def test_closed_streams_and_a_stderr_without_a_reader_are_no_error(trained):
+    """The chat says on stderr how to ask; --compare shows only answers, on stdout."""
     command = f"{sys.executable} {ROOT / 'infer.py'}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    programs = [
-        start_process(f"{command} {flags}", shell=True, cwd=trained, **pipes)
-        for flags in ("--chat <&-", "--compare 法国的首都是哪里？ >&-")
-    ]
-    for program in programs:
-        _, errors = program.communicate()
-        assert program.returncode == 0 and "Traceback" not in errors, errors
+    reader, broken = os.pipe()
+    os.close(reader)
+    chat = start_process(f"{command} --chat <&-", shell=True, cwd=trained, stdout=subprocess.PIPE, stderr=broken)
+    os.close(broken)
+    ask = f"{command} --compare 法国的首都是哪里？ >&-"
+    compare = start_process(ask, shell=True, cwd=trained, stderr=subprocess.PIPE, text=True)
+    chat.communicate()
+    _, errors = compare.communicate()
+    assert chat.returncode == 0
+    assert compare.returncode == 0 and "Traceback" not in errors, errors
+
+
+def test_the_module_of_the_commands_names_them():
+    result = subprocess.run([sys.executable, "-m", "prefix_tuning.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: prefix_tuning.cli is no command; run train.py, infer.py, ")
 
 
 @pytest.mark.parametrize("script, first", [("train.py", "dataset"), ("infer.py", "question")])

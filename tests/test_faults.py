@@ -3,19 +3,31 @@
 `tests/benchmarks/faults.py` runs `kill_until_done` for hours instead of seconds.
 """
 
+import os
 import random
 import resource
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from forks import Fork
-from helpers import UNEVALUATED, assert_same_run, seconds_of_a_run, start_run, wait_for_step
+from helpers import (
+    UNEVALUATED,
+    assert_same_run,
+    metrics_of,
+    seconds_of_a_run,
+    start_process,
+    start_run,
+    wait_for_step,
+    wait_until,
+)
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints
+from prefix_tuning.files.names import BOARD_FOLDER, METRICS_FILE
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
@@ -53,7 +65,7 @@ def train_py(settings: dict, **options) -> Fork:
     return Fork("train.py", *(f"--{name}={value}" for name, value in settings.items() if value is not None), **options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(settings, tmp_path, number):
     settings |= UNEVALUATED | {"logging_steps": 1, "save_steps": 0, "lr_scheduler_type": "constant_with_warmup"}
     stopped_in = {"output_dir": str(tmp_path / "stopped")}
@@ -71,6 +83,60 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(settings, tmp_pa
     train(TrainConfig(**settings | stopped_in | {"resume_from_checkpoint": "latest"}))
     train(TrainConfig(**settings))
     assert_same_run(tmp_path / "stopped", settings["output_dir"])
+
+
+@contextmanager
+def pipe(folder: Path):
+    """The path of a pipe whose reader is gone after the block."""
+    path = folder / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    yield path
+    os.close(reader)
+
+
+@contextmanager
+def terminal(folder: Path):
+    """The path of a terminal that is closed after the block."""
+    ends = os.openpty()
+    yield os.ttyname(ends[1])
+    for end in ends:
+        os.close(end)
+
+
+@contextmanager
+def full_disk(folder: Path):
+    yield "/dev/full"
+
+
+@pytest.mark.parametrize("screen", [pipe, terminal, full_disk])
+def test_a_screen_that_cannot_be_written_ends_no_run(settings, tmp_path, screen):
+    """The search, the steps, the evaluations and checkpoints, the best prefix and the answers at the end all print."""
+    settings |= {"eval_dataset": None, "eval_fraction": 0.1, "eval_steps": 2, "eval_exact_match": True, "max_steps": 3}
+    settings |= {"learning_rate": None, "logging_steps": 1}
+    with screen(tmp_path) as path:
+        process = train_py(settings, screen=path)
+        wait_until((tmp_path / "out" / METRICS_FILE).exists, process)
+    process.communicate()
+    assert process.returncode == 0
+    *_, last = metrics_of(tmp_path / "out")
+    assert last["summary"] and last["steps"] == 3
+    load_prefix(settings["output_dir"])
+
+
+def test_ctrl_c_saves_the_run_although_it_ends_tee_too(settings, tmp_path):
+    settings |= UNEVALUATED | {"logging_steps": 1, "save_steps": 0, "num_train_epochs": 1000}
+    os.mkfifo(tmp_path / "pipe")
+    tee = start_process("exec tee log < pipe > /dev/null", shell=True, cwd=tmp_path)
+    process = train_py(settings, screen=tmp_path / "pipe")
+    wait_for_step(process, tmp_path / "out", 1)
+    tee.send_signal(signal.SIGINT)
+    tee.wait()
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    assert len(find_checkpoints(tmp_path / "out")) == 1
+    assert "a prefix of 10 tokens" in (tmp_path / "log").read_text("utf-8")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads from /proc which signals a process catches")
@@ -98,21 +164,46 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(settings, tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 2 and "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("error: ") and "checkpoint-8.safetensors: cannot be written" in errors
+    assert "checkpoint-7.safetensors is intact, resume with --resume_from_checkpoint latest" in errors.splitlines()[-1]
     assert kept == {path.name: path.read_bytes() for path in find_checkpoints(tmp_path / "limited")}
     assert not list((tmp_path / "limited").glob(".*"))
     train(TrainConfig(**limited | {"resume_from_checkpoint": "latest"}))
     assert_same_run(limited["output_dir"], settings["output_dir"])
 
 
-def test_a_finished_prefix_survives_a_disk_that_is_full_at_the_end(settings, monkeypatch):
+@contextmanager
+def files_limited(size: int):
+    """Inside, no file may grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("report_to, name", [("none", METRICS_FILE), ("tensorboard", BOARD_FOLDER)])
+def test_a_line_of_metrics_that_cannot_be_written_saves_the_run(settings, tmp_path, report_to, name):
+    settings |= UNEVALUATED | {"num_virtual_tokens": 1, "prefix_projection": False, "logging_steps": 1, "save_steps": 0}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 2}
+    train(TrainConfig(**settings))
+    metrics = (tmp_path / "out" / METRICS_FILE).read_bytes()  # larger than a checkpoint of so small a prefix
+    limited = settings | {"output_dir": str(tmp_path / "limited"), "report_to": report_to}
+    with files_limited(len(metrics) - 1000), pytest.raises(UserError) as stop:
+        train(TrainConfig(**limited))
+    assert str(stop.value).startswith(f"{name}: cannot be written: ")
+    (checkpoint,) = find_checkpoints(tmp_path / "limited")
+    assert f"; {checkpoint} is intact, resume with --resume_from_checkpoint latest" in str(stop.value)
+    assert metrics_of(tmp_path / "limited")[-1]["step"] == int(checkpoint.stem.removeprefix("checkpoint-")) - 1
+    train(TrainConfig(**limited | {"resume_from_checkpoint": "latest"}))
+    assert_same_run(limited["output_dir"], settings["output_dir"])
+
+
+def test_a_finished_prefix_survives_a_disk_that_is_full_at_the_end(settings):
     settings |= UNEVALUATED
     train(TrainConfig(**settings))
     prefix, _ = load_prefix(settings["output_dir"])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match="cannot be written"):
-            train(TrainConfig(**settings | {"overwrite_output_dir": True, "save_steps": 0, "seed": 1}))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_limited(3_000), pytest.raises(UserError, match="cannot be written"):
+        train(TrainConfig(**settings | {"overwrite_output_dir": True, "save_steps": 0, "seed": 1}))
     assert torch.equal(load_prefix(settings["output_dir"])[0], prefix)

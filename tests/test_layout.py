@@ -17,7 +17,7 @@ TREES = {
 FLOORS = [
     ["errors"],
     ["bundled"],
-    ["text"],
+    ["text", "screen"],
     ["files.names"],
     ["settings", "distributed", "signals"],
     ["model"],

@@ -23,11 +23,21 @@ def test_two_signals_at_once_are_one(job, monkeypatch, capfd):
     assert f"{signal.Signals(heard).name}: stops" in said and said.count(": stops") == (1 if job else 2)
 
 
-def test_an_ignored_signal_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with signals.listening("stops"):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             assert not signals.heard()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_closed_terminal_sends_sighup_twice_and_the_second_one_does_not_kill(capfd):
+    with signals.listening("stops"):
+        signal.raise_signal(signal.SIGHUP)
+        assert callable(signal.getsignal(signal.SIGHUP)) and signals.heard() == signal.SIGHUP
+        signal.raise_signal(signal.SIGHUP)
+    assert capfd.readouterr().err == "\nSIGHUP: stops\n"
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL

@@ -13,7 +13,7 @@ from prefix_tuning.training.state import TrainingState
 
 class Checkpoints:
     """Writes the checkpoints of a run to its folder: after every `save_steps` steps (0: only where a signal or an error ends
-    an evaluation), of which the `save_total_limit` newest stay (None: all).
+    an evaluation, or a line of metrics cannot be written), of which the `save_total_limit` newest stay (None: all).
 
     run: what a run that resumes from them must have in common (resume.identity). newest: the checkpoint from which this run
     was resumed, if it was.
@@ -58,5 +58,5 @@ class Checkpoints:
         """Part of a message: the newest checkpoint and how to resume from it, or nothing if there is none."""
         if self.newest is None:
             return ""
-        where = "latest" if self.newest.parent.samefile(self.folder) else self.newest
+        where = "latest" if self.newest.parent.resolve() == self.folder.resolve() else self.newest
         return f"; {self.newest} is intact, resume with --resume_from_checkpoint {where}"

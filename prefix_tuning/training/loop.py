@@ -52,7 +52,8 @@ def fit(
             if not any(task.due(state) for task in (metrics, evaluator, checkpoints)):
                 continue
             if metrics.due(state):
-                metrics.write_interval(state)
+                with checkpoints.saved_if_left(state, metrics):
+                    metrics.write_interval(state)
             state.check_finite()
             with state.clock.stopped():  # evaluating and saving are not training time
                 if evaluator.due(state):
@@ -99,5 +100,5 @@ def evaluate(state: TrainingState, evaluator: Evaluator, metrics: Metrics, check
     step = state.progress.step
     with checkpoints.saved_if_left(state, metrics):
         figures = evaluator(state.encoder.bake(), f"step {step}")
-    metrics.write({"step": step, **figures})
+        metrics.write({"step": step, **figures})
     state.note_evaluation(figures["eval_loss"], evaluator.keep_best)

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from tqdm import tqdm
 
 from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.names import METRICS_FILE
+from prefix_tuning.files.names import BOARD_FOLDER, METRICS_FILE
 from prefix_tuning.text import duration
 from prefix_tuning.training.report import open_board
 from prefix_tuning.training.state import Clock, TrainingState
@@ -44,40 +46,44 @@ class TrainingBar(tqdm):
 class Metrics:
     """Writes a JSON object per line, readable while the run is training. Only main's figures reach a file.
 
-    tensorboard: the figures are written for it as well. bar: a progress bar that shows the last line. Raises UserError where
-    the file cannot be written.
+    tensorboard: the figures are written for it as well. bar: a progress bar that shows the last line. The methods raise
+    UserError where a file cannot be written, on a full disk say; metrics.jsonl then holds whole lines only.
     """
 
     def __init__(self, folder: Path, logging_steps: int, steps: Steps, tensorboard: bool = False):
         self.logging_steps, self.steps = logging_steps, steps
         self.bar: tqdm | None = None
-        path = folder / METRICS_FILE if distributed.is_main() else os.devnull
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self.path = folder / METRICS_FILE if distributed.is_main() else Path(os.devnull)
         self.board = open_board(folder, steps.done) if tensorboard and distributed.is_main() else None
 
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.file.close()
-
     def due(self, state: TrainingState) -> bool:
+        """Whether to write the line of the steps since the last one now."""
         step = state.progress.step
-        return step % self.logging_steps == 0 or step == self.steps.total
+        return step > state.progress.logged_step and (step % self.logging_steps == 0 or step == self.steps.total)
 
     def write(self, record: dict) -> None:
         # JSON has no infinity and no NaN.
         record = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
-        try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"{METRICS_FILE}: cannot be written: {error}") from error
         if self.board and "step" in record:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, record["step"])
-            self.board.flush()
+            with _explained(BOARD_FOLDER):
+                for name, value in record.items():
+                    if isinstance(value, float):
+                        self.board.add_scalar(name, value, record["step"])
+                self.board.flush()
+        with _explained(METRICS_FILE):
+            self._append(json.dumps(record) + "\n")
+
+    def _append(self, line: str) -> None:
+        left = line.encode()
+        # Opened for each line and unbuffered: what a full disk refuses must not be tried again when the file is closed.
+        with open(self.path, "ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(whole)
+                raise
 
     def write_interval(self, state: TrainingState, ended: bool = False) -> None:
         """Writes the line of the steps since the last one, and starts a new interval. Waits for the device.
@@ -112,5 +118,15 @@ class Metrics:
 
     def flushed_bytes(self) -> int:
         """The length of the file, all of which is on the disk now."""
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        with _explained(METRICS_FILE), open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Inside, an error of the system becomes a UserError. name: what is written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name}: cannot be written: {error}") from error

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from prefix_tuning.devices import described, make_reproducible, out_of_memory_ex
 from prefix_tuning.errors import Interrupted, UserError, reason_of
 from prefix_tuning.files.names import CARD_FILE, PLOT_FILE, SEARCH_FILE
 from prefix_tuning.files.writing import locked
+from prefix_tuning.screen import Screen
 from prefix_tuning.text import duration
 from prefix_tuning.training.checkpoints import Checkpoints
 from prefix_tuning.training.evaluator import Evaluator
@@ -49,7 +50,13 @@ def train(config: TrainConfig) -> dict:
     dtype = resolve_dtype(config.precision, device)
     make_reproducible(device)
     output_dir = Path(config.output_dir)
-    with distributed.processes(device), locked(output_dir) if distributed.is_main() else nullcontext():
+    with (
+        # As cli.py has it, for programs that call this: they may write to a pipe whose reader Ctrl-C ends.
+        redirect_stdout(Screen(sys.stdout)),
+        redirect_stderr(Screen(sys.stderr)),
+        distributed.processes(device),
+        locked(output_dir) if distributed.is_main() else nullcontext(),
+    ):
         return _train(config, dtype, device, output_dir)
 
 
@@ -89,10 +96,10 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output
             patience=config.early_stopping_patience,
             keep_best=config.save_best,
         )
-        with Metrics(output_dir, config.logging_steps, steps, config.report_to == "tensorboard") as metrics:
-            if search:
-                metrics.write(search.record())
-            summary = _run(inputs, state, steps, metrics, evaluator, checkpoints)
+        metrics = Metrics(output_dir, config.logging_steps, steps, config.report_to == "tensorboard")
+        if search:
+            metrics.write(search.record())
+        summary = _run(inputs, state, steps, metrics, evaluator, checkpoints)
     print(f"{summary['steps']} steps in {duration(summary['train_seconds'])}; the prefix is saved in {output_dir}")
     if repository:
         push_to_hub(output_dir, repository)
@@ -140,13 +147,16 @@ def _run(
 ) -> dict:
     """The loop, and what follows it. Returns the summary.
 
-    Raises UserError where the loss stops being finite, and Interrupted, which says how to resume, after a signal.
+    Raises UserError where the loss stops being finite or a file cannot be written, and Interrupted after a signal. Both say
+    how to resume.
     """
     base, progress, folder, summary = inputs.base, state.progress, checkpoints.folder, None
     try:
         with signals.listening("the run stops once it is saved"):
             if evaluator.pending(state) and progress.step == 0:
                 metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
+            if metrics.due(state):  # the run that is resumed could not write this line
+                metrics.write_interval(state)
             if evaluator.due(state):  # the run that is resumed was stopped during this evaluation
                 evaluate(state, evaluator, metrics, checkpoints)
             with TrainingBar(steps, state.clock) as metrics.bar:
@@ -160,6 +170,8 @@ def _run(
             signals.stop_if_heard()
     except NotFinite as error:
         raise UserError(save_good_prefix(folder, error, state.encoder.config, inputs.fingerprint)) from None
+    except UserError as error:
+        raise UserError(f"{error}{checkpoints.how_to_resume()}") from error
     except Interrupted as stop:
         what_now = checkpoints.how_to_resume() or "; there was nothing to save"
         if summary:
@@ -174,9 +186,9 @@ def finish(
     """What follows the last step: saves the prefix, evaluates it, saves the best one instead if that is wanted, and writes
     the summary, which is returned, the curves and the model card. fingerprint: that of the base."""
     progress, folder = state.progress, checkpoints.folder
+    save_output(folder, state.encoder, fingerprint)  # first, so that nothing that happens after it can lose it
     if progress.logged_step < progress.step:
         metrics.write_interval(state, ended=True)
-    save_output(folder, state.encoder, fingerprint)  # before the evaluation, so that nothing that happens there can lose it
     if evaluator.pending(state):
         evaluate(state, evaluator, metrics, checkpoints)
     if state.best_weights and progress.best_step != progress.step:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import get_scheduler
 
+from prefix_tuning import signals
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training.steps import Step
 
@@ -93,6 +94,7 @@ class TrainingState:
 
     def advance(self, step: Step, prefix: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Records a step that is done, and what `optimizer_step` returned of it."""
+        self.clock.lap()
         progress = self.progress
         progress.step, progress.epoch, progress.row = step.number, step.next_epoch, step.next_row
         progress.tokens += step.tokens
@@ -182,30 +184,53 @@ def _shapes_and_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 
 
 class Clock:
-    """Counts seconds while it is `running` and not `stopped`, from those of an earlier part of the run on."""
+    """Counts seconds while it is `running` and not `stopped`, from those of an earlier part of the run on.
+
+    A lap is the time of a step. If the process was stopped during one, by Ctrl-Z or SIGSTOP, nobody knows for how long. Such
+    a lap counts at most as much as the longest one before it.
+    """
 
     def __init__(self, seconds: float = 0.0):
         self._seconds = seconds
-        self._since: float | None = None  # when it began to run
+        self._since: float | None = None  # when the lap began; None: it does not run
+        self._longest = 0.0
+        self._stood_still = False
 
     def seconds(self) -> float:
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def lap(self) -> None:
+        """Ends a lap, if the clock runs, and begins the next one."""
+        if self._since is None:
+            return
+        now = time.perf_counter()
+        taken = now - self._since
+        if self._stood_still and self._longest:
+            taken = min(taken, self._longest)
+        self._seconds, self._since = self._seconds + taken, now
+        self._longest, self._stood_still = max(self._longest, taken), False
+
+    def _note_stop(self) -> None:
+        self._stood_still = True
 
     @contextmanager
     def running(self) -> Iterator[None]:
         self._since = time.perf_counter()
         try:
-            yield
+            with signals.when_continued(self._note_stop):
+                yield
         finally:
-            self._seconds, self._since = self.seconds(), None
+            self.lap()
+            self._since = None
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        self._seconds, self._since = self.seconds(), None
+        self.lap()
+        self._since = None
         try:
             yield
         finally:
-            self._since = time.perf_counter()
+            self._since, self._stood_still = time.perf_counter(), False
 
 
 def make_optimizer(encoder: PrefixEncoder, weight_decay: float) -> torch.optim.AdamW:

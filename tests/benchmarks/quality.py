@@ -81,8 +81,8 @@ def worker(name: str) -> None:
     )
     with contextlib.suppress(Reached), tempfile.TemporaryDirectory() as folder:
         if name != "peft":
-            with Metrics(Path(folder), config.logging_steps, steps) as metrics:
-                fit(base, state, steps, metrics, clock, Checkpoints(Path(folder), {}, None))
+            metrics = Metrics(Path(folder), config.logging_steps, steps)
+            fit(base, state, steps, metrics, clock, Checkpoints(Path(folder), {}, None))
         else:
             run_peft(config, base, tokenizer, state.encoder, rows, clock)
     print(json.dumps(clock.curve))

@@ -88,8 +88,8 @@ def train_ours(model, encoder, data, rows_per_step: int, total: int) -> list[flo
     state.progress.peak_learning_rate = 5e-5
     state.progress.rows_per_step = rows_per_step
     evaluator = Evaluator(model, None, None, max_tokens, total)
-    with tempfile.TemporaryDirectory() as folder, Metrics(Path(folder), 10, steps) as metrics:
-        fit(model, state, steps, metrics, evaluator, Checkpoints(Path(folder), {}, None))
+    with tempfile.TemporaryDirectory() as folder:
+        fit(model, state, steps, Metrics(Path(folder), 10, steps), evaluator, Checkpoints(Path(folder), {}, None))
         lines = (
             (Path(folder) / "metrics.jsonl").read_text().splitlines() if (Path(folder) / "metrics.jsonl").exists() else []
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -104,6 +105,23 @@ def test_the_clock_counts_while_it_runs_and_is_not_stopped(monkeypatch):
         assert clock.seconds() == 15
     wait(16)
     assert clock.seconds() == 15
+
+
+def test_a_step_in_which_the_process_was_stopped_counts_at_most_as_the_longest_before(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    state = new_state()
+    prefix, one, taken = state.encoder.bake(), torch.tensor(1.0), []
+    before = signal.getsignal(signal.SIGCONT)
+    with state.clock.running():
+        for number, (seconds, was_stopped) in enumerate([(9, True), (3, False), (3600, True), (2, True), (20, False)]):
+            now += seconds
+            if was_stopped:
+                signal.raise_signal(signal.SIGCONT)
+            state.advance(Step(number, [], 6, 100, 0, 8), prefix, one, one)
+            taken.append(state.clock.seconds())
+    # The first one counts as it is: there is none before it.
+    assert taken == [9, 12, 21, 23, 43] and signal.getsignal(signal.SIGCONT) is before
 
 
 def test_the_lowest_loss_is_the_best_and_only_then_weights_are_kept():

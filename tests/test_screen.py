@@ -1,0 +1,56 @@
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout, suppress
+
+import pytest
+from forks import torchrun_forks
+from helpers import ROOT, metrics_of
+
+from prefix_tuning.screen import Screen
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
+
+
+@pytest.fixture
+def broken():
+    """A text stream whose reader is gone, so that each line raises BrokenPipeError."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = open(writer, "w", buffering=1)  # noqa: SIM115 (closed below)
+    yield stream
+    with suppress(BrokenPipeError):
+        stream.close()
+
+
+def test_a_screen_is_its_stream_until_that_cannot_be_written(tmp_path, broken):
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        print("法国", file=Screen(log))
+        assert Screen(log).name == log.name and not Screen(log).isatty()
+    assert (tmp_path / "log").read_text("utf-8") == "法国\n"
+    print("dropped", file=Screen(log), flush=True)  # it is closed
+    print("dropped", file=Screen(broken), flush=True)
+    with pytest.raises(BrokenPipeError):
+        print("not dropped", file=broken)
+
+
+def test_a_run_that_a_program_calls_goes_on_too_and_leaves_the_programs_streams(quick_settings, broken):
+    with redirect_stdout(broken), redirect_stderr(broken):
+        train(TrainConfig(**quick_settings))
+        assert sys.stdout is sys.stderr is broken
+    assert metrics_of(quick_settings["output_dir"])[-1]["steps"] == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_processes_of_one_run_go_on_too(quick_settings):
+    flags = [f"--{name}={value}" for name, value in quick_settings.items()]
+    code, _, err = torchrun_forks(2, "train.py", *flags, screen="/dev/full")
+    assert code == 0, err
+    assert metrics_of(quick_settings["output_dir"])[-1]["steps"] == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_what_is_left_at_the_end_of_a_command_is_dropped_too():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "train.py", "--max_steps=x"]
+        assert subprocess.run(command, stdout=full, stderr=full, cwd=ROOT).returncode == 2
