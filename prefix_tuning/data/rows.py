@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.compute
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
@@ -111,6 +112,12 @@ def take(tokenized: Dataset, indices: Sequence[int]) -> list[Example]:
     """The examples at these places of a tokenised dataset."""
     columns = tokenized[indices]
     return [Example(*row) for row in zip(columns["input_ids"], columns["labels"], strict=True)]
+
+
+def has_history(rows: Dataset) -> bool:
+    """Whether any of the rows of `load_rows` has history."""
+    batches = rows.select_columns("history").with_format("arrow").iter(1000)
+    return any(len(pyarrow.compute.list_flatten(batch["history"])) for batch in batches)
 
 
 def digest(dataset: Dataset) -> str:

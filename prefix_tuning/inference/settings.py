@@ -48,6 +48,12 @@ class AskArguments:
     )
     batch_size: int = flag(64, "Rows that each process answers at once, with --input.", at_least=1, needs=_tasks("input"))
     compare: bool = flag(False, "Answer by the frozen base alone, and by every prefix.", needs=_tasks("question", "chat"))
+    history: bool = flag(
+        False,
+        "With --chat: keep the conversation for every prefix. Without this flag, only those whose training rows had history "
+        "see it; the others are asked each question by itself.",
+        needs=_tasks("chat"),
+    )
 
 
 @dataclass

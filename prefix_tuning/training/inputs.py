@@ -12,7 +12,7 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import digest, tokenize
+from prefix_tuning.data.rows import digest, has_history, tokenize
 from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.bloom import Bloom
@@ -23,8 +23,8 @@ class Inputs(NamedTuple):
     """The frozen base, its tokenizer and its `fingerprint`, and the rows.
 
     train_set: the tokenised training rows. eval_rows, eval_set: the held-out rows as texts and tokenised, if there are
-    any. max_tokens: of one forward pass. contents: for each setting whose name may change in a resume but not its data, a
-    hash of that data.
+    any. has_history: whether a training row has. max_tokens: of one forward pass. contents: for each setting whose name may
+    change in a resume but not its data, a hash of that data.
     """
 
     base: Bloom
@@ -33,6 +33,7 @@ class Inputs(NamedTuple):
     train_set: Dataset
     eval_rows: Dataset | None
     eval_set: Dataset | None
+    has_history: bool
     max_tokens: int
     contents: dict[str, object]
 
@@ -56,7 +57,9 @@ def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
         "dataset": digest(train_set),
         "eval_dataset": eval_set and [digest(eval_rows), digest(eval_set)],  # the texts too: answers are compared with them
     }
-    return Inputs(base, tokenizer, base_fingerprint, train_set, eval_rows, eval_set, max_tokens, contents)
+    return Inputs(
+        base, tokenizer, base_fingerprint, train_set, eval_rows, eval_set, has_history(train_rows), max_tokens, contents
+    )
 
 
 def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:

@@ -143,7 +143,7 @@ def _run(
             summary = finish(inputs.fingerprint, state, metrics, evaluator, checkpoints)
             signals.stop_if_heard()
     except NotFinite as error:
-        raise UserError(save_good_prefix(folder, error, state.encoder.config, inputs.fingerprint)) from None
+        raise UserError(save_good_prefix(folder, error, state, inputs.fingerprint)) from None
     except Interrupted as stop:
         what_now = checkpoints.how_to_resume() or "; there was nothing to save"
         if summary:
@@ -160,12 +160,12 @@ def finish(
     progress, folder = state.progress, checkpoints.folder
     if progress.logged_step < progress.step:
         metrics.write_interval(state)
-    save_output(folder, state.encoder, fingerprint)  # before the evaluation, so that nothing that happens there can lose it
+    save_output(folder, state, fingerprint)  # before the evaluation, so that nothing that happens there can lose it
     if evaluator.pending(state):
         evaluate(state, evaluator, metrics, checkpoints)
     if state.best_weights and progress.best_step != progress.step:
         state.encoder.load_state_dict(state.best_weights)
-        save_output(folder, state.encoder, fingerprint)
+        save_output(folder, state, fingerprint)
         print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
     summary = summarise(state)
     metrics.write(summary)

@@ -37,7 +37,7 @@ def test_a_base_that_returns_dicts_and_ends_at_strings_answers(base, tuned, toke
     for sequences in (1, 2):
         capsys.readouterr()
         options = {"num_beams": 1, "num_return_sequences": sequences, "max_new_tokens": 12, "do_sample": True, "top_k": 1}
-        Answerer(model, tokenizer, options, seed=0).print_answers(tokenizer(prompts[0]).input_ids, compare=False)
+        Answerer(model, tokenizer, options, seed=0).print_answers({"sentence": tokenizer(prompts[0]).input_ids})
         assert capsys.readouterr().out.splitlines() == answers[:1] * sequences
 
 
