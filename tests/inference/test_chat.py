@@ -240,22 +240,23 @@ def test_whether_the_conversation_is_read_depends_on_each_prefix(tuned, talker, 
     assert [prompt for (prompt,) in read if len(prompt) > 1] == [talk, alone, talk]  # base, short, talker
 
 
-def test_an_empty_answer_does_not_enter_the_history(tuned, tokenizer, capsys):
+def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, capsys):
     chat = open_chat("--history", "--prefix", tuned["short"])
     chat.answer(FRANCE)
     kept = dict(chat.answerer.options)
-    chat.answerer.options |= {"max_new_tokens": 1, "forced_eos_token_id": tokenizer.eos_token_id}
-    chat.answer("3加5等于多少？")
-    assert capsys.readouterr().out == "巴黎\n\n" and chat.history == [FRANCE, "巴黎"]
-    chat.answerer.options = kept
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    chat.command("/compare")  # the base answers first
-    chat.answerer.options |= {"stopping_criteria": [interrupt]}
+    chat.answerer.options = kept | {"stopping_criteria": [interrupt]}
+    chat.command("/compare")  # the base answers first, so Ctrl-C comes before the answer of the prefix in use
     chat.answer("3加5等于多少？")
-    assert chat.history == [FRANCE, "巴黎"]  # not the answer to the question before
+    assert chat.history == [FRANCE, "巴黎"]  # not once more the answer to the question before
+    chat.command("/compare")
+    chat.answerer.options = kept | {"max_new_tokens": 1, "forced_eos_token_id": tokenizer.eos_token_id}
+    capsys.readouterr()
+    chat.answer("3加5等于多少？")
+    assert capsys.readouterr().out == "\n" and chat.history == [FRANCE, "巴黎"]
 
 
 def test_a_question_that_begins_with_a_slash_can_be_asked(monkeypatch, capsys, tuned):
