@@ -1,20 +1,23 @@
 """What each of four processes checks; test_distributed.py starts them, with the folder of a saved Bloom.
 
 Their gradients and losses, summed, are those of one process with all rows: with a base that each has whole to 1e-6, with one
-that they share to 1e-5.
+that they share to 1e-5. And all of them get all answers, each at its row.
 """
 
 import sys
 
 import torch
 from datasets import Dataset
-from helpers import examples_of, loss_and_gradient
-from transformers import AutoConfig
+from helpers import examples_of, loss_and_gradient, random_bloom
+from transformers import AutoConfig, AutoTokenizer
 
-from prefix_tuning import distributed
+from prefix_tuning import PrefixBloom, bundled, distributed
 from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.layers import wrap_layers
 from prefix_tuning.base_model.sharding import load_sharded
+from prefix_tuning.data.rows import parts_of, prompt_ids
+from prefix_tuning.evaluation import answer_rows
+from prefix_tuning.generation.batches import complete
 from prefix_tuning.model.batch import count_labels, pack
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.training.steps import Steps
@@ -38,6 +41,15 @@ with distributed.processes(CPU):
         held = sum(parameter.to_local().numel() for parameter in sharded.parameters())
         assert held < 1.05 * plain.num_parameters() / parts
         models.append((sharded, 1e-5))
+
+    # Six rows for four processes: their answers must come back in turn.
+    tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
+    asked = [f"{number}加{number}等于多少？" for number in range(6)]
+    rows = Dataset.from_list([{"instruction": text, "input": "", "output": "一二三", "history": []} for text in asked])
+    model, longest = PrefixBloom(random_bloom(initializer_range=0.3)), len(tokenizer("一二三").input_ids) + 1
+    ids = prompt_ids(tokenizer, [parts_of(text) for text in asked])
+    answers = complete(model, tokenizer, ids, max_new_tokens=longest, do_sample=False)
+    assert len(set(answers)) > 3 and answer_rows(model, tokenizer, rows, None) == answers
 
     examples = examples_of([5, 60, 3, 21, 8, 33, 70, 2])
     shape = plain.config

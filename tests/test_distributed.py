@@ -25,7 +25,7 @@ from helpers import (
 )
 from transformers import BloomForCausalLM
 
-from prefix_tuning import bundled
+from prefix_tuning import bundled, distributed
 from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.inference.run import infer
@@ -99,6 +99,10 @@ def test_gradients_are_those_of_one_process(tmp_path):
     random_bloom(vocab_size=4099).save_pretrained(tmp_path)  # no number of processes divides a prime
     code, _, err = torchrun_forks(4, "tests/processes.py", tmp_path)
     assert code == 0, err
+
+
+def test_sums_are_exact_where_float32_is_not():
+    assert distributed.sum_over_ranks([2.0**24 + 1, 0.1]) == [2.0**24 + 1, 0.1]
 
 
 def test_steps_with_fewer_rows_than_processes_and_rows_without_labels(tmp_path, tokenizer):

@@ -149,6 +149,12 @@ def take(tokenized: Dataset, indices: Sequence[int]) -> list[Example]:
     return [Example(*row) for row in zip(columns["input_ids"], columns["labels"], strict=True)]
 
 
+def has_history(rows: Dataset) -> bool:
+    """Whether any of the rows of `load_rows` has history."""
+    batches = rows.select_columns("history").with_format("arrow").iter(1000)
+    return any(len(pyarrow.compute.list_flatten(batch["history"])) for batch in batches)
+
+
 def digest(dataset: Dataset) -> str:
     """A hash of a dataset of texts, or of token ids and labels: over all rows, in their order."""
     found = hashlib.sha256()

@@ -9,8 +9,8 @@ A safetensors file (writing.py: `write_tensors`) with the tensors of `TrainingSt
 and in its metadata
 
     format   "pt"
-    state    JSON: TrainingState.numbers (progress, loss scale, the encoder's shape); `run`, by which a resume knows
-             that it is the same run; metrics_bytes, the length of metrics.jsonl
+    state    JSON: TrainingState.numbers (progress, loss scale, the encoder's shape, history); `run`, by which a resume
+             knows that it is the same run; metrics_bytes, the length of metrics.jsonl
     sha256   of `state` and all tensors: safetensors itself does not notice a flipped bit
 """
 

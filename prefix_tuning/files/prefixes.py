@@ -14,7 +14,9 @@ prefix_encoder.safetensors     the state_dict of PrefixEncoder
 adapter_model.safetensors      what `PeftModel.from_pretrained` reads
     prompt_embeddings          (P, L * 2 * H * D); the last axis is layer 0 key, layer 0 value, layer 1 key, ..., each of
                                H heads of D numbers: [p, ((2 * l + kv) * H + h) * D + d] is prefix[l, kv, h, p, d]
-    metadata                   format: "pt"; base_model as above, which PEFT neither writes nor reads
+    metadata                   format: "pt"; base_model as above; history: JSON, whether rows of the training had history,
+                               so whether the prefix has seen more than single turns (null: not known). PEFT neither
+                               writes nor reads these two
 
 adapter_config.json            PEFT's description: peft_type PREFIX_TUNING, the shape, the name of the base
 
@@ -30,7 +32,7 @@ import torch
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
-from prefix_tuning.files.reading import locate, opened, read_tensors, recorded_base
+from prefix_tuning.files.reading import locate, opened, read_tensors, recorded
 from prefix_tuning.files.writing import write_json, write_tensors
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, flatten, unflatten
 
@@ -57,9 +59,15 @@ def save_encoder(folder: Path, encoder: PrefixEncoder, base: dict[str, Any]) -> 
     write_tensors(folder / ENCODER_FILE, encoder.state_dict(), metadata)
 
 
-def save_adapter(folder: Path, prefix: torch.Tensor, config: PrefixConfig, base: dict[str, Any]) -> None:
-    """Writes a baked prefix (L, 2, H, P, D) as PEFT stores it. base: the `fingerprint` of the base."""
-    write_tensors(folder / ADAPTER_FILE, {"prompt_embeddings": flatten(prefix)}, {"base_model": json.dumps(base)})
+def save_adapter(
+    folder: Path, prefix: torch.Tensor, config: PrefixConfig, base: dict[str, Any], history: bool | None = None
+) -> None:
+    """Writes a baked prefix (L, 2, H, P, D) as PEFT stores it.
+
+    base: the `fingerprint` of the base. history: whether rows that it was trained on had history; None: not known.
+    """
+    metadata = {"base_model": json.dumps(base), "history": json.dumps(history)}
+    write_tensors(folder / ADAPTER_FILE, {"prompt_embeddings": flatten(prefix)}, metadata)
     description = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
@@ -106,7 +114,7 @@ def load_encoder(name: str | Path) -> tuple[PrefixEncoder, dict[str, Any]]:
         expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
         if "text_prefix" in file.keys():  # noqa: SIM118 (safe_open has no __contains__)
             expected["text_prefix"] = (config.num_virtual_tokens, config.num_layers * 2 * config.token_dim)
-        weights, base = read_tensors(path, file, expected), recorded_base(path, file)
+        weights, base = read_tensors(path, file, expected), recorded(path, file, "base_model", dict) or {}
     return PrefixEncoder.from_weights(config, weights), base
 
 
@@ -146,8 +154,20 @@ def load_prefix(name: str | Path) -> SavedPrefix:
     flat_shape = (shape.num_virtual_tokens, shape.num_layers * 2 * shape.token_dim)
     with opened(path) as file:
         flat = read_tensors(path, file, {"prompt_embeddings": flat_shape})["prompt_embeddings"].float()
-        base = recorded_base(path, file)
+        base = recorded(path, file, "base_model", dict) or {}
     base["name_or_path"] = config.get("base_model_name_or_path")
     if config.get("revision"):  # of the base: PEFT alone writes one
         base["revision"] = config["revision"]
     return SavedPrefix(unflatten(flat, shape.num_layers, shape.num_attention_heads), base)
+
+
+def recorded_history(name: str | Path) -> bool | None:
+    """Whether rows that a prefix was trained on had history, as its files record it; None if they do not, as PEFT's.
+
+    name: as for `load_prefix`. Raises UserError if there is no such folder, or if what it holds is broken.
+    """
+    path = locate(name, ADAPTER_FILE)
+    if path is None:
+        return None
+    with opened(path) as file:
+        return recorded(path, file, "history", bool)

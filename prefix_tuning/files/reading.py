@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -13,6 +13,8 @@ from transformers.utils import cached_file
 
 from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE
+
+Kind = TypeVar("Kind")
 
 
 def locate(name: str | Path, file: str) -> Path | None:
@@ -71,13 +73,15 @@ def read_tensors(path: Path, file: safe_open, expected: dict[str, tuple[int, ...
     return tensors
 
 
-def recorded_base(path: Path, file: safe_open) -> dict[str, Any]:
-    """The `fingerprint` of the base that a prefix was trained on, from the metadata of its file; {} if that has none, as
-    PEFT's. Raises UserError if it is no JSON object. path: for the message."""
+def recorded(path: Path, file: safe_open, key: str, kind: type[Kind]) -> Kind | None:
+    """What the metadata of a file record under this key, as JSON of this kind; None if they do not, as PEFT's.
+
+    Raises UserError if it is something else. path: for the message.
+    """
     try:
-        base = json.loads((file.metadata() or {}).get("base_model", "{}"))
+        value = json.loads((file.metadata() or {}).get(key, "null"))
     except ValueError as error:
-        raise UserError(f"{path}: holds no valid base_model: {error}") from error
-    if not isinstance(base, dict):
-        raise UserError(f"{path}: holds no valid base_model: {base!r}")
-    return base
+        raise UserError(f"{path}: holds no valid {key}: {error}") from error
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{path}: holds no valid {key}: {value!r}")
+    return value

@@ -1,11 +1,14 @@
 """A file of questions: each row is written with its response, in the order of the rows, while others are being answered."""
 
+import codecs
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,6 +20,10 @@ from prefix_tuning.inference.ask import Answerer
 
 Questions = Callable[[], Iterator[Question]]  # reads the --input once more
 WINDOW = 8  # batches per process whose rows are sorted by length together
+
+# A response, which is a string or a list of strings, up to some byte before the end of its line.
+_STRING = rb'"(?:[^"\\]|\\.)*"'
+_CUT = re.compile(rb'(?:\[(?:%s, ?)*)?(?:"(?:[^"\\]|\\.)*\\?|%s\]?)?' % (_STRING, _STRING))
 
 
 def check_output(output: str, source: str | None, resume: bool) -> None:
@@ -97,29 +104,52 @@ def _answered_rows(
 
 
 def rows_done(output: Path, questions: Iterator[Question]) -> int:
-    """How many rows have their line in `output`. An incomplete last line is cut off.
+    """How many rows have their line in `output`, after which a new line can be appended.
 
-    Raises UserError if a line does not belong to its row.
+    A line answers its row if it is the row and a response as JSON, however it is written: a person may have edited it. An
+    incomplete last line, which a run that was killed has left, is cut off. Raises UserError for any other line.
     """
     if not output.exists():
         return 0
+    done = end = 0  # the lines that answer their rows, and the end of the last of them in bytes
+    line = b"\n"
     with open(output, "rb+") as file:
-        kept = 0
-        for number, (line, question) in enumerate(itertools.zip_longest(file, questions)):
-            if line is None:
-                return number
-            # The line up to the response, which only the model can tell.
-            start = _line(question[0] | {"response": ""})[:-3].encode(errors="backslashreplace") if question else b"?"
-            if not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line)):
-                file.truncate(kept)
-                return number
-            if not line.startswith(start) or not line.endswith(b"}\n"):
-                raise UserError(f"{output}, line {number + 1}: does not answer row {number + 1} of --input")
-            kept += len(line)
-    return number + 1
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(codecs.BOM_UTF8).strip()
+            if not text:
+                continue
+            row = next((_as_json(row) for row, *_ in questions), None)
+            try:
+                found = json.loads(text)
+            except (ValueError, RecursionError):
+                if row is not None and _is_cut(text, row) and not file.read().strip():
+                    file.truncate(end)
+                    return done
+                hint = "mend it, or remove it and all lines below"
+                raise UserError(f"{output}, line {number}: is not JSON; {hint}") from None
+            if row is None or not _answers(found, row):
+                hint = "give the --input that it was made from, or name another --output"
+                raise UserError(f"{output}, line {number}: does not answer row {done + 1} of --input; {hint}")
+            done, end = done + 1, file.tell()
+        if not line.endswith(b"\n"):
+            file.write(b"\n")
+    return done
+
+
+def _answers(found: Any, row: dict) -> bool:
+    return isinstance(found, dict) and "response" in found and found == row | {"response": found["response"]}
+
+
+def _is_cut(line: bytes, row: dict) -> bool:
+    """Whether this is the line of `row` up to some byte before its end. How its response begins only the model can tell."""
+    before = _line(row | {"response": ""})[:-3].encode(errors="backslashreplace")
+    return before.startswith(line) or (line.startswith(before) and _CUT.fullmatch(line, len(before)) is not None)
+
+
+def _as_json(row: dict) -> dict:
+    """A row as JSON knows it. What has no form there becomes text (dates) or null (NaN, infinity)."""
+    return json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
 
 
 def _line(row: dict) -> str:
-    """A row as JSON. What JSON has no form for becomes text (dates) or null (NaN, infinity)."""
-    row = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
-    return json.dumps(row, ensure_ascii=False)
+    return json.dumps(_as_json(row), ensure_ascii=False)

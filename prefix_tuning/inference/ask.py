@@ -28,15 +28,19 @@ class Answerer:
     seed: int
     printed: dict[str, list[str]] = field(default_factory=dict, init=False)
 
-    def print_answers(self, prompt: list[int], compare: bool) -> None:
-        """Prints the answer of the prefix in use; to compare, those of the base and of every prefix, each after its name.
+    def names(self, compare: bool) -> list[str]:
+        """Those who answer: the prefix in use; to compare, the base and every prefix."""
+        return self.model.names if compare else [self.model.active]
 
-        prompt: its token ids.
+    def print_answers(self, prompts: dict[str, list[int]]) -> None:
+        """Prints the answer of each of these prefixes to its prompt, after its name if there are several.
+
+        prompts: token ids, by name of the prefix.
         """
         self.printed = {}
-        for name in self.model.names if compare else [self.model.active]:
+        for name, prompt in prompts.items():
             with self.model.equal_passes():  # processes that share the base all generate the same; only main's is printed
-                self._print_answer(prompt, name, self._label(name) if compare else "")
+                self._print_answer(prompt, name, self._label(name) if len(prompts) > 1 else "")
 
     def _print_answer(self, prompt: list[int], name: str, label: str) -> None:
         """A line for each sequence. Without beams and with one sequence, it is printed piece by piece."""
@@ -89,4 +93,4 @@ def ask(answerer: Answerer, question: str, max_length: int | None, compare: bool
         if max_length <= taken:
             raise UserError(f"--max_length {max_length} leaves no room for an answer; the question takes {taken}")
         answerer = replace(answerer, options=answerer.options | {"max_new_tokens": max_length - taken})
-    answerer.print_answers(prompt, compare)
+    answerer.print_answers(dict.fromkeys(answerer.names(compare), prompt))

@@ -4,6 +4,7 @@ import contextlib
 import locale
 import os
 import sys
+from collections.abc import Collection
 from itertools import chain
 
 from prefix_tuning.data.rows import part_ids, parts_of
@@ -23,6 +24,7 @@ HELP = """\
 /reset        forget the conversation
 /prefix NAME  answer with another prefix, or with the base alone: base
 /compare      answer by the base and every prefix, or stop doing so
+//QUESTION    ask a question that begins with /
 /quit         end (so does Ctrl-D); Ctrl-C stops an answer"""
 
 
@@ -30,16 +32,22 @@ class Chat:
     """A conversation: its history, texts of the user and of the assistant in turn, and the prompt that continues it.
 
     The model reads as many of the last turns as fit into max_length tokens, answer included, as the same tokens as a talk
-    in training (data/rows.py).
+    in training (data/rows.py). A prefix that has seen single turns only would go wrong after the first of them.
+
+    with_history: the names of the prefixes, and of the base, that read the turns before; the others read the question alone.
     """
 
-    def __init__(self, answerer: Answerer, max_length: int, compare: bool):
+    def __init__(self, answerer: Answerer, max_length: int, compare: bool, with_history: Collection[str]):
         self.answerer, self.model, self.max_length, self.compare = answerer, answerer.model, max_length, compare
+        self.with_history = with_history
         self.history: list[str] = []
 
     def run(self) -> None:
         """Reads questions and commands until /quit or the end of the input."""
         note(f"{', '.join(self.model.names)}: answering with {self.model.active}; /help lists the commands")
+        if alone := ", ".join(name for name in self.model.prefixes if name not in self.with_history):
+            reason = f"each question is asked by itself: no conversation is on record among the training rows of {alone}"
+            note(f"{reason}; --history keeps the conversation")
         while True:
             try:
                 line = ask_user("> ").strip()
@@ -51,43 +59,52 @@ class Chat:
                 continue
             if line == "/quit":
                 return
-            if line.startswith("/"):
-                self.command(*line.split(maxsplit=1))
+            if line.startswith("/") and not line.startswith("//"):
+                self.command(line)
             elif line:
-                self.answer(line)
+                self.answer(line.removeprefix("/"))
 
-    def command(self, name: str, argument: str = "") -> None:
-        if name == "/reset":
+    def command(self, line: str) -> None:
+        name, *argument = line.split(maxsplit=1)
+        if line == "/reset":
             self.history.clear()
             note("the conversation is forgotten")
-        elif name == "/prefix" and argument in self.model.names:
-            self.model.use(argument)
-            note(f"answering with {argument}")
+        elif name == "/prefix" and argument and argument[0] in self.model.names:
+            self.model.use(argument[0])
+            note(f"answering with {self.model.active}")
         elif name == "/prefix":
             note(f"there are {', '.join(self.model.names)}; now {self.model.active}: /prefix NAME")
-        elif name == "/compare":
+        elif line == "/compare":
             self.compare = not self.compare
             note(f"comparing: {'on' if self.compare else 'off'}")
         else:
+            if line != "/help":
+                note(f"{line} is no command; if it is a question, ask it with one more slash: /{line}")
             note(HELP)
 
     def answer(self, question: str) -> None:
-        """Prints the answer of the prefix in use, which becomes part of the conversation; to compare, those of all."""
-        prompt = self.prompt(question)
-        if prompt is None:
-            return
+        """Prints the answer of the prefix in use, which becomes part of the conversation unless it is empty; to compare,
+        those of all.
+        """
+        prompts = {}
+        for name in self.answerer.names(self.compare):
+            prompt = self.prompt(question, self.history if name in self.with_history else [])
+            if prompt is None:
+                return
+            prompts[name] = prompt
         try:
-            self.answerer.print_answers(prompt, self.compare)
+            self.answerer.print_answers(prompts)
         except KeyboardInterrupt:
             print(flush=True)
             note("stopped")
-        if self.model.active in self.answerer.printed:
-            self.history += [question, "".join(self.answerer.printed[self.model.active])]
+        answer = "".join(self.answerer.printed.get(self.model.active, []))
+        if answer.strip():
+            self.history += [question, answer]
 
-    def prompt(self, question: str) -> list[int] | None:
+    def prompt(self, question: str, history: list[str]) -> list[int] | None:
         """The token ids of the last turns that fit, and of the question. None, and a note, if it alone is too long."""
         longest_answer = self.answerer.options["max_new_tokens"]
-        (parts,) = part_ids(self.answerer.tokenizer, [parts_of(question, history=self.history)])
+        (parts,) = part_ids(self.answerer.tokenizer, [parts_of(question, history=history)])
         for first in range(0, len(parts), 2):
             prompt = list(chain.from_iterable(parts[first:]))
             wanted = len(prompt) + longest_answer

@@ -14,7 +14,7 @@ from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.rows import read_questions
 from prefix_tuning.devices import described, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.files.prefixes import load_prefix, recorded_history
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.inference.answer_file import answer_file, check_output
 from prefix_tuning.inference.ask import Answerer, ask
@@ -47,7 +47,7 @@ def infer(config: InferConfig) -> None:
             if config.chat:
                 from prefix_tuning.inference.chat import Chat  # its import of readline is for terminals only
 
-                Chat(answerer, config.max_length or MAX_LENGTH, config.compare).run()
+                Chat(answerer, config.max_length or MAX_LENGTH, config.compare, names_with_history(config)).run()
             elif config.input and config.output:
                 answer_file(answerer, questions, Path(config.output), config.batch_size, rows)
             elif config.score:
@@ -74,6 +74,14 @@ def open_model(
     for name, prefix in prefixes.items():
         model.attach(name, prefix, config.force)
     return model, tokenizer
+
+
+def names_with_history(config: InferConfig) -> set[str]:
+    """Whom --chat asks with the conversation so far: the prefixes whose files record history in their training rows, or all
+    with --history. The base, which reads any text, is asked as they are: with history if any of them is.
+    """
+    names = {name for name, folder in config.named_prefixes().items() if config.history or recorded_history(folder)}
+    return names | {BASE} if names else names
 
 
 def decoding_options(config: InferConfig) -> dict:

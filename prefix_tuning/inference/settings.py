@@ -66,6 +66,12 @@ class AskArguments:
         needs=_tasks("input"),
     )
     compare: bool = flag(False, "Answer by the frozen base alone, and by every prefix.", needs=_tasks("question", "chat"))
+    history: bool = flag(
+        False,
+        "With --chat: keep the conversation for every prefix. Without this flag, only those whose training rows had history "
+        "see it; the others are asked each question by itself.",
+        needs=_tasks("chat"),
+    )
 
 
 @dataclass

@@ -12,7 +12,7 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import cut_answers, digest, encode, with_labels
+from prefix_tuning.data.rows import cut_answers, digest, encode, has_history, with_labels
 from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.bloom import Bloom
@@ -22,8 +22,9 @@ from prefix_tuning.training.settings import DEFAULT_HELD_OUT, FEWEST_TO_SPLIT, M
 class Inputs(NamedTuple):
     """The frozen base, its tokenizer and its `fingerprint`, and the rows.
 
-    train_set, eval_set: the tokenised training rows and, if there are any, held-out rows. max_tokens: of one forward pass.
-    contents: for each setting whose name may change in a resume but not its data, a hash of that data.
+    train_set, eval_set: the tokenised training rows and, if there are any, held-out rows. has_history: whether a training row
+    has. max_tokens: of one forward pass. contents: for each setting whose name may change in a resume but not its data, a
+    hash of that data.
     """
 
     base: Bloom
@@ -31,6 +32,7 @@ class Inputs(NamedTuple):
     fingerprint: dict
     train_set: Dataset
     eval_set: Dataset | None
+    has_history: bool
     max_tokens: int
     contents: dict[str, object]
 
@@ -54,7 +56,8 @@ def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
         "dataset": digest(train_set),
         "eval_dataset": eval_set and digest(eval_set),
     }
-    return Inputs(base, tokenizer, base_fingerprint, train_set, eval_set, max_tokens, contents)
+    history = has_history(train_rows)
+    return Inputs(base, tokenizer, base_fingerprint, train_set, eval_set, history, max_tokens, contents)
 
 
 def load_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:

@@ -13,7 +13,7 @@ from prefix_tuning.devices import peak_memory_mb
 from prefix_tuning.files.names import CONFIG_FILE, ENCODER_FILE, METRICS_FILE
 from prefix_tuning.files.prefixes import save_adapter, save_encoder
 from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json
-from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.training.resume import Resumed, clear_checkpoints, metrics_so_far
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.state import NotFinite, TrainingState
@@ -56,15 +56,16 @@ def prepare_output(output_dir: Path, description: dict, resumed: Resumed | None)
         draft.write_bytes(metrics_so_far(resumed))
 
 
-def save_output(output_dir: Path, encoder: PrefixEncoder, fingerprint: dict) -> None:
+def save_output(output_dir: Path, state: TrainingState, fingerprint: dict) -> None:
     """Writes what a run is for: the trainable weights and the baked prefix. All ranks call this together."""
+    encoder = state.encoder
     distributed.check_equal(list(encoder.parameters()), "weights")
     if distributed.is_main():
         save_encoder(output_dir, encoder, fingerprint)
-        save_adapter(output_dir, encoder.bake(), encoder.config, fingerprint)
+        save_adapter(output_dir, encoder.bake(), encoder.config, fingerprint, state.history)
 
 
-def save_good_prefix(output_dir: Path, error: NotFinite, shape: PrefixConfig, fingerprint: dict) -> str:
+def save_good_prefix(output_dir: Path, error: NotFinite, state: TrainingState, fingerprint: dict) -> str:
     """Saves the last good prefix of a run whose loss is no longer finite, if there is one.
 
     All ranks call this together. Returns what to tell the user.
@@ -72,7 +73,7 @@ def save_good_prefix(output_dir: Path, error: NotFinite, shape: PrefixConfig, fi
     kept = "there is no good prefix to keep"
     if error.good_prefix is not None:
         if distributed.is_main():
-            save_adapter(output_dir, error.good_prefix, shape, fingerprint)
+            save_adapter(output_dir, error.good_prefix, state.encoder.config, fingerprint, state.history)
             (output_dir / ENCODER_FILE).unlink(missing_ok=True)  # an earlier run's: the weights of this one are not finite
         kept = f"the last good prefix is saved in {output_dir} (for infer.py; it cannot be trained further)"
     distributed.barrier()  # until it is saved: torchrun stops all processes when the first one ends

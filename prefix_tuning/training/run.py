@@ -169,7 +169,7 @@ def _run(
             summary = finish(inputs.fingerprint, state, metrics, evaluator, checkpoints)
             signals.stop_if_heard()
     except NotFinite as error:
-        raise UserError(save_good_prefix(folder, error, state.encoder.config, inputs.fingerprint)) from None
+        raise UserError(save_good_prefix(folder, error, state, inputs.fingerprint)) from None
     except UserError as error:
         raise UserError(f"{error}{checkpoints.how_to_resume()}") from error
     except Interrupted as stop:
@@ -186,14 +186,14 @@ def finish(
     """What follows the last step: saves the prefix, evaluates it, saves the best one instead if that is wanted, and writes
     the summary, which is returned, the curves and the model card. fingerprint: that of the base."""
     progress, folder = state.progress, checkpoints.folder
-    save_output(folder, state.encoder, fingerprint)  # first, so that nothing that happens after it can lose it
+    save_output(folder, state, fingerprint)  # first, so that nothing that happens after it can lose it
     if progress.logged_step < progress.step:
         metrics.write_interval(state, ended=True)
     if evaluator.pending(state):
         evaluate(state, evaluator, metrics, checkpoints)
     if state.best_weights and progress.best_step != progress.step:
         state.encoder.load_state_dict(state.best_weights)
-        save_output(folder, state.encoder, fingerprint)
+        save_output(folder, state, fingerprint)
         print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
     summary = summarise(state)
     metrics.write(summary)

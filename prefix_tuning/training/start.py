@@ -10,7 +10,7 @@ from prefix_tuning.base_model.identity import check_base
 from prefix_tuning.base_model.sharding import is_sharded
 from prefix_tuning.devices import held_per_token
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.prefixes import load_encoder
+from prefix_tuning.files.prefixes import load_encoder, recorded_history
 from prefix_tuning.model.bloom import Bloom, cached_pairs
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training.inputs import Inputs
@@ -46,6 +46,12 @@ def begin(config: TrainConfig, inputs: Inputs, resumed: Resumed | None) -> tuple
         loss_scaling=inputs.base.dtype == torch.float16,
     )
     state.progress.peak_learning_rate = config.learning_rate
+    earlier: bool | None = False  # what the weights have seen before this run's rows
+    if resumed:
+        earlier = resumed.numbers.get("history")  # checkpoints of earlier versions do not know
+    elif config.prefix_from:
+        earlier = recorded_history(config.prefix_from)
+    state.history = inputs.has_history or earlier
     if resumed:
         restore(state, resumed)
         if progress.rows_per_step != rows_per_step:

@@ -59,7 +59,7 @@ class TrainingState:
     """The encoder, what trains it, and the figures of the run so far.
 
     schedule: the share of the peak learning rate after so many updates. loss_scaling: for fp16, whose small gradients would
-    become zero.
+    become zero. history: whether rows that the weights were trained on had history, before this run too; None: not known.
 
     Tensors on the device, so that the loop need not wait for it: `losses`, the sum of the losses since the last line of
     metrics.jsonl; `grad_norm`, of the last step before clipping; `bad_step`, the first step whose loss or gradient was not
@@ -86,6 +86,7 @@ class TrainingState:
         self.bad_step = torch.full((), math.inf, device=device)
         self.best_weights: dict[str, torch.Tensor] = {}
         self.compile_seconds = 0.0
+        self.history: bool | None = None
 
     def learning_rate(self) -> float:
         """That of the next update."""
@@ -141,10 +142,11 @@ class TrainingState:
             "progress": dataclasses.asdict(self.progress),
             "prefix_config": dataclasses.asdict(self.encoder.config),
             "scaler": self.scaler.state_dict(),
+            "history": self.history,
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict) -> None:
-        """Restores all that a checkpoint holds but the weights, which the encoder has already.
+        """Restores all that a checkpoint holds but the weights, which the encoder has already, and `history` (start.py).
 
         Raises KeyError, TypeError or ValueError if it is not of such a state, or holds a tensor that has no use here.
         """

@@ -19,6 +19,15 @@ def resave(folder, change):
     path.write_text(json.dumps(change(json.loads(path.read_text("utf-8")))), "utf-8")
 
 
+def renumber_last_token(folder, number):
+    """Gives the last token of a saved tokenizer another id."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = number
+    path.write_text(json.dumps(content), "utf-8")
+
+
 def test_the_base_is_frozen_and_in_the_compute_type(tmp_path, tokenizer):
     random_bloom().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -67,6 +76,10 @@ def test_a_tokenizer_that_does_not_serve_is_refused(tmp_path, tokenizer, parts):
         random_bloom(vocab_size=size).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     refused(tmp_path / "small", "has 4096 tokens, .* 4095")
+    random_bloom(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "gap")
+    tokenizer.save_pretrained(tmp_path / "gap")
+    renumber_last_token(tmp_path / "gap", 5000)  # as many tokens as embeddings, but one has none
+    refused(tmp_path / "gap", "has 5001 tokens, .* 4096")
     resave(tmp_path / "no_eos", lambda settings: settings | {"eos_token": None})
     refused(tmp_path / "no_eos", "has no EOS token")
     (tmp_path / "slow" / "tokenizer.json").unlink()

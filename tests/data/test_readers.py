@@ -245,6 +245,14 @@ def test_a_table_is_read_for_its_three_columns_only(tmp_path, column):
         next(questions)
 
 
+def test_rows_of_a_long_table_are_numbered_to_its_end(tmp_path):
+    rows = [GOOD] * 1500
+    rows[1299] = GOOD | {"output": " "}
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 1300: 'output' is empty"):
+        load_rows(str(tmp_path / "a.parquet"), TRAIN)
+
+
 def test_a_table_whose_own_columns_are_wrong_is_named_with_its_row(tmp_path):
     table = pa.table({"instruction": ["a", "b", "c"], "output": STRANGE["text"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")

@@ -95,6 +95,15 @@ def test_shapes_and_values_are_checked(saved):
             load_encoder(str(folder))
 
 
+def test_a_prefix_in_half_precision_is_read_as_float32(saved):
+    folder, encoder = saved
+    flat = load_file(folder / ADAPTER_FILE)["prompt_embeddings"]
+    for dtype in (torch.bfloat16, torch.float16):
+        save_file({"prompt_embeddings": flat.to(dtype)}, folder / ADAPTER_FILE)
+        prefix = load_prefix(folder).tensor
+        assert prefix.dtype == torch.float32 and torch.equal(prefix, encoder.bake().to(dtype).float())
+
+
 def test_pickled_adapters_are_not_read(tmp_path):
     theirs = get_peft_model(random_bloom(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     theirs.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from prefix_tuning import PrefixBloom
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
-from prefix_tuning.files.prefixes import load_encoder, load_prefix
+from prefix_tuning.files.prefixes import load_encoder, load_prefix, recorded_history
 
 
 def test_missing_or_broken_files_are_named(saved):
@@ -47,8 +47,12 @@ def test_what_a_file_records_of_its_base_is_checked(saved):
         save_file(flat, folder / ADAPTER_FILE, {"base_model": recorded})
         with pytest.raises(UserError, match="holds no valid base_model"):
             load_prefix(folder)
+    save_file(flat, folder / ADAPTER_FILE, {"history": '"yes"'})
+    with pytest.raises(UserError, match="holds no valid history: 'yes'"):
+        recorded_history(folder)
     save_file(flat, folder / ADAPTER_FILE)  # as PEFT writes it
     assert load_prefix(folder).recorded_base == {"name_or_path": "other"}
+    assert recorded_history(folder) is None
 
 
 def test_a_prefix_of_the_hub_is_found_in_its_cache(saved, tmp_path_factory, monkeypatch):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json, write_tensors
+from prefix_tuning.files.writing import atomic_write, locked, remove_drafts, write_json, write_tensors
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -73,6 +73,16 @@ def test_others_may_read_what_they_may_read_of_any_file(saved):
     folder, _ = saved
     (folder / "plain").write_text("as the user's umask has it")
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+def test_folders_that_were_made_for_nothing_go_and_others_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    with locked(tmp_path / "there" / "a" / "b" / "c"):
+        assert (tmp_path / "there" / "a" / "b" / "c").is_dir()
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"] and not list((tmp_path / "there").iterdir())
+    with locked(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "file").write_text("")
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "file"]
 
 
 SAVE = """

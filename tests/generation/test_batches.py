@@ -72,6 +72,13 @@ def test_long_prompts_are_answered_in_smaller_batches_with_the_same_answers(tune
     assert few == whole and max(rows) == 12 and 1 <= most <= 60 // min(len(ids) for ids in tokenizer(prompts).input_ids)
 
 
+def test_a_least_number_of_tokens_is_counted_from_the_prompt_on(tuned_model, tokenizer, mixed):
+    """Sentences: many of them go on after half of the rows have ended, and end soon."""
+    options = GREEDY | {"prefix_name": "sentence", "min_new_tokens": 3}
+    together = complete(tuned_model, tokenizer, mixed[0][:24], **options)
+    assert together == [complete(tuned_model, tokenizer, [prompt], **options)[0] for prompt in mixed[0][:24]]
+
+
 @pytest.mark.parametrize("most", [1, 3, 12])
 def test_answers_are_whole_up_to_the_last_token(tuned_model, tokenizer, mixed, most):
     prompts = mixed[0][:12]

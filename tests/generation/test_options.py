@@ -6,6 +6,7 @@ from helpers import GREEDY, PROMPTS
 from transformers import GenerationConfig
 
 from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.generation.options import guess_mask
 
 
 def test_settings_come_from_the_call_its_configuration_and_the_models_own(tuned_model, base, tokenizer):
@@ -25,6 +26,15 @@ def test_settings_come_from_the_call_its_configuration_and_the_models_own(tuned_
     ended = torch.tensor([[2, *tokenizer(PROMPTS[0]).input_ids]])  # an eos in the text is no padding, even where pad is eos
     ours = model.generate(ended, prefix_name="base", pad_token_id=2, **GREEDY)
     assert torch.equal(ours, base.generate(ended, pad_token_id=2, **GREEDY))
+
+
+def test_a_mask_is_guessed_from_the_padding_unless_that_is_an_end_too():
+    ids = torch.tensor([[3, 3, 5, 2, 6], [4, 5, 2, 3, 6]])
+    padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
+    for pad, eos, mask in ((3, 2, padded), (3, None, padded), (3, [2, 7], padded)):
+        assert torch.equal(guess_mask(ids, GenerationConfig(pad_token_id=pad, eos_token_id=eos)), mask)
+    for pad, eos in ((2, 2), (2, [7, 2]), (None, 2)):
+        assert guess_mask(ids, GenerationConfig(pad_token_id=pad, eos_token_id=eos)).all()
 
 
 def test_what_a_prefix_rules_out_is_refused(random_model, base):

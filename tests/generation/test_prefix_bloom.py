@@ -153,6 +153,14 @@ def test_prefixes_are_attached_used_and_detached_by_name(base):
         model.attach("c", random_prefix(base)[:3])
 
 
+def test_an_attached_prefix_keeps_no_graph(base):
+    encoder = PrefixEncoder(prefix_config(base))
+    model = PrefixBloom(base)
+    model.attach("a", encoder.bake())
+    model.attach("b", encoder())
+    assert encoder().requires_grad and not any(prefix.requires_grad for prefix in model.prefixes.values())
+
+
 def test_unknown_names_are_errors_everywhere(base, tokenizer):
     model = PrefixBloom(base)
     model.attach("a", random_prefix(base))

@@ -1,7 +1,10 @@
 import pytest
+import torch
 from helpers import PROMPTS, complete, logits_after
+from transformers import GenerationConfig
 
 from prefix_tuning.generation.batches import Prompt, batches_of, complete_batch
+from prefix_tuning.generation.sampling import row_draws
 
 
 def test_sequences_are_drawn_one_after_the_other_from_the_same_question(random_model, tokenizer):
@@ -48,3 +51,10 @@ def test_draws_follow_the_models_distribution(base, random_model, tokenizer):
     even = {"do_sample": True, "temperature": 1e4, "top_k": 0, "seed": 1}  # all tokens alike: what comes is the draw alone
     first, all_eight = (complete(random_model, tokenizer, PROMPTS, max_new_tokens=most, **even) for most in (1, 8))
     assert all(eight != 8 * one for one, eight in zip(first, all_eight, strict=True))
+
+
+def test_keys_of_one_sum_draw_differently():
+    settings = GenerationConfig(do_sample=True)
+    with row_draws(settings, [(3, 1), (1, 3), (2, 2), (3, 1)]):
+        drawn = torch.multinomial(torch.ones(4, 100_000), num_samples=1).flatten().tolist()
+    assert len(set(drawn)) == 3 and drawn[0] == drawn[3]

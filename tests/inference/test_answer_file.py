@@ -7,6 +7,10 @@ import pytest
 from forks import Fork
 from helpers import FRANCE, questions, refuses, run_infer, wait_until, write_rows
 
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.errors import UserError
+from prefix_tuning.inference.answer_file import rows_done
+
 
 def read_lines(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -114,6 +118,76 @@ def test_resuming_another_input_is_refused(tmp_path, prefixes):
     write_rows(source, questions(3))
     refuses("line 4: does not answer row 4", *flags, "--resume")
     assert output.read_bytes() == kept
+
+
+def as_lines(*rows, end="\n", **options):
+    return "".join(json.dumps(row, **options) + end for row in rows)
+
+
+EDITED = {
+    "no final newline": lambda rows: as_lines(*rows, ensure_ascii=False).removesuffix("\n"),
+    "CRLF": lambda rows: as_lines(*rows, end="\r\n", ensure_ascii=False),
+    "blank lines": lambda rows: "\n" + as_lines(*rows, end="\n\n \n"),
+    "escapes": lambda rows: as_lines(*rows),
+    "other order": lambda rows: as_lines(*[dict(reversed(row.items())) for row in rows]),
+    "other spacing": lambda rows: as_lines(*rows, separators=(" ,  ", ":")),
+    "a mark of its encoding": lambda rows: "\ufeff" + as_lines(*rows, ensure_ascii=False),
+}
+
+
+@pytest.mark.parametrize("edit", EDITED.values(), ids=EDITED)
+@pytest.mark.parametrize("killed", [b"", b'{"instruction": "\xe7\xac', b'{"instruction": "\xe7\xac\xac4"\r\n\n'])
+def test_a_line_answers_its_row_however_it_is_written(tmp_path, edit, killed):
+    rows = [{"instruction": f"第{number}", "id": number, "odd": ["\ud800", None]} for number in range(1, 7)]
+    source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "answers.jsonl"
+    answers = ["好", 'she said "}"', "\ud800"]
+    edited = edit([row | {"response": answer} for row, answer in zip(rows[:3], answers, strict=True)])
+    content = edited.encode(errors="backslashreplace")
+    whole = content if content.endswith(b"\n") else content + b"\n"
+    output.write_bytes((whole if killed else content) + killed)
+    assert rows_done(output, read_questions(str(source), [])) == 3
+    # Nothing of what was there is changed; a line can be appended.
+    assert output.read_bytes().rstrip() == whole.rstrip() and output.read_bytes().endswith(b"\n")
+    assert rows_done(output, read_questions(str(source), [])) == 3
+
+
+@pytest.mark.parametrize("response", ["好", "a\\b\n\u0001}", '"', ["一", "}]", ""]])
+def test_a_line_is_cut_off_wherever_it_ends_early(tmp_path, response):
+    row = {"instruction": "第一"}
+    source, output = write_rows(tmp_path / "rows.jsonl", [row]), tmp_path / "answers.jsonl"
+    line = json.dumps(row | {"response": response}, ensure_ascii=False).encode()
+    for length in range(len(line) + 1):
+        output.write_bytes(line[:length])
+        assert rows_done(output, read_questions(str(source), [])) == (length == len(line))
+        assert output.read_bytes() == (line + b"\n" if length == len(line) else b"")
+
+
+def test_what_a_person_broke_is_named_and_stays(tmp_path):
+    source, output = write_rows(tmp_path / "rows.jsonl", [{"instruction": "a"}] * 2), tmp_path / "answers.jsonl"
+    good = '{"instruction": "a", "response": "b"}'
+    for broken, message in {
+        '{"instruction": "a", "response": "he said "b""}': "line 2: is not JSON; mend it",
+        '{"instruction": "a", "answer': "line 2: is not JSON; mend it",
+        '{"instruction": "a", "response": "b\n' + good: "line 2: is not JSON; mend it",
+        '{"instruction": "a", "response": "b", "more": 1}': "line 2: does not answer row 2 of --input; give the --input",
+        '{"instruction": "a"}': "line 2: does not answer row 2",
+        '["instruction", "a", "response"]': "line 2: does not answer row 2",
+        good + "\n" + good: "line 3: does not answer row 3",
+    }.items():
+        output.write_text(f"{good}\n{broken}", "utf-8")
+        with pytest.raises(UserError, match=message):
+            rows_done(output, read_questions(str(source), []))
+        assert output.read_text("utf-8") == f"{good}\n{broken}"
+
+
+def test_what_a_person_edited_is_kept_and_the_rest_answered(tmp_path, prefixes):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(6)), tmp_path / "answers.jsonl"
+    flags = ["--input", source, "--output", output, *prefixes, "--max_new_tokens", 8]
+    run_infer(*flags)
+    whole = read_lines(output)
+    output.write_text(as_lines(*whole[:2], whole[2] | {"response": "由人写的"}).removesuffix("\n"), "utf-8")
+    run_infer(*flags, "--resume")
+    assert read_lines(output) == [*whole[:2], whole[2] | {"response": "由人写的"}, *whole[3:]]
 
 
 BAD_ROWS = {

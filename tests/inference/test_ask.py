@@ -5,6 +5,7 @@ from helpers import FRANCE, GREEDY, complete, refuses, run_infer, write_rows
 
 from prefix_tuning import PrefixBloom, load_prefix
 from prefix_tuning.cli import parse_infer_config
+from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.inference.ask import Answerer
 from prefix_tuning.inference.run import infer
@@ -37,7 +38,7 @@ def test_a_base_that_returns_dicts_and_ends_at_strings_answers(base, tuned, toke
     for sequences in (1, 2):
         capsys.readouterr()
         options = {"num_beams": 1, "num_return_sequences": sequences, "max_new_tokens": 12, "do_sample": True, "top_k": 1}
-        Answerer(model, tokenizer, options, seed=0).print_answers(tokenizer(prompts[0]).input_ids, compare=False)
+        Answerer(model, tokenizer, options, seed=0).print_answers({"sentence": tokenizer(prompts[0]).input_ids})
         assert capsys.readouterr().out.splitlines() == answers[:1] * sequences
 
 
@@ -55,6 +56,18 @@ def test_a_question_is_answered_and_compared(prefixes, capsys):
     run_infer(FRANCE, *prefixes, "--max_length", "400")
     assert capsys.readouterr().out == "巴黎\n"
     refuses("--max_length 5 leaves no room for an answer", FRANCE, *prefixes, "--max_length", "5")
+
+
+def test_drawn_answers_that_are_compared_are_those_of_each_prefix_alone(tuned_model, tokenizer, capsys):
+    options = {"num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 8, "do_sample": True, "temperature": 3.0}
+    prompt = tokenizer(prompt_of(FRANCE)).input_ids
+    answerer = Answerer(tuned_model, tokenizer, options, seed=3)
+
+    def drawn(*names):
+        answerer.print_answers(dict.fromkeys(names, prompt))
+        return {name: "".join(pieces) for name, pieces in answerer.printed.items()}
+
+    assert drawn("base", "short", "sentence") == drawn("base") | drawn("short") | drawn("sentence")
 
 
 def test_wide_names_and_questions_stay_in_their_columns(tmp_path, tuned, capsys):

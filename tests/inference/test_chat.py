@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pty
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FRANCE, ROOT, TRAIN, write_jsonl
+from helpers import FRANCE, ROOT, TRAIN, run_infer, write_jsonl
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import tokenize
+from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
+from prefix_tuning.files.prefixes import load_encoder, save_adapter
 from prefix_tuning.inference.ask import Answerer
-from prefix_tuning.inference.run import decoding_options, open_model
+from prefix_tuning.inference.run import decoding_options, names_with_history, open_model
+from prefix_tuning.settings import MAX_LENGTH
 
 
 class Terminal:
@@ -144,19 +147,23 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(terminals):
     assert terminal.ends_with() == 0
 
 
-def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
+def open_chat(*flags):
     from prefix_tuning.inference.chat import Chat
 
-    flags = ["--chat", "--prefix", str(tuned["short"]), "--max_length", "80", "--max_new_tokens", "20"]
-    config = parse_infer_config(flags)
+    config = parse_infer_config(["--chat", *map(str, flags)])
     model, tokenizer = open_model(config.named_prefixes(), config, torch.device("cpu"))
-    chat = Chat(Answerer(model, tokenizer, decoding_options(config), config.seed), config.max_length, config.compare)
+    answerer = Answerer(model, tokenizer, decoding_options(config), config.seed)
+    return Chat(answerer, config.max_length or MAX_LENGTH, config.compare, names_with_history(config))
+
+
+def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
+    chat = open_chat("--history", "--prefix", tuned["short"], "--max_length", 80, "--max_new_tokens", 20)
     asked: list[str] = []
     for number in range(4):
         chat.answer(f"{number}加5等于多少？")
         asked += [f"{number}加5等于多少？", capsys.readouterr().out.removesuffix("\n")]
     assert chat.history == asked
-    prompt = chat.prompt("？")
+    prompt = chat.prompt("？", chat.history)
     kept = prompt.count(tokenizer.eos_token_id)
     assert 0 < kept < 4
     turns = zip(asked[-2 * kept :: 2], asked[1 - 2 * kept :: 2], strict=True)
@@ -168,17 +175,97 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
 
 
 def test_the_model_sees_a_conversation_as_the_tokens_of_a_talk_in_training(tmp_path, tuned, tokenizer):
-    from prefix_tuning.inference.chat import Chat
-
-    config = parse_infer_config(["--chat", "--prefix", str(tuned["short"])])
-    model, tokenizer = open_model(config.named_prefixes(), config, torch.device("cpu"))
-    chat = Chat(Answerer(model, tokenizer, decoding_options(config), config.seed), 256, False)
-    chat.history = ["法国的首都是哪里？", "巴黎", "</s>是什么？", " a</s>\n"]
-    prompt, last = chat.prompt("再见"), "好"
-    said = zip(["user", "assistant"] * 3, [*chat.history, "再见", last], strict=True)
+    chat = open_chat("--prefix", tuned["short"])
+    history = ["法国的首都是哪里？", "巴黎", "</s>是什么？", " a</s>\n"]
+    prompt, last = chat.prompt("再见", history), "好"
+    said = zip(["user", "assistant"] * 3, [*history, "再见", last], strict=True)
     path = write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": role, "content": text} for role, text in said]})
     (talk,) = tokenize(load_rows(path, TRAIN), tokenizer, 256)["input_ids"]
     assert talk == [*prompt, *tokenizer(last).input_ids, tokenizer.eos_token_id]
     assert prompt.count(tokenizer.eos_token_id) == 2
-    chat.max_length = len(prompt) + chat.answerer.options["max_new_tokens"] - 1
-    assert chat.prompt("再见") == prompt[prompt.index(tokenizer.eos_token_id) + 1 :]
+    chat.max_length = len(prompt) + chat.answerer.options["max_new_tokens"]  # it fits exactly
+    assert chat.prompt("再见", history) == prompt
+    chat.max_length -= 1
+    assert chat.prompt("再见", history) == prompt[prompt.index(tokenizer.eos_token_id) + 1 :]
+
+
+def said_to(monkeypatch, capsys, lines, *flags):
+    """What a chat prints to stdout, line by line, and to stderr, when these lines are typed."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    run_infer("--chat", *flags)
+    captured = capsys.readouterr()
+    return captured.out.splitlines(), captured.err
+
+
+@pytest.fixture
+def talker(tmp_path, tuned):
+    """The prefix `sentence`, but one whose files record history in its training rows."""
+    folder = tmp_path / "talker"
+    shutil.copytree(tuned["sentence"], folder)
+    encoder, base = load_encoder(folder)
+    save_adapter(folder, encoder.bake(), encoder.config, base, history=True)
+    return folder
+
+
+ASKED = [FRANCE, "3加5等于多少？", "星期二用英语怎么说？", "德国的首都是哪里？"]
+
+
+def test_a_prefix_that_has_seen_single_turns_is_asked_each_question_by_itself(monkeypatch, capsys, tuned):
+    flags = ["--prefix", tuned["short"], "--precision", "fp32"]
+    alone = []
+    for question in ASKED:
+        run_infer(question, *flags)
+        alone.append(capsys.readouterr().out.removesuffix("\n"))
+    answers, said = said_to(monkeypatch, capsys, ASKED, *flags)
+    assert answers == alone and answers[0] == "巴黎"
+    assert said.count("each question is asked by itself: no conversation is on record among the training rows of short") == 1
+    answers, said = said_to(monkeypatch, capsys, ASKED, *flags, "--history")
+    assert answers[0] == alone[0] and "by itself" not in said
+
+
+def test_whether_the_conversation_is_read_depends_on_each_prefix(tuned, talker, tokenizer):
+    flags = ["--prefix", f"short={tuned['short']}", "--prefix", f"talker={talker}", "--max_new_tokens", 20]
+    chat = open_chat(*flags, "--precision", "fp32")
+    assert chat.with_history == {"talker", "base"}
+    assert open_chat(*flags, "--history").with_history == {"short", "talker", "base"}
+    assert open_chat(*flags[:2]).with_history == set()  # then the base is asked as the prefix is
+    chat.history = history = [FRANCE, "巴黎", "3加5等于多少？", "8"]
+    chat.command("/compare")
+    read = []
+    hook = chat.model.transformer.word_embeddings.register_forward_pre_hook(lambda _, ids: read.append(ids[0].tolist()))
+    chat.answer(ASKED[2])
+    hook.remove()
+    (alone,) = prompt_ids(tokenizer, [parts_of(ASKED[2])])
+    (talk,) = prompt_ids(tokenizer, [parts_of(ASKED[2], history=history[:4])])
+    assert [prompt for (prompt,) in read if len(prompt) > 1] == [talk, alone, talk]  # base, short, talker
+
+
+def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, capsys):
+    chat = open_chat("--history", "--prefix", tuned["short"])
+    chat.answer(FRANCE)
+    kept = dict(chat.answerer.options)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    chat.answerer.options = kept | {"stopping_criteria": [interrupt]}
+    chat.command("/compare")  # the base answers first, so Ctrl-C comes before the answer of the prefix in use
+    chat.answer("3加5等于多少？")
+    assert chat.history == [FRANCE, "巴黎"]  # not once more the answer to the question before
+    chat.command("/compare")
+    chat.answerer.options = kept | {"max_new_tokens": 1, "forced_eos_token_id": tokenizer.eos_token_id}
+    capsys.readouterr()
+    chat.answer("3加5等于多少？")
+    assert capsys.readouterr().out == "\n" and chat.history == [FRANCE, "巴黎"]
+
+
+def test_a_question_that_begins_with_a_slash_can_be_asked(monkeypatch, capsys, tuned):
+    flags = ["--prefix", tuned["short"]]
+    run_infer("/etc是什么？", *flags)
+    expected = capsys.readouterr().out.splitlines()
+    lines = ["/etc是什么？", "//etc是什么？", "/compare x", "/reset x", "/help"]
+    answers, said = said_to(monkeypatch, capsys, lines, *flags)
+    assert answers == expected
+    for line in (lines[0], *lines[2:4]):
+        assert f"{line} is no command; if it is a question, ask it with one more slash: /{line}\n" in said
+    assert said.count("//QUESTION    ask a question that begins with /") == 4 and said.count("is no command") == 3

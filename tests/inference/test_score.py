@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from helpers import FRANCE, plain_loss, questions, refuses, run_infer, write_rows
 
 from prefix_tuning import bundled
@@ -68,3 +69,12 @@ def test_talks_and_other_columns_are_scored(tmp_path, tuned, tokenizer, capsys):
     run_infer("--score", other, *flags, "--columns", "instruction=frage,output=antwort")
     captured = capsys.readouterr()
     assert f"{other}: frage is read as instruction, antwort as output\n" in captured.err and FRANCE in captured.out
+
+
+def test_of_a_source_with_splits_the_test_rows_are_scored_in_full(tmp_path, tuned, tokenizer):
+    long = "一二三四五六七八九十" * 80
+    train, test = ({"instruction": "数到十", "output": answer} for answer in ("十", long))
+    DatasetDict({"train": Dataset.from_list([train]), "test": Dataset.from_list([test])}).save_to_disk(tmp_path / "both")
+    run_infer("--score", tmp_path / "both", "--prefix", tuned["short"], "--output", tmp_path / "scores.json")
+    (row,) = json.loads((tmp_path / "scores.json").read_text("utf-8"))["rows"]
+    assert row["output"] == long and row["labels"] == len(tokenizer(long).input_ids) + 1 > 513

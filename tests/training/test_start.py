@@ -1,9 +1,13 @@
+import shutil
+
 import pytest
 import torch
-from helpers import initial_encoder, metrics_of, random_bloom, relative
+from helpers import initial_encoder, metrics_of, random_bloom, relative, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.files.names import ADAPTER_FILE
+from prefix_tuning.files.prefixes import load_prefix, recorded_history
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
@@ -58,3 +62,26 @@ def test_prefix_from_another_shape_is_refused(quick_settings, tmp_path, tokenize
     changed = {"model_name_or_path": str(tmp_path / "other"), "prefix_from": quick_settings["output_dir"]}
     with pytest.raises(UserError, match="a prefix for 3 layers"):
         train(TrainConfig(**quick_settings | changed | {"output_dir": str(tmp_path / "new")}))
+
+
+def test_files_record_whether_any_row_had_history_through_all_that_begins_from_them(quick_settings, tmp_path):
+    said = zip(["user", "assistant"] * 2, ["法国的首都是哪里？", "巴黎", "德国呢？", "柏林"], strict=True)
+    talk = {"messages": [{"role": role, "content": text} for role, text in said]}
+    talks = write_jsonl(tmp_path / "talks.jsonl", {"messages": talk["messages"][:2]}, talk)
+
+    def record_of(name, **changes):
+        folder = str(tmp_path / name)
+        train(TrainConfig(**quick_settings | {"max_steps": 0, "output_dir": folder} | changes))
+        return recorded_history(folder)
+
+    assert record_of("single") is False and record_of("talks", dataset=talks) is True
+    assert record_of("single, single", prefix_from=str(tmp_path / "single")) is False
+    begun = {"prefix_from": str(tmp_path / "talks"), "save_steps": 1}
+    assert record_of("talks, single", **begun, max_steps=1) is True
+    shutil.rmtree(tmp_path / "talks")  # the weights are in the checkpoint, and so is this
+    assert record_of("talks, single", **begun, max_steps=2, resume_from_checkpoint="latest") is True
+    flat = load_file(tmp_path / "single" / ADAPTER_FILE)
+    save_file(flat, tmp_path / "single" / ADAPTER_FILE)  # as PEFT, and earlier versions of this program
+    assert recorded_history(tmp_path / "single") is None
+    assert record_of("unknown, single", prefix_from=str(tmp_path / "single")) is None
+    assert record_of("unknown, talks", prefix_from=str(tmp_path / "single"), dataset=talks) is True
