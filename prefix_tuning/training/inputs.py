@@ -22,9 +22,9 @@ from prefix_tuning.training.settings import DEFAULT_HELD_OUT, FEWEST_TO_SPLIT, M
 class Inputs(NamedTuple):
     """The frozen base, its tokenizer and its `fingerprint`, and the rows.
 
-    train_set, eval_set: the tokenised training rows and, if there are any, held-out rows. has_history: whether a training row
-    has. max_tokens: of one forward pass. contents: for each setting whose name may change in a resume but not its data, a
-    hash of that data.
+    train_set, eval_set: the tokenised training rows and, if there are any, held-out rows. has_history: whether any training
+    row has history. max_tokens: of one forward pass. contents: for each setting whose name may change in a resume but not
+    its data, a hash of that data.
     """
 
     base: Bloom
