@@ -1,5 +1,6 @@
 """How well the base answers with a prefix: loss and exact match in one forward pass, for the many variants of a prefix."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,13 @@ class Score(NamedTuple):
 
     loss: float
     exact_match: float
+
+
+def interval(share: float, rows: int) -> tuple[float, float]:
+    """Where a share that was counted on so many rows may be for all rows like them: Wilson's interval at 95 %."""
+    z = 1.96
+    middle, half = share + z**2 / (2 * rows), z * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
+    return (middle - half) / (1 + z**2 / rows), (middle + half) / (1 + z**2 / rows)
 
 
 def spaced(rows: Dataset, count: int) -> Dataset:
