@@ -167,7 +167,7 @@ def removal_bars(removal: dict, name: str, rows: int) -> tuple[go.Figure, go.Fig
     loss, match = drawn
     loss.update_xaxes(log_axis(losses), title=LOSS)
     match.add_vrect(low, high, fillcolor=GREY, opacity=0.25, line_width=0)
-    match.update_xaxes(title=f"完全匹配 exact match (% / {rows} 行 rows)", range=[0, 102])
+    match.update_xaxes(title=f"完全匹配 exact match<br>(% / {rows} 行 rows)", range=[0, 102])
     for figure, title in (
         (loss, "去掉一部分之后的损失 loss without a part (···: 完整 whole)"),
         (match, "完全匹配 exact match (···, 灰 grey: 完整及其 95 % 区间 whole and its 95 % interval)"),

@@ -15,7 +15,7 @@ FONT = 'system-ui, "Noto Sans CJK SC", sans-serif'
 LONGEST_NAME = 24  # columns of a name in a picture, which may be 300 pixels wide
 MOST_TICKS = 60  # tokens that are named on an axis
 # Pixels, in which the name of a token and the numbers of a cell can be read.
-TOKEN_WIDTH, CELL_WIDTH, LINE_HEIGHT = 16, 44, 17
+TOKEN_WIDTH, CELL_WIDTH, LINE_HEIGHT = 20, 44, 18
 LONGEST_TOKEN = 8  # characters
 
 
@@ -80,7 +80,8 @@ def token_axis(tokens: Sequence[str]) -> dict:
     """An axis that names its tokens, of a long text every second, third ... of them. Characters stand upright, one below
     the other: there is no room beside each other, and a ␣ on its side would be a bracket.
     """
-    shown = [plain(shorten(token.replace("\n", "⏎").replace(" ", "␣"), LONGEST_TOKEN)) for token in tokens]
+    shown = [plain(token.replace("\n", "⏎").replace(" ", "␣")) for token in tokens]
+    shown = [text if len(text) <= LONGEST_TOKEN else text[: LONGEST_TOKEN - 1] + "…" for text in shown]
     places = range(0, len(shown), -(-len(shown) // MOST_TICKS))
     ticks = {"tickvals": [*places], "ticktext": ["<br>".join(shown[place]) for place in places]}
-    return ticks | {"tickmode": "array", "tickangle": 0, "tickfont": {"size": 13}, "range": [-0.5, len(shown) - 0.5]}
+    return ticks | {"tickmode": "array", "tickangle": 0, "tickfont": {"size": 14}, "range": [-0.5, len(shown) - 0.5]}

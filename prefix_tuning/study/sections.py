@@ -138,7 +138,7 @@ def _pairs(pairs: list[dict], prefixes: dict) -> Section:
 def _quiz(quiz: dict | None) -> Section:
     if quiz is None:
         return Section(say("quiz"), say("quiz.none"))
-    return _section("quiz", [figures.quiz_bars(quiz["right"])], [findings.quiz(quiz)], questions=quiz["questions"])
+    return _section("quiz", [figures.quiz_bars(quiz["right"])], [findings.quiz(quiz)], **quiz)
 
 
 def _growth(prefixes: dict) -> Section:
