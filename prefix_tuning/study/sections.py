@@ -12,7 +12,7 @@ from prefix_tuning.study.texts import say
 
 # Bytes. plotly.js takes 4.8 of the page's 6 MB; what the pictures of a prefix take that do not grow with rows and base is
 # subtracted from the rest, of which each of the two others gets a share.
-ROOM, OF_A_PREFIX, DISTANCE_SHARE, QUESTION_SHARE = 1_000_000, 55_000, 0.4, 0.6
+ROOM, OF_A_PREFIX, DISTANCE_SHARE, QUESTION_SHARE = 1_000_000, 60_000, 0.4, 0.6
 
 
 def summary(numbers: dict) -> Text:
