@@ -23,7 +23,7 @@ def attention(name: str, prefix: dict) -> Text:
 
 def distance(name: str, prefix: dict) -> Text:
     share, slopes = np.array(prefix["attention"]["by_distance"]).mean(axis=0), prefix["attention"]["slopes"]
-    ends = {}
+    ends: dict[str, float] = {}
     for kind, head in (("steep", np.argmax(slopes)), ("flat", np.argmin(slopes))):
         ends |= {kind: slopes[head], f"{kind}_near": share[head, 0], f"{kind}_far": share[head, -1]}
     return say("distance.found", name=name, last=share.shape[1], **ends)

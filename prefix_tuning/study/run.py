@@ -48,8 +48,8 @@ BAR = "{desc}{percentage:.0f} %|{bar}| about {remaining} left"
 class Rows(NamedTuple):
     """Rows that a prefix is studied on: some of those that are `there`, evenly spaced.
 
-    few: again some of them. few_used: how many these are. used, cut: how many have labels, and how many of these were cut. prompt: the token ids of the
-    question that is followed, that of the first row whose prompt is not too long.
+    few: again some of them. few_used: how many these are. used, cut: how many have labels, and how many of these were cut.
+    prompt: the token ids of the question that is followed, that of the first row whose prompt is not too long.
     """
 
     name: str

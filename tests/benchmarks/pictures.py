@@ -46,7 +46,10 @@ def draw_training(path: Path) -> None:
         if step in (*STEPS, steps.total):
             scored = score(inputs.base, held_out, encoder.bake() if step else None)
             curves.setdefault(name, []).append((step, *scored))
-            print(f"{name:16s} step {step:3d}: held-out loss {scored.loss:.4f}, exact match {scored.exact_match:.1%}", flush=True)
+            print(
+                f"{name:16s} step {step:3d}: held-out loss {scored.loss:.4f}, exact match {scored.exact_match:.1%}",
+                flush=True,
+            )
 
     measure("ours", 0)
     for step in steps:
@@ -89,7 +92,9 @@ def draw_curves(curves: dict[str, list[tuple[int, float, float]]], path: Path) -
     right.set(title="held-out exact match (%)", ylim=(-2, 102))
     for axes in (left, right):
         axes.set_xscale("symlog", linthresh=25)
-        axes.set_xticks([0, 10, 25, 50, 100, 200, 606], ["0", "10", "25", "50", "100", "200", "606"])
+        ticks = [step for step in steps if step <= 200 or step == steps[-1]]
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.set_xlim(-2, 1.1 * steps[-1])
         axes.minorticks_off()
         axes.set_xlabel("optimizer step")
         axes.grid(color="#e5e5e5")

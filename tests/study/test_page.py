@@ -19,7 +19,13 @@ def test_a_page_is_one_file_in_two_languages(tmp_path):
     write_page(tmp_path / "page.html", Text("研究", "study"), Text("概要", "summary"), sections)
     text = (tmp_path / "page.html").read_text("utf-8")
     assert not re.search(r"<!-- \w+ -->", text)
-    for zh, en in (("标题 &lt;一&gt;", "heading &lt;1&gt;"), ("说明", "how to read"), ("发现", "a finding"), ("是", "yes"), ("注意", "a warning")):
+    for zh, en in (
+        ("标题 &lt;一&gt;", "heading &lt;1&gt;"),
+        ("说明", "how to read"),
+        ("发现", "a finding"),
+        ("是", "yes"),
+        ("注意", "a warning"),
+    ):
         assert f'<span lang="zh">{zh}</span><span lang="en">{en}</span>' in text
     assert "<td>1 &lt; 2</td>" in text
     assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"'](?!data:)", text)  # nothing from a network
