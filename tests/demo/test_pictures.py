@@ -3,8 +3,9 @@
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import prefix_tuning
 import pytest
+
+import prefix_tuning
 
 DEMO = Path(prefix_tuning.__file__).parent / "demo"
 SVG = "{http://www.w3.org/2000/svg}"
