@@ -151,9 +151,10 @@ def measure(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dic
     facts = [every[place] for place in spaced_places(len(every), QUIZ_QUESTIONS * used)]
     sets = {one.name: one for one in rows.values()}
     total = sum(one.used for one in sets.values()) + QUIZ_COST * len(facts) * len(model.names)
-    for name, own in rows.items():
-        stages = len(some_checkpoints(find_checkpoints(Path(folders[name])))) + 1
-        total += own.used * (1 + passes_of_removals(tensors[name])) + own.few_used * stages
+    growing = {
+        name: rows[name].few_used * (len(some_checkpoints(find_checkpoints(Path(folders[name])))) + 1) for name in names
+    }
+    total += sum(growing[name] + rows[name].used * (1 + passes_of_removals(tensors[name])) for name in names)
     for pair in pairs:
         passes = passes_of_mixtures(*(tensors[name] for name in pair))
         total += passes * sum({rows[name].name: rows[name].used for name in pair}.values())
@@ -180,7 +181,7 @@ def measure(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dic
             removed = removals(model, own.batches, prefix, shares["share"], scored, bar.update)
             bar.set_description(f"{name}: checkpoints")
             grown = growth(model, own.few, Path(folders[name]), prefix)
-            bar.update(own.few_used * (len(some_checkpoints(find_checkpoints(Path(folders[name])))) + 1))
+            bar.update(growing[name])
             prefixes[name] = {
                 "dataset": own.name,
                 "rows": own.used,
