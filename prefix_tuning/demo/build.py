@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_scheduler
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, get_scheduler
 
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
@@ -191,7 +191,7 @@ def quiz_questions(relation: dict) -> list[tuple[str, tuple[str, str]]]:
 
 
 def quiz(
-    model: PrefixBloom, tokenizer: PreTrainedTokenizerFast, questions: list[tuple[str, tuple[str, str]]], prefix_name: str
+    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, questions: list[tuple[str, tuple[str, str]]], prefix_name: str
 ) -> float:
     """Share of `quiz_questions` whose greedy answer, up to its full stop, is right. prefix_name: "base": no prefix."""
     prompts, answers = zip(*questions, strict=True)

@@ -1,4 +1,4 @@
-"""Attention in the open: what a prefix draws in each layer and head, and attention without parts of the prefix.
+"""Attention in the open: what a prefix draws in each layer and head.
 
 Legend: R rows, T tokens of all rows (packed, model/batch.py), S tokens of the longest row, L layers, H heads, P prefix
 tokens, D head_dim.
@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 
-from prefix_tuning.model.attention import attend
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedBlock
 
@@ -52,19 +51,5 @@ def watching(base: Bloom, watch: Callable[[int, torch.Tensor], None]) -> Abstrac
 
     def attend_in(layer: int) -> Callable[..., torch.Tensor]:
         return lambda qkv, prefix, batch, bias, only_labels: attend_openly(qkv, prefix, batch, bias, partial(watch, layer))
-
-    return attending(base, attend_in)
-
-
-def without(base: Bloom, removed: torch.Tensor) -> AbstractContextManager[None]:
-    """Inside, no query sees the pairs that `removed` (L, H, P), bool, marks: as if they had never been there."""
-
-    def attend_in(layer: int) -> Callable[..., torch.Tensor]:
-        def attend_without(qkv, prefix, batch, bias, only_labels):
-            bias = bias.clone()
-            bias[..., : prefix.shape[2]].masked_fill_(removed[layer].to(bias.device)[None, :, None, :], -torch.inf)
-            return attend(qkv, prefix, batch, bias, only_labels)
-
-        return attend_without
 
     return attending(base, attend_in)

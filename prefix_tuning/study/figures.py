@@ -2,7 +2,7 @@
 switch does not reach into a picture.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,25 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from prefix_tuning.generation.prefix_bloom import BASE
-from prefix_tuning.study.plotting import BLUE, COLOURS, GREY, dropdown, plain, short_name, styled, token_axis
+from prefix_tuning.study.plotting import (
+    BLUE,
+    CELL_WIDTH,
+    COLOURS,
+    GREY,
+    LINE_HEIGHT,
+    TOKEN_WIDTH,
+    dropdown,
+    log_axis,
+    plain,
+    short_name,
+    styled,
+    token_axis,
+)
+from prefix_tuning.study.scoring import interval
 from prefix_tuning.study.vectors import QUANTILES
 
 MOST_BARS = 60  # removals that are drawn, the worst first
+MOST_CELLS = 400  # of a map that shows its numbers
 KINDS = {
     "layer": "层 layer",
     "head": "头 head",
@@ -22,62 +37,76 @@ KINDS = {
     "values only": "只有值 values only",
 }
 HALVES = {"键 keys": 0, "值 values": 1}
+MATCH, LOSS = "完全匹配 exact match (%)", "损失 loss (nats)"
 
 
 def share_map(shares: dict, name: str) -> go.Figure:
     """Layer x head: the share of attention that answer positions give to the prefix. shares: of `attention_shares`."""
     share, slopes = np.array(shares["share"]), shares["slopes"]
+    numbered = share.size <= MOST_CELLS
     figure = go.Figure(
         go.Heatmap(
             z=(100 * share).astype(np.float32),
             x=[f"{head}<br>{slope:.2g}" for head, slope in enumerate(slopes)],
             customdata=np.broadcast_to(np.float32(slopes), share.shape),
-            texttemplate="%{z:.0f}" if share.size <= 400 else None,
+            texttemplate="%{z:.0f}" if numbered else None,
             colorscale="Blues",
             zmin=0,
             zmax=100,
-            colorbar={"title": "%"},
+            colorbar={"title": "%", "thickness": 12},
+            showscale=not numbered,
             hovertemplate="层 layer %{y}, 头 head %{x}<br>ALiBi %{customdata:.3g} / token<br>%{z:.1f} %<extra></extra>",
         )
     )
     figure.update_yaxes(title="层 layer", autorange="reversed", dtick=1)
-    figure.update_xaxes(title="头 head, ALiBi 斜率 slope", type="category")
-    return styled(figure, f"{name}: 前缀所得注意力 share of attention (%)", 180 + 30 * max(6, len(share)))
+    figure.update_xaxes(title="头 head<br>ALiBi 斜率 slope", type="category", tickangle=0 if numbered else None)
+    height, least_width = 180 + 30 * max(6, len(share)), 70 + CELL_WIDTH * len(slopes)
+    title = f"{name}: 前缀所得注意力 share of attention (%)"
+    return styled(figure, title, height, least_width if numbered else 0)
 
 
-def share_by_distance(shares: dict, name: str, layers: list[int]) -> go.Figure:
+def share_by_distance(shares: dict, name: str, layers: list[int]) -> tuple[go.Figure, go.Figure]:
     """The share over the distance from the prefix, one of `layers` at a time, and the penalty that ALiBi gives there."""
     share, slopes = np.array(shares["by_distance"], dtype=np.float32), shares["slopes"]
-    titles = ("注意力份额 share (%)", "ALiBi 惩罚 penalty (nats)")
-    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1)
+    labels = [f"{head} ({slope:.2g})" for head, slope in enumerate(slopes)]
 
-    def add(column: int, head: int, y: np.ndarray, **line: str) -> None:
-        label, colour = f"头 head {head} ({slopes[head]:.2g})", COLOURS[head % len(COLOURS)]
-        style = {"line": {"color": colour, **line}, "legendgroup": label, "showlegend": column == 1}
-        figure.add_trace(go.Scatter(x0=1, dx=1, y=y, name=label, mode="lines", **style), row=1, col=column)
+    def lines(rows: np.ndarray, **line: str) -> Iterator[go.Scatter]:
+        for head, (label, y) in enumerate(zip(labels, rows, strict=True)):
+            colour = COLOURS[head % len(COLOURS)]
+            yield go.Scatter(x0=1, dx=1, y=y, name=label, mode="lines", line={"color": colour, **line})
 
-    heads = range(len(slopes))
-    for layer in layers:
-        for head in heads:
-            add(1, head, 100 * share[layer, head])
-    for head in heads:
-        add(2, head, (slopes[head] * np.arange(1, share.shape[2] + 1)).astype(np.float32), dash="dot")
-    figure.update_xaxes(title="行内第几个词 token of the row")
-    figure.update_yaxes(range=[0, 100], row=1, col=1)
-    figure.update_yaxes(type="log", row=1, col=2)
-    styled(figure, f"{name}: 离前缀的距离 distance from the prefix")
-    lines = [range(place * len(heads), (place + 1) * len(heads)) for place in range(len(layers) + 1)]  # the last: penalties
-    dropdown(figure, [f"层 layer {layer}" for layer in layers], lines[:-1], lines[-1])
-    return figure
+    seen = go.Figure([line for layer in layers for line in lines(100 * share[layer])])
+    seen.update_yaxes(title="注意力份额 share (%)", range=[0, 100])
+    groups = [range(place * len(slopes), (place + 1) * len(slopes)) for place in range(len(layers))]
+    dropdown(seen, [f"层 layer {layer}" for layer in layers], groups)
+    nats = np.outer(slopes, np.arange(1, share.shape[2] + 1)).astype(np.float32)
+    penalty = go.Figure([*lines(nats, dash="dot")])
+    penalty.update_yaxes(log_axis(nats.flatten().tolist()), title="ALiBi 惩罚 penalty (nats)")
+    for figure, title in (
+        (seen, "各词给前缀的注意力 share of attention, by the token of the row"),
+        (penalty, "ALiBi 对最近的虚拟词的惩罚 penalty of the nearest virtual token"),
+    ):
+        figure.update_xaxes(title="第几个词 = 到最近虚拟词的距离<br>token = distance to the nearest virtual token")
+        figure.update_layout(legend={"title": {"text": "头 head (ALiBi) "}})
+        styled(figure, f"{name}: {title}", 460)
+    return seen, penalty
 
 
-def next_tokens(question: dict, name: str) -> go.Figure:
-    """The probability that base and prefix give to every token of a question and its answer. question: of `follow`."""
-    tokens, figure = question["tokens"], go.Figure()
+def question_map(question: dict, name: str, count: int) -> go.Figure:
+    """Column by column, for every token of a question and its answer: the probability that base and prefix give to it, and
+    which prefix tokens it attends to, in one of the first `count` heads. question: of `follow`.
+    """
+    tokens, maps = question["tokens"], question["attention"][:count]
+    axis = token_axis(tokens)
+    bars_height, map_height = 160, 240
+    names_height = 20 + LINE_HEIGHT * max(text.count("<br>") + 1 for text in axis["ticktext"])
+    together = bars_height + names_height + map_height
+    heights = {"vertical_spacing": names_height / together, "row_heights": [bars_height, map_height]}
+    figure = make_subplots(2, 1, shared_xaxes="all", **heights)
     for side, label, colour in (("base", "基座 base", GREY), ("prefix", name, BLUE)):
         expected = question["expected"][side]
         best = ["<br>".join(f"{plain(repr(text))} {value:.1%}" for text, value in one["likeliest"]) for one in expected]
-        figure.add_bar(
+        bars = go.Bar(
             x=list(range(1, len(tokens))),
             y=[one["probability"] for one in expected],
             name=label,
@@ -85,92 +114,111 @@ def next_tokens(question: dict, name: str) -> go.Figure:
             customdata=best,
             hovertemplate="%{y:.1%}<br>%{customdata}",
         )
-    figure.add_vrect(x0=question["prompt"] - 0.5, x1=len(tokens) - 0.5, fillcolor=BLUE, opacity=0.07, line_width=0)
-    figure.update_xaxes(token_axis(tokens))
-    figure.update_yaxes(title="概率 probability", range=[0, 1])
-    return styled(figure, f"{name}: 每个下一词的概率 probability of each next token")
-
-
-def question_attention(question: dict, name: str, count: int) -> go.Figure:
-    """Which prefix tokens each token of a question and its answer attends to, in one of the first `count` heads."""
-    figure, maps = go.Figure(), question["attention"][:count]
+        figure.add_trace(bars, row=1, col=1)
     for one in maps:
-        figure.add_heatmap(
+        heat = go.Heatmap(
             z=(100 * np.array(one["weights"]).T).round().astype(np.uint8),  # whole percents take a quarter of the space
             colorscale="Blues",
             zmin=0,
-            colorbar={"title": "%"},
-            hovertemplate="%{x}, 虚拟词 prefix token %{y}: %{z} %<extra></extra>",
+            colorbar={"title": "%", "thickness": 12, "len": map_height / together, "y": 0, "yanchor": "bottom"},
+            hovertemplate="虚拟词 virtual token %{y}: %{z} %<extra></extra>",
         )
-    figure.update_xaxes(token_axis(question["tokens"]))
-    figure.update_yaxes(title="虚拟词 prefix token", dtick=1)
-    styled(figure, f"{name}: 每个词对虚拟词的注意力 attention to prefix tokens (%)")
-    dropdown(figure, [f"层 layer {one['layer']}, 头 head {one['head']}" for one in maps], [[i] for i in range(len(maps))])
-    return figure
+        figure.add_trace(heat, row=2, col=1)
+    figure.add_vrect(question["prompt"] - 0.5, len(tokens) - 0.5, fillcolor=BLUE, opacity=0.07, line_width=0, row=1, col=1)
+    figure.update_xaxes(axis, showticklabels=True)
+    figure.update_yaxes(title="概率 probability", range=[0, 1], row=1)
+    figure.update_yaxes(title="虚拟词 virtual token", row=2)
+    labels = [f"层 layer {one['layer']}, 头 head {one['head']}" for one in maps]
+    dropdown(figure, labels, [[2 + place] for place in range(len(maps))], always=[0, 1])
+    least_width = 110 + TOKEN_WIDTH * len(axis["tickvals"])
+    title = f"{name}: 每个词的概率 probability of each token; 它对虚拟词的注意力 its attention to the virtual tokens (%)"
+    return styled(figure, title, 120 + together + names_height, least_width)
 
 
-def removal_name(part: dict) -> str:
-    """What a removal is called: its kind and its place."""
-    return ", ".join(f"{KINDS[key]} {part[key]}" for key in ("layer", "head", "token") if key in part) or KINDS[part["kind"]]
+def removal_bars(removal: dict, name: str, rows: int) -> tuple[go.Figure, go.Figure]:
+    """Loss and exact match without each part, those that matter most above. removal: of `removals`, on so many rows.
 
-
-def removal_bars(removal: dict, name: str) -> go.Figure:
-    """Loss and exact match without each part of the prefix, the worst first. removal: of `removals`."""
-    parts = removal["parts"][:MOST_BARS]
-    names = [removal_name(part) for part in parts]
-    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=("损失 loss (nats)", "完全匹配 exact match (%)"))
-    for place, (kind, label) in enumerate(KINDS.items()):
-        chosen = [(title, part) for title, part in zip(names, parts, strict=True) if part["kind"] == kind]
-        for column, key, factor in ((1, "loss", 1), (2, "exact_match", 100)):
-            bars = go.Bar(
-                x=[factor * part[key] for _, part in chosen],
+    A bar of losses begins at the whole prefix's. Grey: where its exact match may be, by the choice of rows (95 %).
+    """
+    parts, whole = removal["parts"][:MOST_BARS], removal["whole"]
+    titles = [part_name(part) for part in parts]
+    low, high = (100 * end for end in interval(whole["exact_match"], rows))
+    losses = [whole["loss"], *(part["loss"] for part in parts)]
+    drawn = []
+    for key, factor, base in (("loss", 1, whole["loss"]), ("exact_match", 100, 0)):
+        figure = go.Figure()
+        for colour, (kind, label) in zip(COLOURS, KINDS.items(), strict=False):
+            chosen = [(title, factor * part[key]) for title, part in zip(titles, parts, strict=True) if part["kind"] == kind]
+            if not chosen:
+                continue
+            figure.add_bar(
+                x=[value - base for _, value in chosen],
+                base=base,
                 y=[title for title, _ in chosen],
                 orientation="h",
                 name=label,
-                legendgroup=kind,
-                showlegend=column == 1,
-                marker={"color": COLOURS[place]},
-                hovertemplate="%{y}: %{x:.3g}",
+                marker={"color": colour},
+                customdata=[value for _, value in chosen],
+                hovertemplate="%{y}: %{customdata:.3g}",
             )
-            figure.add_trace(bars, row=1, col=column)
-    for column, whole in ((1, removal["whole"]["loss"]), (2, 100 * removal["whole"]["exact_match"])):
-        figure.add_vline(x=whole, line={"dash": "dot", "color": "#333"}, row=1, col=column)
-    figure.update_xaxes(range=[0, 102], row=1, col=2)
-    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], tickfont={"size": 10})
-    return styled(figure, f"{name}: 去掉一部分之后 without a part (···: 完整 whole)", 200 + 16 * len(parts))
+        figure.add_vline(factor * whole[key], line={"dash": "dot", "color": "#333"})
+        figure.update_yaxes(categoryorder="array", categoryarray=titles[::-1], tickfont={"size": 11})
+        drawn.append(figure)
+    loss, match = drawn
+    loss.update_xaxes(log_axis(losses), title=LOSS)
+    match.add_vrect(low, high, fillcolor=GREY, opacity=0.25, line_width=0)
+    match.update_xaxes(title=f"完全匹配 exact match<br>(% / {rows} 行 rows)", range=[0, 102])
+    for figure, title in (
+        (loss, "去掉一部分之后的损失 loss without a part (···: 完整 whole)"),
+        (match, "完全匹配 exact match (···, 灰 grey: 完整及其 95 % 区间 whole and its 95 % interval)"),
+    ):
+        styled(figure, f"{name}: {title}", 200 + 18 * len(parts))
+    return loss, match
 
 
-def between_lines(pair: dict) -> go.Figure:
+def part_name(part: dict) -> str:
+    """Of a part that `removals` removes, its name in a picture."""
+    places = [f"{KINDS[key]} {part[key]}" for key in ("layer", "head", "token") if key in part]
+    return ", ".join(places) or KINDS[part["kind"]]
+
+
+def between_lines(pair: dict) -> tuple[go.Figure, go.Figure]:
     """Exact match and loss on the way from one prefix to the other. pair: of `mixtures`, with the names first and second."""
-    figure = make_subplots(1, 2, subplot_titles=("完全匹配 exact match (%)", "损失 loss (nats)"))
     way = [step / (len(pair["between"]) - 1) for step in range(len(pair["between"]))]
-    for column, label, colour, values in _by_rows(pair["between"]):
-        style = {"mode": "lines+markers", "line": {"color": colour}, "legendgroup": label, "showlegend": column == 1}
-        figure.add_trace(go.Scatter(x=way, y=values, name=label, **style), row=1, col=column)
-    figure.update_xaxes(title=f"0 = {pair['first']}, 1 = {pair['second']}")
-    return styled(figure, f"{pair['first']} → {pair['second']}: 插值 interpolation")
+
+    def draw(key: str, factor: float, title: str) -> go.Figure:
+        figure = go.Figure()
+        for label, values in _by_rows(pair["between"], key, factor):
+            figure.add_scatter(x=way, y=values, name=label, mode="lines+markers")
+        figure.update_xaxes(title=f"0 = {pair['first']}, 1 = {pair['second']}")
+        figure.update_yaxes(title=title)
+        return styled(figure, f"{pair['first']} → {pair['second']}: {title}")
+
+    return draw("exact_match", 100, MATCH), draw("loss", 1, LOSS)
 
 
-def combination_bars(pair: dict) -> go.Figure:
+def combination_bars(pair: dict) -> tuple[go.Figure, go.Figure]:
     """Exact match and loss of what is made of two prefixes: each alone, one after the other, halves exchanged."""
     first, second = pair["first"], pair["second"]
-    names = [first, second, f"{first}, {second}", f"{second}, {first}"]
+    names = [first, second, f"{first},<br>{second}", f"{second},<br>{first}"]
     names += [f"键 keys {one}<br>值 values {other}" for one, other in ((first, second), (second, first))]
     made = [*pair["alone"], *pair["after"], *(pair["exchanged"] or [])]
-    figure = make_subplots(1, 2, subplot_titles=("完全匹配 exact match (%)", "损失 loss (nats)"))
-    for column, label, colour, values in _by_rows(made):
-        style = {"marker": {"color": colour}, "legendgroup": label, "showlegend": column == 1}
-        figure.add_trace(go.Bar(x=names[: len(made)], y=values, name=label, **style), row=1, col=column)
-    figure.update_xaxes(type="category")
-    return styled(figure, f"{first} + {second}", 480)
+
+    def draw(key: str, factor: float, title: str) -> go.Figure:
+        figure = go.Figure()
+        for label, values in _by_rows(made, key, factor):
+            figure.add_bar(x=values, y=names[: len(made)], orientation="h", name=label)
+        figure.update_xaxes(title=title)
+        figure.update_yaxes(type="category", autorange="reversed")
+        return styled(figure, f"{first} + {second}: {title}", 480)
+
+    return draw("exact_match", 100, MATCH), draw("loss", 1, LOSS)
 
 
-def _by_rows(made: list[dict]) -> Iterator[tuple[int, str, str, list[float]]]:
-    """The scores of prefixes on each set of rows: the column of their plot, the name and colour of the rows, the values."""
-    for place, rows in enumerate(made[0]):
-        for column, key, factor in ((1, "exact_match", 100), (2, "loss", 1)):
-            values = [factor * scores[rows][key] for scores in made]
-            yield column, short_name(rows), COLOURS[place], values
+def _by_rows(made: list[dict], key: str, factor: float) -> Iterator[tuple[str, list[float]]]:
+    """One figure of the scores of prefixes on each set of rows: the name of the rows, the values."""
+    for rows in made[0]:
+        yield short_name(rows), [factor * scores[rows][key] for scores in made]
 
 
 def cosine_bars(pair: dict) -> go.Figure:
@@ -179,7 +227,7 @@ def cosine_bars(pair: dict) -> go.Figure:
     for label, half in HALVES.items():
         figure.add_bar(x=list(range(len(pair["cosine"][half]))), y=pair["cosine"][half], name=label)
     figure.update_xaxes(title="层 layer", dtick=1)
-    figure.update_yaxes(title="余弦 cosine", range=[-1, 1])
+    figure.update_yaxes(title="余弦 cosine")
     return styled(figure, f"{pair['first']}, {pair['second']}: 余弦 cosine", 340)
 
 
@@ -192,43 +240,41 @@ def quiz_bars(quiz: dict[str, float]) -> go.Figure:
     return styled(figure, "基座自己的小测验 the base's own quiz", 340)
 
 
-def growth_lines(growth: dict, name: str) -> go.Figure:
-    """Norms, attention, singular values and losses over the steps of the training. growth: of `growth`."""
-    figure = make_subplots(2, 2, vertical_spacing=0.16, horizontal_spacing=0.12)
+def growth_lines(growth: dict, name: str) -> tuple[go.Figure, ...]:
+    """Losses, norms, attention and singular values over the steps of the training. growth: of `growth`."""
     stages = growth["stages"]
     steps = [stage["step"] for stage in stages]
 
-    def add(row: int, column: int, label: str, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-        line = go.Scatter(x=x, y=y, name=label, legend=f"legend{2 * row + column - 2}", **style)
-        figure.add_trace(line, row=row, col=column)
+    def draw(title: str, lines: dict[str, tuple], axis: dict[str, Any], showlegend: bool = True) -> go.Figure:
+        figure = go.Figure([go.Scatter(x=x, y=y, name=label) for label, (x, y) in lines.items()])
+        figure.update_xaxes(title="步 step")
+        figure.update_yaxes(axis, title=title).update_layout(showlegend=showlegend)
+        return styled(figure, f"{name}: {title}", 400)
 
-    for label, key in (("训练 training", "losses"), ("留出 held out", "held_out")):
-        if growth[key]:
-            add(1, 1, label, *zip(*growth[key], strict=True))
-    for label, half in HALVES.items():
-        add(1, 2, label, steps, [stage["norm"][half] for stage in stages])
-    for layer in range(len(stages[0]["share"])):
-        add(2, 1, f"层 layer {layer}", steps, [100 * stage["share"][layer] for stage in stages])
-    for place in range(len(stages[0]["singular_values"])):
-        add(2, 2, str(place + 1), steps, [stage["singular_values"][place] for stage in stages], showlegend=False)
-    titles = ("损失 loss (nats)", "键值的长度 norm", "注意力份额 share (%)", "奇异值 singular value")
-    for place, title in enumerate(titles):
-        row, column = divmod(place, 2)
-        figure.update_yaxes(title=title, type="log" if place in (0, 3) else "linear", row=row + 1, col=column + 1)
-        above = {"orientation": "h", "x": 0.56 * column, "y": 1.01 - 0.58 * row, "yanchor": "bottom", "font": {"size": 10}}
-        figure.update_layout({f"legend{place + 1}": above})
-    figure.update_xaxes(title="步 step", row=2)
-    return styled(figure, f"{name}: 训练过程 training", 760)
+    records = {"训练 training": growth["losses"], "留出 held out": growth["held_out"]}
+    losses = {label: tuple(zip(*points, strict=True)) for label, points in records.items() if points}
+    norms = {label: (steps, [stage["norm"][half] for stage in stages]) for label, half in HALVES.items()}
+    layers = range(len(stages[0]["share"]))
+    shares = {f"层 layer {layer}": (steps, [100 * stage["share"][layer] for stage in stages]) for layer in layers}
+    places = range(len(stages[0]["singular_values"]))
+    values = {str(place + 1): (steps, [stage["singular_values"][place] for stage in stages]) for place in places}
+    return (
+        draw(LOSS, losses, log_axis(y for _, line in losses.values() for y in line)),
+        draw("键值的平均长度 mean norm", norms, {}),
+        draw("注意力份额 share of attention (%)", shares, {}),
+        draw("奇异值 singular values", values, log_axis(y for _, line in values.values() for y in line), showlegend=False),
+    )
 
 
-def norm_boxes(norms: dict, name: str) -> go.Figure:
+def norm_boxes(norms: dict, name: str) -> tuple[go.Figure, ...]:
     """Lengths of keys and values by layer: of text beside those of the prefix. norms: both (L, 2, 5), of vectors.py."""
-    figure = make_subplots(1, 2, subplot_titles=tuple(HALVES))
     low, first, middle, third, high = range(len(QUANTILES))
-    for label, key, colour in (("文本 text", "text", GREY), (name, "prefix", BLUE)):
-        for half in HALVES.values():
+
+    def draw(title: str, half: int) -> go.Figure:
+        figure = go.Figure()
+        for label, key, colour in (("文本 text", "text", GREY), (name, "prefix", BLUE)):
             five = np.array(norms[key])[:, half].T
-            box = go.Box(
+            figure.add_box(
                 x=list(range(len(norms[key]))),
                 lowerfence=five[low],
                 q1=five[first],
@@ -236,12 +282,11 @@ def norm_boxes(norms: dict, name: str) -> go.Figure:
                 q3=five[third],
                 upperfence=five[high],
                 name=label,
-                legendgroup=label,
                 offsetgroup=label,
-                showlegend=half == 0,
                 marker={"color": colour},
             )
-            figure.add_trace(box, row=1, col=half + 1)
-    figure.update_xaxes(title="层 layer", dtick=1)
-    figure.update_layout(boxmode="group")
-    return styled(figure, f"{name}: 键值的长度 norms of keys and values")
+        figure.update_xaxes(title="层 layer", dtick=1)
+        figure.update_yaxes(title="长度 length", rangemode="tozero")
+        return styled(figure.update_layout(boxmode="group"), f"{name}: {title}: 长度 length", 400)
+
+    return tuple(draw(title, half) for title, half in HALVES.items())

@@ -28,14 +28,14 @@ def growth(base: Bloom, batches: list[Batch], folder: Path, prefix: torch.Tensor
     loss] of the training rows, held_out: [step, loss]. left_out: checkpoints that were not looked at.
     """
     paths = find_checkpoints(folder)
-    chosen = [paths[round(place)] for place in torch.linspace(0, len(paths) - 1, min(len(paths), MOST_CHECKPOINTS)).tolist()]
+    chosen = some_checkpoints(paths)
     try:
         records = read_metrics(folder)
         last = saved_step(records, json.loads((folder / CONFIG_FILE).read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     stages = {}
-    for path in tqdm(chosen, desc="checkpoints", leave=False):
+    for path in chosen:
         try:
             encoder = Resumed(path, *load_checkpoint(path)).encoder()
         except UserError as error:
@@ -51,6 +51,12 @@ def growth(base: Bloom, batches: list[Batch], folder: Path, prefix: torch.Tensor
         "held_out": [[record["step"], record["eval_loss"]] for record in records if record.get("eval_loss") is not None],
         "left_out": len(paths) - len(chosen),
     }
+
+
+def some_checkpoints(paths: list[Path]) -> list[Path]:
+    """At most MOST_CHECKPOINTS of them, evenly spaced, with the first and the last."""
+    places = torch.linspace(0, len(paths) - 1, min(len(paths), MOST_CHECKPOINTS))
+    return [paths[round(place)] for place in places.tolist()]
 
 
 def saved_step(records: list[dict], settings: dict) -> int:

@@ -1,8 +1,9 @@
 """Two prefixes: what each half of one does with the other's, and what lies between them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
@@ -11,10 +12,17 @@ from prefix_tuning.study.scoring import score
 STEPS = 10  # of the way from one prefix to the other
 
 
-def mixtures(base: Bloom, rows: dict[str, list[Batch]], first: torch.Tensor, second: torch.Tensor) -> dict:
+def mixtures(
+    base: Bloom,
+    rows: dict[str, list[Batch]],
+    first: torch.Tensor,
+    second: torch.Tensor,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> dict:
     """Scores of what can be made of two prefixes (L, 2, H, P, D), on each set of rows.
 
-    rows: batches by the name of their dataset.
+    rows: batches by the name of their dataset. advance: is called with the number of rows that have passed through the base,
+    in all `passes_of_mixtures` times all rows.
     alone: first, second.
     after: both prefixes, one after the other: [first, second] and [second, first]; of any lengths.
     exchanged: the keys of one with the values of the other: first's keys and second's values, second's and first's.
@@ -27,16 +35,25 @@ def mixtures(base: Bloom, rows: dict[str, list[Batch]], first: torch.Tensor, sec
     equal = first.shape == second.shape
     if equal:
         variants["exchanged"] = [mix(first, second), mix(second, first)]
-        variants["between"] = [torch.lerp(first, second, step / STEPS) for step in range(STEPS + 1)]
-    with tqdm(total=sum(map(len, variants.values())), desc="two prefixes", leave=False) as bar:
+        variants["between"] = [torch.lerp(first, second, step / STEPS) for step in range(1, STEPS)]
 
-        def scores(prefix: torch.Tensor) -> dict[str, dict[str, float]]:
-            bar.update()
-            return {name: score(base, batches, prefix)._asdict() for name, batches in rows.items()}
+    def scores(prefix: torch.Tensor) -> dict[str, dict[str, float]]:
+        found = {}
+        for name, batches in rows.items():
+            found[name] = score(base, batches, prefix)._asdict()
+            advance(sum(batch.rows for batch in batches))
+        return found
 
-        found = {kind: [scores(prefix) for prefix in prefixes] for kind, prefixes in variants.items()}
+    found = {kind: [scores(prefix) for prefix in prefixes] for kind, prefixes in variants.items()}
+    if equal:  # the way begins with the one and ends with the other
+        found["between"] = [found["alone"][0], *found["between"], found["alone"][1]]
     cosine = F.cosine_similarity(first, second, dim=-1).mean(dim=(2, 3)).T.tolist() if equal else None
     return {"exchanged": None, "between": None, **found, "cosine": cosine}
+
+
+def passes_of_mixtures(first: torch.Tensor, second: torch.Tensor) -> int:
+    """How often `mixtures` runs the rows through the base."""
+    return 4 + (2 + STEPS - 1 if first.shape == second.shape else 0)
 
 
 def mix(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -25,21 +25,27 @@ class Text(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the page: a heading, a sentence of what is seen and how to read it, pictures, a table, and notes.
+    """A part of the page: a heading, what was found, a sentence of how to read the pictures, pictures, a table, and notes.
 
+    figures: those of a tuple stand side by side where the screen is wide enough, and below each other where it is not.
     table: its first row is the head.
     """
 
     title: Text
     reading: Text
-    figures: Sequence[go.Figure] = ()
+    figures: Sequence[go.Figure | tuple[go.Figure, ...]] = ()
     table: list[list[str | Text]] | None = None
     notes: Sequence[Text] = ()
+    found: Sequence[Text] = ()
 
-    def html(self) -> str:
-        parts = [f"<section><h2>{self.title.html()}</h2>", f"<p>{self.reading.html()}</p>"]
-        options = {"responsive": True, "displaylogo": False}
-        parts += [to_html(figure, full_html=False, include_plotlyjs=False, config=options) for figure in self.figures]
+    def html(self, anchor: str) -> str:
+        parts = [f'<section id="{anchor}"><h2>{self.title.html()}</h2>']
+        parts += [f'<p class="found">{found.html()}</p>' for found in self.found]
+        parts.append(f"<p>{self.reading.html()}</p>")
+        for one in self.figures:
+            together = one if isinstance(one, tuple) else (one,)
+            kind = "together" if len(together) > 1 else "alone"
+            parts.append(f'<div class="{kind}">{"".join(map(_picture, together))}</div>')
         if self.table:
             head, *rows = ([_cell(cell) for cell in row] for row in self.table)
             lines = ["".join(f"<th>{cell}</th>" for cell in head), *("".join(f"<td>{c}</td>" for c in row) for row in rows)]
@@ -52,14 +58,28 @@ def _cell(cell: str | Text) -> str:
     return cell.html() if isinstance(cell, Text) else html.escape(cell)
 
 
+def _picture(figure: go.Figure) -> str:
+    """A figure whose title is a caption of the page, which breaks into lines as a title in a picture does not. Where the
+    screen is narrower than the least width in the figure's layout.meta, the picture scrolls.
+    """
+    caption, least = figure.layout.title.text, (figure.layout.meta or {}).get("least_width", 0)
+    untitled = go.Figure(figure).update_layout(title=None, margin={"t": 20})
+    plot = to_html(untitled, full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
+    caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<figure>{caption}<div class="scroll"><div style="min-width: {least}px">{plot}</div></div></figure>'
+
+
 def write_page(path: Path, title: Text, summary: Text, sections: list[Section]) -> None:
     """Writes the page, whole or not at all. plotly.js, 4.8 MB, is part of the file."""
+    anchors = [f"section-{number}" for number in range(1, len(sections) + 1)]
+    links = [f'<li><a href="#{at}">{one.title.html()}</a></li>' for at, one in zip(anchors, sections, strict=True)]
     parts = {
         "title": html.escape(f"{title.zh} · {title.en}"),
         "heading": title.html(),
         "summary": summary.html(),
+        "contents": "\n".join(links),
         "plotly": get_plotlyjs(),
-        "sections": "\n".join(section.html() for section in sections),
+        "sections": "\n".join(section.html(at) for at, section in zip(anchors, sections, strict=True)),
     }
     text = _TEMPLATE.read_text("utf-8")
     for name, part in parts.items():  # no str.format, as CSS has braces

@@ -1,7 +1,9 @@
 """What all pictures have in common: their look, their menus, and text that plotly shows as it is."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
@@ -9,26 +11,34 @@ from prefix_tuning.text import shorten
 
 COLOURS = qualitative.D3 + qualitative.Set2
 GREY, BLUE = "#999999", "#1f77b4"
-LONGEST_NAME = 40  # columns of a name in a title or a legend
+FONT = 'system-ui, "Noto Sans CJK SC", sans-serif'
+LONGEST_NAME = 24  # columns of a name in a picture, which may be 300 pixels wide
 MOST_TICKS = 60  # tokens that are named on an axis
+# Pixels, in which the name of a token and the numbers of a cell can be read.
+TOKEN_WIDTH, CELL_WIDTH, LINE_HEIGHT = 20, 44, 18
+LONGEST_TOKEN = 8  # characters
 
 
-def styled(figure: go.Figure, title: str, height: int = 420) -> go.Figure:
-    """The common look. No template, as each picture would have its own copy of one."""
+def styled(figure: go.Figure, title: str, height: int = 420, least_width: int = 0) -> go.Figure:
+    """The common look. No template, as each picture would have its own copy of one.
+
+    least_width: pixels below which the picture scrolls on the page.
+    """
     axis = {"gridcolor": "#e5e5e5", "zeroline": False, "automargin": True}
     return (
         figure.update_layout(
             template="none",
             title={"text": title, "font": {"size": 15}, "x": 0.05},
-            font={"color": "#333", "size": 12},
+            font={"family": FONT, "color": "#333", "size": 12},
             height=height,
             colorway=COLOURS,
-            margin={"l": 70, "r": 30, "t": 90, "b": 60},
+            margin={"l": 55, "r": 15, "t": 70, "b": 50},
+            legend={"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom"},
             hoverlabel={"align": "left"},
+            meta={"least_width": least_width} if least_width else None,
         )
         .update_xaxes(axis)
         .update_yaxes(axis)
-        .update_annotations(font_size=13)
     )
 
 
@@ -54,11 +64,24 @@ def dropdown(figure: go.Figure, labels: Sequence[str], groups: Sequence[Sequence
     ]
     for trace, visible in zip(figure.data, shown[0], strict=True):
         trace.visible = visible
-    figure.update_layout(updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}])
+    figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}])
+
+
+def log_axis(values: Iterable[float]) -> dict:
+    """A logarithmic axis for these values whose ticks are numbers; plotly's own are single digits between powers of ten."""
+    powers = [math.log10(value) for value in values if value > 0]
+    low, high = (math.floor(min(powers)), math.ceil(max(powers))) if powers else (0, 1)
+    digits = (1, 2, 5) if high - low <= 2 else (1,)
+    ticks = [float(f"{digit}e{power}") for power in range(low, high + 1) for digit in digits]
+    return {"type": "log", "tickvals": ticks, "ticktext": [np.format_float_positional(tick, trim="-") for tick in ticks]}
 
 
 def token_axis(tokens: Sequence[str]) -> dict:
-    """An axis that names its tokens, of a long text every second, third ... of them."""
+    """An axis that names its tokens, of a long text every second, third ... of them. Characters stand upright, one below
+    the other: there is no room beside each other, and a ␣ on its side would be a bracket.
+    """
     shown = [plain(token.replace("\n", "⏎").replace(" ", "␣")) for token in tokens]
+    shown = [text if len(text) <= LONGEST_TOKEN else text[: LONGEST_TOKEN - 1] + "…" for text in shown]
     places = range(0, len(shown), -(-len(shown) // MOST_TICKS))
-    return {"tickmode": "array", "tickvals": [*places], "ticktext": [shown[place] for place in places], "tickangle": -60}
+    ticks = {"tickvals": [*places], "ticktext": ["<br>".join(shown[place]) for place in places]}
+    return ticks | {"tickmode": "array", "tickangle": 0, "tickfont": {"size": 14}, "range": [-0.5, len(shown) - 0.5]}

@@ -1,46 +1,102 @@
 """What breaks without a part of the prefix: a layer's pairs, a head's, a token's, all keys, all values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, cast
 
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
+from prefix_tuning.model.attention import attention_bias
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom
-from prefix_tuning.study.attention import without
-from prefix_tuning.study.scoring import score
+from prefix_tuning.model.bloom import Bloom, PackedBlock
+from prefix_tuning.study.scoring import Score, Tally, score
 from prefix_tuning.study.shares import heads_by_share
 
 MOST_HEADS = 64  # that are removed one by one; of a larger base, those to which the prefix owes the most attention
 
 
-def removals(base: Bloom, batches: list[Batch], prefix: torch.Tensor, shares: list[list[float]]) -> dict:
+class Part(NamedTuple):
+    """A part of a prefix: its kind, where it is, and its pairs (L, H, P), bool. first: the first layer that has some."""
+
+    kind: str
+    place: dict[str, int]
+    pairs: torch.Tensor
+    first: int
+
+
+def removals(
+    base: Bloom,
+    batches: list[Batch],
+    prefix: torch.Tensor,
+    shares: list[list[float]],
+    alone: Score,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> dict:
     """Loss and exact match without each part of a prefix (L, 2, H, P, D), the worst loss first.
 
-    shares: (L, H), of `attention_shares`. Removed pairs take no share of the attention, as if they had never been there.
-    With "keys only", values are 0, so that the prefix only draws attention away from the text; with "values only", keys
-    are 0, so that the distance alone decides how much of each value is added.
+    shares: (L, H), of `attention_shares`. alone: the score of the base. advance: is called with the number of rows that have
+    passed through the base, in all `passes_of_removals` times those of the batches. Removed pairs take no share of the
+    attention, as if they had never been there. With "keys only", values are 0, so that the prefix only draws attention away
+    from the text; with "values only", keys are 0, so that the distance alone decides how much of each value is added.
 
     whole, base: the scores of the prefix and of the base alone. parts: of each removal its kind (layer, head, token, keys
     only, values only), its place and its scores. left_out: heads that were not removed.
     """
-    scores = score(base, batches, prefix), score(base, batches, None)
     places = heads_by_share(shares)
-    parts = []
-    for kind, place, removed in tqdm(list(_parts(prefix, sorted(places[:MOST_HEADS]))), desc="without a part", leave=False):
-        with without(base, removed):
-            parts.append({"kind": kind, **place, **score(base, batches, prefix)._asdict()})
+    removed = list(_parts(prefix, sorted(places[:MOST_HEADS])))
+    whole, tallies = Tally(), [Tally() for _ in removed]
+    for batch in batches:
+        batch = batch.to(base.device)
+        for tally, hidden in zip((whole, *tallies), _hidden_without(base, batch, prefix, removed), strict=True):
+            tally.add(base, batch, hidden)
+            advance(batch.rows)
+    parts = [
+        {"kind": part.kind, **part.place, **tally.score()._asdict()} for part, tally in zip(removed, tallies, strict=True)
+    ]
     for side, kind in enumerate(("values only", "keys only")):
         half = prefix.clone()
         half[:, side] = 0
         parts.append({"kind": kind, **score(base, batches, half)._asdict()})
-    whole, alone = (one._asdict() for one in scores)
+        advance(whole.rows)
     parts.sort(key=lambda part: -part["loss"])
-    return {"whole": whole, "base": alone, "parts": parts, "left_out": len(places[MOST_HEADS:])}
+    return {"whole": whole.score()._asdict(), "base": alone._asdict(), "parts": parts, "left_out": len(places[MOST_HEADS:])}
 
 
-def _parts(prefix: torch.Tensor, heads: list[tuple[int, int]]) -> Iterator[tuple[str, dict[str, int], torch.Tensor]]:
-    """Kind, place and pairs (L, H, P), bool, of everything that can be removed."""
+def passes_of_removals(prefix: torch.Tensor) -> int:
+    """How often `removals` runs the rows through the base: for each part, for the two halves, and for the whole prefix."""
+    layers, _, heads, length, _ = prefix.shape
+    return layers + min(MOST_HEADS, layers * heads) + length + 3
+
+
+@torch.no_grad()
+def _hidden_without(base: Bloom, batch: Batch, prefix: torch.Tensor, parts: list[Part]) -> Iterator[torch.Tensor]:
+    """What the head reads at the labels, (N, E), with the whole prefix, and then without each part.
+
+    Layers below a part do not change without it: from the pass with the whole prefix, each part goes on at its first layer.
+    """
+    body = base.transformer
+    blocks = cast(list[PackedBlock], body.h)
+    hidden = body.word_embeddings_layernorm(F.embedding(batch.input_ids, base.gathered(body.word_embeddings.weight)))
+    bias = attention_bias(base.config.n_head, prefix.shape[3], batch.max_length, hidden)
+
+    def layer_of(layer: int, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return blocks[layer].forward_packed(hidden, batch, bias, prefix[layer], only_labels=layer == len(blocks) - 1)
+
+    inputs = [hidden]
+    for layer in range(len(blocks)):
+        inputs.append(layer_of(layer, inputs[-1], bias))
+    yield body.ln_f(inputs[-1])
+    for part in parts:
+        hidden = inputs[part.first]
+        for layer in range(part.first, len(blocks)):
+            left = bias.clone()
+            left[..., : prefix.shape[3]].masked_fill_(part.pairs[layer][None, :, None, :], -torch.inf)
+            hidden = layer_of(layer, hidden, left)
+        yield body.ln_f(hidden)
+
+
+def _parts(prefix: torch.Tensor, heads: list[tuple[int, int]]) -> Iterator[Part]:
+    """Everything that can be removed."""
     layers, _, _, length, _ = prefix.shape
     nothing = torch.zeros_like(prefix[:, 0, :, :, 0], dtype=torch.bool)
 
@@ -50,8 +106,8 @@ def _parts(prefix: torch.Tensor, heads: list[tuple[int, int]]) -> Iterator[tuple
         return removed
 
     for layer in range(layers):
-        yield "layer", {"layer": layer}, at(layer)
+        yield Part("layer", {"layer": layer}, at(layer), layer)
     for layer, head in heads:
-        yield "head", {"layer": layer, "head": head}, at(layer, head)
+        yield Part("head", {"layer": layer, "head": head}, at(layer, head), layer)
     for token in range(length):
-        yield "token", {"token": token}, at(slice(None), slice(None), token)
+        yield Part("token", {"token": token}, at(slice(None), slice(None), token), 0)

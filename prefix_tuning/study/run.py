@@ -18,6 +18,7 @@ from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
 from prefix_tuning.demo.build import load_relations, quiz, quiz_questions
 from prefix_tuning.devices import out_of_memory_explained, resolve_device, suggested_max_tokens
 from prefix_tuning.errors import UserError
+from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import CONFIG_FILE
 from prefix_tuning.files.reading import locate
 from prefix_tuning.files.writing import atomic_write
@@ -25,31 +26,36 @@ from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.inference.run import open_model
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.settings import MAX_LENGTH
-from prefix_tuning.study.growth import growth
-from prefix_tuning.study.mixing import mixtures
+from prefix_tuning.study.growth import growth, some_checkpoints
+from prefix_tuning.study.mixing import mixtures, passes_of_mixtures
 from prefix_tuning.study.page import write_page
 from prefix_tuning.study.question import follow
-from prefix_tuning.study.removal import removals
-from prefix_tuning.study.scoring import batches_of, spaced
-from prefix_tuning.study.sections import say, sections_of, summary
+from prefix_tuning.study.removal import passes_of_removals, removals
+from prefix_tuning.study.scoring import batches_of, spaced, spaced_places
+from prefix_tuning.study.sections import sections_of, summary
 from prefix_tuning.study.settings import StudyConfig
 from prefix_tuning.study.shares import attention_shares
-from prefix_tuning.study.vectors import nearest_words, prefix_norms, text_norms
+from prefix_tuning.study.texts import say
+from prefix_tuning.study.vectors import nearest_words, prefix_norms, score_base
 
 ROWS, ROWS_OF_LARGE, LARGE = 200, 20, 100_000_000  # rows that are used by default, of a base with more weights than this
 GROWTH_ROWS = 64  # on which attention is measured at every checkpoint
+QUIZ_QUESTIONS = 4  # for each row of a dataset
+QUESTIONS_AT_ONCE, QUIZ_COST = 320, 2  # of the quiz; to answer one takes as long as so many rows in one pass
+BAR = "{desc}{percentage:.0f} %|{bar}| about {remaining} left"
 
 
 class Rows(NamedTuple):
     """Rows that a prefix is studied on: some of those that are `there`, evenly spaced.
 
-    few: again some of them. used, cut: how many have labels, and how many of these were cut. prompt: the token ids of the
-    question that is followed, that of the first row whose prompt is not too long.
+    few: again some of them. few_used: how many these are. used, cut: how many have labels, and how many of these were cut.
+    prompt: the token ids of the question that is followed, that of the first row whose prompt is not too long.
     """
 
     name: str
     batches: list[Batch]
     few: list[Batch]
+    few_used: int
     used: int
     cut: int
     there: int
@@ -111,10 +117,12 @@ def prepare(name: str, rows: Dataset, config: StudyConfig, model: PrefixBloom, t
     if not len(tokenized):
         raise UserError(f"{name}: no row has a label left; every prompt fills {MAX_LENGTH} tokens")
     max_tokens = suggested_max_tokens(model, gathers=False)
+    few = spaced(tokenized, GROWTH_ROWS)
     return Rows(
         portable_name(name).removeprefix(LOCAL),
         batches_of(tokenized, max_tokens),
-        batches_of(spaced(tokenized, GROWTH_ROWS), max_tokens),
+        batches_of(few, max_tokens),
+        few_used=len(few),
         used=len(tokenized),
         cut=sum(ids[-1] != tokenizer.eos_token_id for ids in tokenized["input_ids"]),
         there=len(rows),
@@ -136,51 +144,86 @@ def _prompt(question: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerB
 
 def measure(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dict[str, str], rows: dict[str, Rows]) -> dict:
     """All numbers of the study, as study.json has them. folders, rows: of each prefix, by name."""
-    names = list(model.prefixes)
+    names, tensors = list(model.prefixes), model.prefixes
     pairs = [(names[0], other) for other in names[1:]]
-    facts = _quiz_of(model)
-    bar = tqdm(total=7 * len(names) + len(pairs) + (len(names) + 1) * bool(facts), unit="part")
+    used = max(one.used for one in rows.values())
+    every = _quiz_of(model)
+    facts = [every[place] for place in spaced_places(len(every), QUIZ_QUESTIONS * used)]
+    sets = {one.name: one for one in rows.values()}
+    total = sum(one.used for one in sets.values()) + QUIZ_COST * len(facts) * len(model.names)
+    growing = {
+        name: rows[name].few_used * (len(some_checkpoints(find_checkpoints(Path(folders[name])))) + 1) for name in names
+    }
+    total += sum(growing[name] + rows[name].used * (1 + passes_of_removals(tensors[name])) for name in names)
+    for pair in pairs:
+        passes = passes_of_mixtures(*(tensors[name] for name in pair))
+        total += passes * sum({rows[name].name: rows[name].used for name in pair}.values())
+    print(
+        f"{total:,} rows pass through the base, the same {used} again for each part of a prefix that is removed; "
+        f"--rows {max(1, used // 4)} takes a quarter of the time"
+    )
 
-    def step(title: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        bar.set_description(title)
-        result = function(*arguments)
-        bar.update()
-        return result
-
-    prefixes = {}
-    for name, prefix in model.prefixes.items():
-        own = rows[name]
-        shares = step(f"{name}: attention", attention_shares, model, own.batches, prefix)
-        prefixes[name] = {
-            "dataset": own.name,
-            "rows": own.used,
-            "rows_cut": own.cut,
-            "rows_there": own.there,
-            "num_virtual_tokens": prefix.shape[3],
-            "attention": shares,
-            "question": step(f"{name}: question", follow, model, tokenizer, own.prompt, name, shares["share"]),
-            "removal": step(f"{name}: removal", removals, model, own.batches, prefix, shares["share"]),
-            "growth": step(f"{name}: training", growth, model, own.few, Path(folders[name]), prefix),
-            "norms": {
-                "text": step(f"{name}: norms of text", text_norms, model, own.batches),
-                "prefix": step(f"{name}: norms", prefix_norms, prefix),
-            },
-            "nearest_words": step(f"{name}: words", nearest_words, model, tokenizer, prefix),
-        }
-    found = []
-    for first, second in pairs:
-        sets = {rows[name].name: rows[name].batches for name in (first, second)}
-        tensors = model.prefixes[first], model.prefixes[second]
-        found.append({"first": first, "second": second, **step("two prefixes", mixtures, model, sets, *tensors)})
-    right = {name: step(f"{name}: quiz", quiz, model, tokenizer, facts, name) for name in model.names if facts}
-    bar.close()
+    with tqdm(total=total, bar_format=BAR) as bar:
+        # The base knows nothing of a prefix: one pass over its rows serves all prefixes that are studied on them.
+        alone = {}
+        for name, one in sets.items():
+            bar.set_description("base")
+            alone[name] = score_base(model, one.batches)
+            bar.update(one.used)
+        prefixes = {}
+        for name, prefix in tensors.items():
+            own = rows[name]
+            scored, norms = alone[own.name]
+            bar.set_description(f"{name}: attention")
+            shares = attention_shares(model, own.batches, prefix)
+            bar.update(own.used)
+            bar.set_description(f"{name}: without a part")
+            removed = removals(model, own.batches, prefix, shares["share"], scored, bar.update)
+            bar.set_description(f"{name}: checkpoints")
+            grown = growth(model, own.few, Path(folders[name]), prefix)
+            bar.update(growing[name])
+            prefixes[name] = {
+                "dataset": own.name,
+                "rows": own.used,
+                "rows_cut": own.cut,
+                "rows_there": own.there,
+                "num_virtual_tokens": prefix.shape[3],
+                "attention": shares,
+                "question": follow(model, tokenizer, own.prompt, name, shares["share"]),
+                "removal": removed,
+                "growth": grown,
+                "norms": {"text": norms, "prefix": prefix_norms(prefix)},
+                "nearest_words": nearest_words(model, tokenizer, prefix),
+            }
+        found = []
+        for first, second in pairs:
+            bar.set_description(f"{first} and {second}")
+            both = {rows[name].name: rows[name].batches for name in (first, second)}
+            mixed = mixtures(model, both, tensors[first], tensors[second], bar.update)
+            found.append({"first": first, "second": second, **mixed})
+        right = {}
+        for name in model.names if facts else ():
+            bar.set_description(f"{name}: quiz")
+            right[name] = _quizzed(model, tokenizer, facts, name, bar.update)
     return {
         "base": portable_name(model.name_or_path or ""),
         "precision": str(model.dtype).removeprefix("torch."),
         "prefixes": prefixes,
         "pairs": found,
-        "quiz": {"questions": len(facts), "right": right} if facts else None,
+        "quiz": {"questions": len(facts), "there": len(every), "right": right} if facts else None,
     }
+
+
+def _quizzed(
+    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, facts: list, name: str, advance: Callable[[int], object]
+) -> float:
+    """The share of the questions that are answered right with the prefix `name`."""
+    right = 0.0
+    for start in range(0, len(facts), QUESTIONS_AT_ONCE):
+        some = facts[start : start + QUESTIONS_AT_ONCE]
+        right += len(some) * quiz(model, tokenizer, some, name)
+        advance(QUIZ_COST * len(some))
+    return right / len(facts)
 
 
 def _quiz_of(model: PrefixBloom) -> list:

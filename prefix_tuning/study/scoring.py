@@ -1,5 +1,6 @@
 """How well the base answers with a prefix: loss and exact match in one forward pass, for the many variants of a prefix."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,22 @@ class Score(NamedTuple):
     exact_match: float
 
 
+def interval(share: float, rows: int) -> tuple[float, float]:
+    """Where a share that was counted on so many rows may be for all rows like them: Wilson's interval at 95 %."""
+    z = 1.96
+    middle, half = share + z**2 / (2 * rows), z * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
+    return (middle - half) / (1 + z**2 / rows), (middle + half) / (1 + z**2 / rows)
+
+
 def spaced(rows: Dataset, count: int) -> Dataset:
     """So many of the rows, or all if there are fewer, evenly spaced."""
-    count = min(count, len(rows))
-    return rows.select([place * len(rows) // count for place in range(count)])
+    return rows.select(spaced_places(len(rows), count))
+
+
+def spaced_places(length: int, count: int) -> list[int]:
+    """Indices below `length`, so many or all, evenly spaced."""
+    count = min(count, length)
+    return [place * length // count for place in range(count)]
 
 
 def batches_of(tokenized: Dataset, max_tokens: int) -> list[Batch]:
@@ -40,24 +53,40 @@ def label_logits(base: Bloom, batch: Batch, prefix: torch.Tensor | None) -> torc
 
 @torch.no_grad()
 def score(base: Bloom, batches: list[Batch], prefix: torch.Tensor | None) -> Score:
-    """Loss and exact match over all batches. prefix: (L, 2, H, P, D), or None for the base alone.
+    """Loss and exact match over all batches. prefix: (L, 2, H, P, D), or None for the base alone."""
+    tally = Tally()
+    for batch in batches:
+        batch = batch.to(base.device)
+        tally.add(base, batch, base.packed_hidden(batch, prefix))
+    return tally.score()
+
+
+class Tally:
+    """The sums of a Score, batch by batch.
 
     Greedy generation repeats the answer of a row if and only if each of its labels, EOS included, is the likeliest token
     after those before it. So no token has to be generated to know whether it would. Of a row that was cut, this holds for
     what is left of its answer; of a talk, for all its answers, each after the true ones before it.
     """
-    loss, labels, right, rows = 0.0, 0, 0, 0
-    for batch in batches:
-        batch = batch.to(base.device)
-        hidden, head = base.packed_hidden(batch, prefix), base.gathered(base.lm_head.weight)
+
+    def __init__(self) -> None:
+        self.loss, self.labels, self.right, self.rows = 0.0, 0, 0, 0
+
+    def add(self, base: Bloom, batch: Batch, hidden: torch.Tensor) -> None:
+        """hidden: (N, E), what the head reads at the labels of the batch."""
+        head = base.gathered(base.lm_head.weight)
         wrong = torch.zeros(batch.rows, dtype=torch.bool, device=base.device)
         parts = zip(*(x.split(LABELS_AT_ONCE) for x in (hidden, batch.labels, label_rows(batch))), strict=True)
         for part, expected, row in parts:
             logits = F.linear(part, head).float()
-            loss += F.cross_entropy(logits, expected, reduction="sum").item()
+            self.loss += F.cross_entropy(logits, expected, reduction="sum").item()
             wrong[row[logits.argmax(dim=-1) != expected]] = True
-        labels, right, rows = labels + len(batch.labels), right + int((~wrong).sum()), rows + batch.rows
-    return Score(loss / labels, right / rows)
+        self.labels += len(batch.labels)
+        self.right += int((~wrong).sum())
+        self.rows += batch.rows
+
+    def score(self) -> Score:
+        return Score(self.loss / self.labels, self.right / self.rows)
 
 
 def label_rows(batch: Batch) -> torch.Tensor:

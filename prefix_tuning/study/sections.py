@@ -1,34 +1,26 @@
 """The page of a study: its parts in their order, made of the numbers of run.py. What it says stands in texts.json."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 
-from prefix_tuning.study import figures
+from prefix_tuning.study import figures, findings
 from prefix_tuning.study.page import Section, Text
 from prefix_tuning.study.plotting import short_name
+from prefix_tuning.study.texts import say
 
-TEXTS = json.loads(Path(__file__).with_name("texts.json").read_text("utf-8"))
 # Bytes. plotly.js takes 4.8 of the page's 6 MB; what the pictures of a prefix take that do not grow with rows and base is
 # subtracted from the rest, of which each of the two others gets a share.
-ROOM, OF_A_PREFIX, DISTANCE_SHARE, QUESTION_SHARE = 1_000_000, 55_000, 0.4, 0.6
-
-
-def say(key: str, **values: object) -> Text:
-    """A text of texts.json with its {fields} filled in; a value that is a Text is so in its language."""
-
-    def of(language: str) -> str:
-        filled = {name: getattr(value, language) if isinstance(value, Text) else value for name, value in values.items()}
-        return TEXTS[key][language].format(**filled)
-
-    return Text(of("zh"), of("en"))
+ROOM, OF_A_PREFIX, DISTANCE_SHARE, QUESTION_SHARE = 1_000_000, 60_000, 0.4, 0.6
 
 
 def summary(numbers: dict) -> Text:
     """What was studied, on how many rows."""
-    each = [say("prefix", name=name, **prefix) for name, prefix in numbers["prefixes"].items()]
+    each = []
+    for name, prefix in numbers["prefixes"].items():
+        cut = say("prefix.cut", rows_cut=prefix["rows_cut"]) if prefix["rows_cut"] else Text("", "")
+        each.append(say("prefix", name=name, cut=cut, **prefix))
     prefixes = Text("、".join(text.zh for text in each), ", ".join(text.en for text in each))
     return say("summary", base=numbers["base"], precision=numbers["precision"], prefixes=prefixes)
 
@@ -37,25 +29,35 @@ def sections_of(numbers: dict) -> list[Section]:
     """numbers: of `run.measure`."""
     prefixes = numbers["prefixes"]
     return [
-        _section("attention", _drawn(figures.share_map, prefixes, "attention")),
+        _section("attention", _drawn(figures.share_map, prefixes, "attention"), _found(findings.attention, prefixes)),
         _distance(prefixes),
         _question(prefixes),
         _removal(prefixes),
-        _pairs(numbers["pairs"]),
+        _pairs(numbers["pairs"], prefixes),
         _quiz(numbers["quiz"]),
         _growth(prefixes),
-        _section("norms", _drawn(figures.norm_boxes, prefixes, "norms")),
+        _section("norms", _drawn(figures.norm_boxes, prefixes, "norms"), _found(findings.norms, prefixes)),
         _words(prefixes),
     ]
 
 
-def _section(key: str, drawn: list[go.Figure], notes: Sequence[Text] = (), **values: object) -> Section:
-    return Section(say(key), say(f"{key}.reading", **values), drawn, notes=notes)
+def _section(
+    key: str,
+    drawn: Sequence[go.Figure | tuple[go.Figure, ...]],
+    found: Sequence[Text],
+    notes: Sequence[Text] = (),
+    **values: object,
+) -> Section:
+    return Section(say(key), say(f"{key}.reading", **values), drawn, notes=notes, found=found)
 
 
-def _drawn(draw: Callable[[dict, str], go.Figure], prefixes: dict, key: str) -> list[go.Figure]:
-    """A picture of each prefix, for which it has the numbers."""
+def _drawn(draw: Callable[[dict, str], Any], prefixes: dict, key: str) -> list[Any]:
+    """What is drawn of each prefix, for which it has the numbers."""
     return [draw(one[key], short_name(name)) for name, one in prefixes.items() if one[key]]
+
+
+def _found(find: Callable[[str, dict], Text], prefixes: dict) -> list[Text]:
+    return [find(name, one) for name, one in prefixes.items()]
 
 
 def _left_out(key: str, count: int) -> list[Text]:
@@ -82,7 +84,9 @@ def _distance(prefixes: dict) -> Section:
     chosen = [place * layers // count for place in range(count)]
     pairs = zip(shares[:drawn], prefixes, strict=False)
     pictures = [figures.share_by_distance(one, short_name(name), chosen) for one, name in pairs]
-    return _section("distance", pictures, _left_out("prefixes", len(prefixes) - drawn) + _left_out("layers", layers - count))
+    notes = _left_out("prefixes", len(prefixes) - drawn) + _left_out("layers", layers - count)
+    farther = max(prefix["num_virtual_tokens"] for prefix in prefixes.values()) - 1
+    return _section("distance", pictures, _found(findings.distance, prefixes), notes, farther=farther)
 
 
 def _question(prefixes: dict) -> Section:
@@ -95,29 +99,31 @@ def _question(prefixes: dict) -> Section:
     pictures, notes = [], []
     for place, (name, one) in enumerate(questions.items()):
         if place < drawn:
-            pictures += [
-                figures.next_tokens(one, short_name(name)),
-                figures.question_attention(one, short_name(name), count),
-            ]
+            pictures.append(figures.question_map(one, short_name(name), count))
         answers = {"base": one["answers"]["base"], "answer": one["answers"]["prefix"]}
         notes.append(say("question.answers", name=name, question=one["question"], **answers))
     every = sum(map(len, next(iter(prefixes.values()))["attention"]["share"]))
     notes += _left_out("prefixes", len(prefixes) - drawn) + _left_out("maps", every - count)
-    return _section("question", pictures, notes)
+    return _section("question", pictures, _found(findings.question, prefixes), notes)
 
 
 def _removal(prefixes: dict) -> Section:
     removals = {name: prefix["removal"] for name, prefix in prefixes.items()}
-    notes = [say("removal.whole", name=name, **one) for name, one in removals.items()]
+    drawn = [figures.removal_bars(one, short_name(name), prefixes[name]["rows"]) for name, one in removals.items()]
+    notes = [
+        say("removal.whole", name=name, rows=prefixes[name]["rows"], row=1 / prefixes[name]["rows"], **one)
+        for name, one in removals.items()
+    ]
     notes += _left_out("heads", max(one["left_out"] for one in removals.values()))
     notes += _left_out("bars", max(len(one["parts"]) - figures.MOST_BARS for one in removals.values()))
-    return _section("removal", _drawn(figures.removal_bars, prefixes, "removal"), notes)
+    return _section("removal", drawn, _found(findings.removal, prefixes), notes)
 
 
-def _pairs(pairs: list[dict]) -> Section:
+def _pairs(pairs: list[dict], prefixes: dict) -> Section:
     if not pairs:
         return Section(say("pairs"), say("pairs.none"))
-    drawn, notes = [], []
+    drawn: list[go.Figure | tuple[go.Figure, ...]] = []
+    notes = []
     for pair in pairs:
         named = pair | {side: short_name(pair[side]) for side in ("first", "second")}
         drawn.append(figures.combination_bars(named))
@@ -125,21 +131,22 @@ def _pairs(pairs: list[dict]) -> Section:
             drawn += [figures.between_lines(named), figures.cosine_bars(named)]
         else:
             notes.append(say("pairs.lengths", first=pair["first"], second=pair["second"]))
-    return _section("pairs", drawn, notes + ([say("pairs.first")] if len(pairs) > 1 else []))
+    notes += [say("pairs.first")] if len(pairs) > 1 else []
+    return _section("pairs", drawn, [findings.pair(one, prefixes) for one in pairs], notes)
 
 
 def _quiz(quiz: dict | None) -> Section:
     if quiz is None:
         return Section(say("quiz"), say("quiz.none"))
-    return _section("quiz", [figures.quiz_bars(quiz["right"])], questions=quiz["questions"])
+    return _section("quiz", [figures.quiz_bars(quiz["right"])], [findings.quiz(quiz)], **quiz)
 
 
 def _growth(prefixes: dict) -> Section:
-    found = [one["growth"] for one in prefixes.values() if one["growth"]]
-    missing = ", ".join(name for name, one in prefixes.items() if not one["growth"])
+    grown = {name: one for name, one in prefixes.items() if one["growth"]}
+    missing = ", ".join(name for name in prefixes if name not in grown)
     notes = [say("growth.none", names=missing)] if missing else []
-    notes += _left_out("checkpoints", max((one["left_out"] for one in found), default=0))
-    return _section("growth", _drawn(figures.growth_lines, prefixes, "growth"), notes)
+    notes += _left_out("checkpoints", max((one["growth"]["left_out"] for one in grown.values()), default=0))
+    return _section("growth", _drawn(figures.growth_lines, prefixes, "growth"), _found(findings.growth, grown), notes)
 
 
 def _words(prefixes: dict) -> Section:
@@ -148,4 +155,5 @@ def _words(prefixes: dict) -> Section:
         for place, one in enumerate(prefix["nearest_words"]):
             words = ", ".join(f"{text!r} {cosine:.2f}" for text, cosine in one["words"])
             table.append([name, str(place), words, f"{one['unexplained']:.0%}"])
-    return Section(say("words"), say("words.reading"), table=table, notes=[say("words.warning")])
+    found = _found(findings.words, prefixes)
+    return Section(say("words"), say("words.reading"), table=table, notes=[say("words.warning")], found=found)

@@ -15,6 +15,7 @@ from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedBlock
 from prefix_tuning.study.attention import attending
 from prefix_tuning.study.question import token_text
+from prefix_tuning.study.scoring import Score, score
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEAREST = 5  # words of each prefix token
@@ -22,9 +23,9 @@ WORDS_AT_ONCE = 4096  # of the vocabulary
 
 
 @torch.no_grad()
-def text_norms(base: Bloom, batches: list[Batch]) -> list[list[list[float]]]:
-    """Lengths of the keys and values, each of D numbers, that the base computes for text: QUANTILES over all heads and
-    tokens, (L, 2, 5).
+def score_base(base: Bloom, batches: list[Batch]) -> tuple[Score, list[list[list[float]]]]:
+    """In one pass of the base alone, its score and the lengths of the keys and values, each of D numbers, that it computes
+    for text: QUANTILES over all heads and tokens, (L, 2, 5).
     """
     norms: list[list[torch.Tensor]] = [[] for _ in base.transformer.h]
 
@@ -36,13 +37,12 @@ def text_norms(base: Bloom, batches: list[Batch]) -> list[list[list[float]]]:
         return attend_and_note
 
     with attending(base, attend_in):
-        for batch in batches:
-            base.packed_hidden(batch.to(base.device), None)
-    return [_quantiles(torch.cat(parts).T) for parts in norms]
+        scored = score(base, batches, None)
+    return scored, [_quantiles(torch.cat(parts).T) for parts in norms]
 
 
 def prefix_norms(prefix: torch.Tensor) -> list[list[list[float]]]:
-    """The same of a prefix (L, 2, H, P, D)."""
+    """The same lengths of a prefix (L, 2, H, P, D)."""
     return [_quantiles(layer) for layer in prefix.float().norm(dim=-1).flatten(2)]
 
 

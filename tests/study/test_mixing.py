@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prefix_tuning.study.mixing import mixtures
+from prefix_tuning.study.mixing import mixtures, passes_of_mixtures
 from prefix_tuning.study.scoring import score
 
 
@@ -12,8 +12,9 @@ def two(tuned_model):
 
 
 def test_the_way_ends_in_the_prefixes_themselves(tuned_model, batches, two):
-    found = mixtures(tuned_model, batches, *two)
-    assert len(found["between"]) == 11
+    passed = []
+    found = mixtures(tuned_model, batches, *two, passed.append)
+    assert len(found["between"]) == 11 and sum(passed) == 48 * passes_of_mixtures(*two)
     for end, alone, prefix in zip((found["between"][0], found["between"][-1]), found["alone"], two, strict=True):
         expected = {name: score(tuned_model, rows, prefix)._asdict() for name, rows in batches.items()}
         assert end == alone == expected
@@ -33,7 +34,9 @@ def test_cosines_by_layer(tuned_model, batches, two):
 
 def test_prefixes_of_two_lengths_can_only_follow_each_other(tuned_model, batches):
     first, second = tuned_model.prefixes["short"], tuned_model.prefixes["sentence"]
-    found = mixtures(tuned_model, {"short": batches["short"]}, first, second)
+    passed = []
+    found = mixtures(tuned_model, {"short": batches["short"]}, first, second, passed.append)
+    assert sum(passed) == 24 * passes_of_mixtures(first, second)
     assert found["exchanged"] is found["between"] is found["cosine"] is None
     for scores, pair in zip(found["after"], ((first, second), (second, first)), strict=True):
         assert scores["short"] == score(tuned_model, batches["short"], torch.cat(pair, dim=3))._asdict()

@@ -1,16 +1,24 @@
 import pytest
+import torch
 
 from prefix_tuning.study import removal
-from prefix_tuning.study.removal import removals
+from prefix_tuning.study.attention import attend_openly, attending
+from prefix_tuning.study.removal import passes_of_removals, removals
 from prefix_tuning.study.scoring import score
 from prefix_tuning.study.shares import attention_shares
 
 
 @pytest.fixture(scope="module")
-def found(tuned_model, batches):
+def alone(tuned_model, batches):
+    return score(tuned_model, batches["short"], None)
+
+
+@pytest.fixture(scope="module")
+def found(tuned_model, batches, alone):
     prefix = tuned_model.prefixes["short"]
     shares = attention_shares(tuned_model, batches["short"], prefix)["share"]
-    return removals(tuned_model, batches["short"], prefix, shares), prefix, shares
+    passed = []
+    return removals(tuned_model, batches["short"], prefix, shares, alone, passed.append), prefix, shares, passed
 
 
 def test_every_part_is_removed_once_and_the_worst_comes_first(found):
@@ -22,8 +30,13 @@ def test_every_part_is_removed_once_and_the_worst_comes_first(found):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_figures_are_those_of_prefixes_that_never_had_the_part(found, tuned_model, batches):
-    record, prefix, _ = found
+def test_the_rows_that_pass_are_counted_as_was_foretold(found):
+    _, prefix, _, passed = found
+    assert sum(passed) == 24 * passes_of_removals(prefix) and max(passed) <= 24
+
+
+def test_figures_are_those_of_prefixes_that_never_had_the_part(found, tuned_model, batches, alone):
+    record, prefix = found[:2]
     by_place = {(part["kind"], part.get("token")): part for part in record["parts"]}
     for key, variant in {
         ("token", 0): prefix[:, :, :, 1:],  # the farthest: without it, all others stay where they are
@@ -33,14 +46,42 @@ def test_figures_are_those_of_prefixes_that_never_had_the_part(found, tuned_mode
         expected = score(tuned_model, batches["short"], variant)
         assert by_place[key]["loss"] == pytest.approx(expected.loss, abs=1e-5)
         assert by_place[key]["exact_match"] == expected.exact_match
-    assert record["whole"] == score(tuned_model, batches["short"], prefix)._asdict()
-    assert record["base"] == score(tuned_model, batches["short"], None)._asdict()
+    whole = score(tuned_model, batches["short"], prefix)
+    assert record["whole"]["loss"] == pytest.approx(whole.loss, abs=1e-5) and record["base"] == alone._asdict()
+    assert record["whole"]["exact_match"] == whole.exact_match
 
 
-def test_of_many_heads_those_with_the_largest_share_are_removed(found, tuned_model, batches, monkeypatch):
-    _, prefix, shares = found
+@pytest.mark.parametrize("place", [{"layer": 0}, {"layer": 3}, {"layer": 2, "head": 3}, {"token": 2}])
+def test_removed_pairs_against_attention_whose_keys_never_had_them(found, tuned_model, batches, place):
+    """A layer, a head of a layer, a token: twin is a loop over heads that concatenates the pairs that are left."""
+    record, prefix = found[:2]
+    removed = torch.zeros(prefix.shape[0], prefix.shape[2], prefix.shape[3], dtype=torch.bool)
+    removed[tuple(place.get(axis, slice(None)) for axis in ("layer", "head", "token"))] = True
+
+    def attend_in(layer):
+        def attend_left(qkv, pairs, batch, bias, only_labels):
+            context = torch.zeros_like(qkv[:, :, 0])
+            for head, gone in enumerate(removed[layer]):
+                own = bias[:, head : head + 1]
+                left = torch.cat((own[..., : len(gone)][..., ~gone], own[..., len(gone) :]), dim=-1)
+                one = qkv[:, head : head + 1], pairs[:, head : head + 1, ~gone]
+                context[:, head : head + 1] = attend_openly(*one, batch, left, lambda weights: None)
+            return context
+
+        return attend_left
+
+    with attending(tuned_model, attend_in):
+        expected = score(tuned_model, batches["short"], prefix)
+    axes = ("layer", "head", "token")
+    (part,) = [one for one in record["parts"] if {axis: one[axis] for axis in axes if axis in one} == place]
+    assert part["loss"] == pytest.approx(expected.loss, abs=1e-4) and part["exact_match"] == expected.exact_match
+    assert part["loss"] != pytest.approx(record["whole"]["loss"], abs=1e-4)
+
+
+def test_of_many_heads_those_with_the_largest_share_are_removed(found, tuned_model, batches, alone, monkeypatch):
+    _, prefix, shares, _ = found
     monkeypatch.setattr(removal, "MOST_HEADS", 3)
-    record = removals(tuned_model, batches["short"][:1], prefix, shares)
+    record = removals(tuned_model, batches["short"][:1], prefix, shares, alone)
     heads = {(part["layer"], part["head"]) for part in record["parts"] if part["kind"] == "head"}
     every = sorted(((layer, head) for layer in range(4) for head in range(6)), key=lambda place: -shares[place[0]][place[1]])
     assert heads == set(every[:3]) and record["left_out"] == 21

@@ -42,17 +42,21 @@ def test_two_prefixes_become_a_page_and_its_numbers(tuned, tmp_path, capsys):
     assert len(page.encode()) < 6e6
     assert [stage["step"] for stage in short["growth"]["stages"]] == [50, 100]
     assert page.count("<h2>") == 9
-    assert page.count('class="plotly-graph-div"') == 2 * 6 + 3  # six for each; growth of short, the two together, the quiz
+    # Eight for each prefix; four of the training of short, two of both together, the quiz.
+    assert page.count('class="plotly-graph-div"') == 2 * 8 + 4 + 2 + 1
     for said in (
         "虚拟词的数目不同",
         "they differ in length",
         "--save_steps 50",
-        "12 of the 3218 rows of bundled:short, 0 of them cut",
+        "12 of the 3218 rows of bundled:short)",
     ):
         assert said in page
     assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"'](?!data:)", page)
     said = f"{tmp_path / 'study.html'}: open it in a browser; the numbers are in {tmp_path / 'study.json'}\n"
-    assert capsys.readouterr().out.endswith(said)
+    screen = capsys.readouterr()
+    assert screen.out.endswith(said) and "--rows 3 takes a quarter of the time" in screen.out
+    assert " left" in screen.err and "100 %" in screen.err  # what was foretold is what passed
+    assert screen.err.rstrip().split("\r")[-1].startswith("sentence: quiz: 100 %")
 
 
 def test_a_prefix_of_peft_is_studied_on_rows_that_are_named(tuned, tmp_path, rows_file):
@@ -64,6 +68,7 @@ def test_a_prefix_of_peft_is_studied_on_rows_that_are_named(tuned, tmp_path, row
     assert not (tmp_path / "study.html").exists()
     flags = ["--prefix", tmp_path / "adapter", "--dataset", rows_file, "--rows", 6, "--model_name_or_path", bundled.MODEL]
     numbers, page = studied(tmp_path, *flags)
+    assert numbers["quiz"]["questions"] == 4 * 6 < numbers["quiz"]["there"]  # the quiz grows with the rows
     assert numbers["prefixes"]["adapter"]["rows"] == 6 and not numbers["pairs"] and page.count("<h2>") == 9
 
 

@@ -6,7 +6,7 @@ from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.evaluation import answer_turns, evaluate_loss, exact_match, expected_answers, last_turn
 from prefix_tuning.model.batch import pack
-from prefix_tuning.study.scoring import batches_of, label_rows, score
+from prefix_tuning.study.scoring import batches_of, interval, label_rows, score
 
 
 @pytest.mark.parametrize("name", ["short", "sentence"])
@@ -36,3 +36,9 @@ def test_labels_know_their_rows():
         sum(label != -100 for label in example.labels[1:]) for example in sorted(examples, key=lambda e: len(e.labels))
     ]
     assert torch.bincount(label_rows(batch), minlength=3).tolist() == counts
+
+
+def test_an_interval_is_wilson_s():
+    """Wilson 1927; the numbers are those of statsmodels' proportion_confint(count, nobs, method="wilson")."""
+    assert interval(0.95, 40) == pytest.approx((0.8350, 0.9862), abs=1e-4)
+    assert interval(1, 200) == pytest.approx((0.9812, 1), abs=1e-4) and interval(0, 20)[0] == pytest.approx(0)

@@ -10,7 +10,8 @@ from prefix_tuning.study.page import Text, write_page
 from prefix_tuning.study.question import MOST_MAPS
 from prefix_tuning.study.removal import MOST_HEADS
 from prefix_tuning.study.run import rounded
-from prefix_tuning.study.sections import TEXTS, say, sections_of, share_out, summary
+from prefix_tuning.study.sections import sections_of, share_out, summary
+from prefix_tuning.study.texts import TEXTS, say
 
 
 def fields(text):
@@ -113,7 +114,7 @@ def test_of_a_large_base_the_page_stays_small_and_says_what_it_leaves_out(count,
     write_page(tmp_path / "page.html", say("title"), summary(numbers), parts)
     assert (tmp_path / "page.html").stat().st_size < 6e6
     said = {note.en for part in parts for note in part.notes}
-    distance, maps = (13, 64) if count == 1 else (1, 6)
+    distance, maps = (13, 64) if count == 1 else (1, 4)
     for note in (
         f"Left out: {24 - distance} layers, which are in the JSON file.",
         f"Left out: the attention of {24 * 16 - maps} heads, which look at the prefix least.",
@@ -126,5 +127,24 @@ def test_of_a_large_base_the_page_stays_small_and_says_what_it_leaves_out(count,
     assert "20 of the 3000 rows of rows, 3 of them cut at 256 tokens" in summary(numbers).en
     second = "Name a second --prefix NAME=DIR, and two are compared here"
     assert any(part.reading.en.startswith(second) for part in parts) == (count == 1)
-    distances = parts[1].figures[0]
+    distances, _ = parts[1].figures[0]
     assert len(distances.layout.updatemenus[0].buttons) == distance
+
+
+def test_rows_that_were_cut_are_named_only_if_there_are_some():
+    numbers = numbers_of(["short"], 2, 2, 4, 50)
+    assert "3 of them cut at 256 tokens" in summary(numbers).en and "截到" in summary(numbers).zh
+    numbers["prefixes"]["short"]["rows_cut"] = 0
+    assert "cut" not in summary(numbers).en and "截" not in summary(numbers).zh
+
+
+def test_every_part_begins_with_what_was_found_on_each_prefix():
+    numbers = numbers_of(["short", "sentence"], 2, 2, 4, 50)
+    numbers["quiz"] = {"questions": 80, "there": 3203, "right": {"base": 1.0, "short": 0.75, "sentence": 0.9}}
+    parts = sections_of(numbers)
+    for part in parts:
+        assert part.found, part.title.en
+        assert all(name in " ".join(one.en for one in part.found) for name in ("short", "sentence"))
+    assert "80 of its 3203 questions" in parts[5].reading.en and "the farthest 3 slopes more" in parts[1].reading.en
+    assert "--save_steps 50 --save_total_limit 20" in parts[6].reading.en
+    assert any("One of the 20 rows is 5.0%" in note.en for note in parts[3].notes)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from prefix_tuning.study.vectors import QUANTILES, nearest_words, prefix_norms, text_norms
+from prefix_tuning.study.scoring import score
+from prefix_tuning.study.vectors import QUANTILES, nearest_words, prefix_norms, score_base
 
 
 @torch.no_grad()
@@ -15,7 +16,9 @@ def test_norms_of_text_are_those_of_transformers_cache(base, batches):
     pairs = [cached(base, ids) for batch in batches["short"] for ids in batch.input_ids.split(batch.lengths)]
     norms = torch.cat([pair.norm(dim=-1).flatten(2) for pair in pairs], dim=2)  # (layers, 2, heads * tokens)
     expected = torch.quantile(norms, torch.tensor(QUANTILES), dim=2).permute(1, 2, 0)
-    torch.testing.assert_close(torch.tensor(text_norms(base, batches["short"])), expected, atol=1e-4, rtol=1e-4)
+    scored, found = score_base(base, batches["short"])
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-4)
+    assert scored == score(base, batches["short"], None)  # of the same pass
 
 
 def test_norms_of_a_prefix():
