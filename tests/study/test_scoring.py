@@ -1,12 +1,13 @@
 import pytest
 import torch
+from datasets import Dataset
 from helpers import examples_of
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import tokenize
 from prefix_tuning.evaluation import answer_rows, evaluate_loss, exact_match
 from prefix_tuning.model.batch import pack
-from prefix_tuning.study.scoring import batches_of, label_rows, score
+from prefix_tuning.study.scoring import batches_of, label_rows, score, spaced
 
 
 @pytest.mark.parametrize("name", ["short", "sentence"])
@@ -34,3 +35,13 @@ def test_labels_know_their_rows():
         sum(label != -100 for label in example.labels[1:]) for example in sorted(examples, key=lambda e: len(e.labels))
     ]
     assert torch.bincount(label_rows(batch), minlength=3).tolist() == counts
+
+
+def test_spaced_rows_reach_to_the_end():
+    """Also where their number does not divide that of the rows: every first row of 100, 60 of them, would end at 59."""
+    rows = Dataset.from_dict({"number": list(range(100))})
+    for count in (1, 7, 60, 99):
+        found = spaced(rows, count)["number"]
+        gaps = {after - before for before, after in zip(found, [*found[1:], 100], strict=True)}
+        assert len(found) == count and found[0] == 0 and max(gaps) - min(gaps) <= 1
+    assert spaced(rows, 101)["number"] == rows["number"]

@@ -1,11 +1,13 @@
 import pytest
-from helpers import LATEST, metrics_of, metrics_without_timings
+import torch
+from helpers import LATEST, metrics_of, metrics_without_timings, training_state
 
-from prefix_tuning.training.metrics import TrainingBar
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.training.metrics import Metrics, TrainingBar
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.state import Clock
-from prefix_tuning.training.steps import Steps
+from prefix_tuning.training.steps import Step, Steps
 
 
 def test_an_early_stop_writes_the_loss_of_its_last_interval(small_pass_settings, tmp_path):
@@ -34,6 +36,21 @@ def test_a_line_of_metrics_is_the_mean_of_its_steps(quick_settings, tmp_path):
         losses[steps] = [line["loss"] for line in metrics_of(run["output_dir"]) if "loss" in line]
     parts = losses[1][:4], losses[1][4:8], losses[1][8:]
     assert losses[4] == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-6)
+
+
+def test_a_line_of_metrics_has_the_figures_of_its_interval_alone(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("prefix_tuning.training.state.time.perf_counter", lambda: now)
+    state = training_state(PrefixEncoder(PrefixConfig(5, 2, 2, 8, 6, prefix_projection=True)))
+    state.progress.rows_per_step = 8
+    with Metrics(tmp_path, 1, Steps(range(80), 8, total=3, max_tokens=100)) as metrics, state.clock.running():
+        for number, (seconds, tokens, loss) in enumerate([(2, 100, 3.0), (4, 1000, 2.0), (1, 30, 2.5)], start=1):
+            now += seconds
+            step = Step(number, [], 5, tokens, next_epoch=0, next_row=8 * number)
+            state.advance(step, state.good_prefix, torch.tensor(loss), grad_norm=torch.tensor(float(number)))
+            metrics.write_interval(state)
+    found = [[line[name] for name in ("epoch", "tokens_per_second", "loss", "grad_norm")] for line in metrics_of(tmp_path)]
+    assert found == [[0.1, 50.0, 3.0, 1.0], [0.2, 250.0, 2.0, 2.0], [0.3, 30.0, 2.5, 3.0]]
 
 
 def test_the_bar_counts_neither_evaluations_nor_an_earlier_part_of_the_run(monkeypatch):

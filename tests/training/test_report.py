@@ -13,10 +13,11 @@ import pytest
 from forks import Fork
 from helpers import ROOT, metrics_of, start_process
 from peft import PeftConfig
+from safetensors.torch import load_file
 
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.names import CARD_FILE, PLOT_FILE
+from prefix_tuning.files.names import ADAPTER_FILE, CARD_FILE, PLOT_FILE
 from prefix_tuning.training.report import plot_curves, what_was_learnt, write_card
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
@@ -43,6 +44,7 @@ def test_the_card_says_what_was_trained_and_how_good_it_is(finished):
     assert f"| frozen base | {first['eval_loss']:.4g} | {first['eval_perplexity']:.4g} |" in card
     assert f"| this prefix, step 4 | {last['eval_loss']:.4g} |" in card
     assert "rows.jsonl, 32 rows; held out: 8 others" in card and "4 steps of 8 rows" in card
+    assert f"the prefix itself has {load_file(finished / ADAPTER_FILE)['prompt_embeddings'].numel():,} numbers" in card
     assert "PeftModel.from_pretrained" in card and "infer.py" in card
     assert str(finished.parent) not in card and PeftConfig.from_pretrained(finished).peft_type == "PREFIX_TUNING"
 
