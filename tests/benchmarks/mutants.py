@@ -41,7 +41,7 @@ TESTS = {
         "tests/test_parser.py tests/test_readme.py -k dash|known",
     ],
     "devices": ["tests/test_devices.py", "tests/training/test_run.py -k what_takes_most"],
-    "distributed": ["tests/test_distributed.py -k forks", "tests/base_model/test_sharding.py"],
+    "distributed": ["tests/test_distributed.py -k forks|alone_a|logs", "tests/base_model/test_sharding.py"],
     "errors": ["tests/files/test_reading.py"],
     "evaluation": ["tests/test_evaluation.py", "tests/training/test_evaluator.py"],
     "parser": ["tests/test_parser.py", "tests/test_cli.py -k printed|drops|default_of_prefix|80"],

@@ -4,9 +4,10 @@ import signal
 from pathlib import Path
 
 from datasets import Dataset
+from forks import in_forks
 from helpers import metrics_of
 
-from prefix_tuning import signals
+from prefix_tuning import distributed, signals
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import tokenize
 from prefix_tuning.training.run import train
@@ -82,3 +83,33 @@ def test_rows_not_yet_seen_come_in_the_same_order_in_steps_of_another_size():
         rest = whole[30 * epoch + row :]
         for rows_per_step in (2, 4, 6):
             assert flat(rows_per_step, 100, epoch, row)[: len(rest)] == rest
+
+
+def test_forks_share_each_step_and_make_equally_many_passes_of_a_sharded_base():
+    """Rows of 2 tokens, of which a pass takes one: with five rows a step, one process has three and the other two."""
+
+    def work():
+        found = []
+        for equal_passes in (False, True):
+            for step in Steps(rows_of(7), rows_per_step=5, total=2, max_tokens=2, equal_passes=equal_passes):
+                labels = [label for batch in step.batches for label in batch.labels.tolist()]
+                found.append((len(step.batches), labels, step.labels, step.tokens))
+        return found
+
+    (first, second), codes = in_forks(2, work)
+    assert codes == [0, 0]
+    assert first == [(3, [0, 2, 4], 5, 10), (1, [5], 2, 4)] * 2
+    assert second == [(2, [1, 3], 5, 10), (1, [6], 2, 4), (3, [1, 3], 5, 10), (1, [6], 2, 4)]
+
+
+def test_forks_stop_together_once_one_has_heard_a_signal():
+    def work():
+        numbers = []
+        with signals.listening("stops"):
+            for step in Steps(rows_of(10), rows_per_step=4, total=7, max_tokens=100):
+                numbers.append(step.number)
+                if (distributed.rank(), step.number) == (1, 3):
+                    signal.raise_signal(signal.SIGTERM)
+        return numbers
+
+    assert in_forks(2, work) == ([[1, 2, 3]] * 2, [0, 0])
