@@ -131,11 +131,8 @@ def in_forks(count, work, **environment):
     """Calls work() in so many forks of this process, connected as torchrun connects its own. Returns what each of them
     returned (None if it did not), and their exit codes.
     """
-    forked, store = (
-        multiprocessing.get_context("fork"),
-        dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False),
-    )
-    answers = forked.SimpleQueue()
+    forked = multiprocessing.get_context("fork")
+    answers, store = forked.SimpleQueue(), dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment = {
         "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "GROUP_WORLD_SIZE": "1",
         "TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",

@@ -45,10 +45,13 @@ def test_a_trained_prefix_is_no_words(tuned_model, tokenizer):
 
 @torch.no_grad()
 def test_what_no_word_explains_is_a_share_of_the_pair_without_the_bias(tokenizer):
-    """Pairs W x + b + r with a rest r that no x can give, r twice as long as W x for example: 2 / sqrt(1 + 4) of the whole."""
+    """Pairs W x + b + r with a rest r that no x can give. If r is twice as long as W x, the share is 2 / sqrt(1 + 4)."""
     model = random_bloom()
     linear, heads = model.transformer.h[0].self_attention.query_key_value, model.config.n_head
-    keys_and_values = lambda qkv: qkv.unflatten(-1, (heads, 3, -1))[:, :, 1:].flatten(1)  # (tokens, heads * 2 * head_dim)
+
+    def keys_and_values(qkv):
+        return qkv.unflatten(-1, (heads, 3, -1))[:, :, 1:].flatten(1)  # (tokens, heads * 2 * head_dim)
+
     columns = torch.linalg.qr(keys_and_values(linear.weight.T).T).Q
     explained = torch.randn(4, model.config.hidden_size) @ keys_and_values(linear.weight.T)
     rest = torch.randn_like(explained)
