@@ -77,7 +77,10 @@ TESTS = {
     "inference.answer_file": ["tests/inference/test_answer_file.py -k not full_disk and not killed"],
     "inference.ask": ["tests/inference/test_ask.py"],
     "inference.chat": ["tests/inference/test_chat.py -k not ctrl_c and not a_chat"],
-    "inference.run": ["tests/inference/test_ask.py tests/inference/test_score.py", "tests/inference/test_run.py -k another"],
+    "inference.run": [
+        "tests/inference/test_ask.py tests/inference/test_score.py",
+        "tests/inference/test_run.py -k another|share|stdin|decoding",
+    ],
     "inference.score": ["tests/inference/test_score.py"],
     "inference.settings": ["tests/inference/test_settings.py tests/test_settings.py"],
     "training.checkpoints": [
