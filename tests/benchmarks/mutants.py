@@ -102,8 +102,9 @@ TESTS = {
     "training.report": ["tests/training/test_report.py -k not push and not tensorboard", "tests/training -k drawn"],
     "training.resume": ["tests/training/test_resume.py"],
     "training.run": [
-        "tests/training/test_run.py -k files|no_number|one_run|no_steps|fails|made|same_seed|keeps",
-        "tests/training/test_learning_rate.py tests/training/test_resume.py -k searches|over_already|latest|overwritten",
+        "tests/training/test_run.py -k files|no_number|one_run|no_steps|fails|made|same_seed|keeps|says_what_it",
+        "tests/training/test_learning_rate.py tests/training/test_resume.py tests/training/test_metrics.py"
+        " -k searches|over_already|latest|overwritten|early",
     ],
     "training.settings": ["tests/training/test_settings.py tests/test_settings.py", "tests/training/test_inputs.py -k flag"],
     "training.start": ["tests/training/test_start.py", "tests/training -k what_takes_most|more_epochs|over_already"],
@@ -149,7 +150,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Pass()
         case ast.Expr(ast.Call()) | ast.Raise() | ast.Assign([ast.Attribute() | ast.Subscript()]):
             yield ast.Pass()
-        case ast.Return(ast.AST()):
+        case ast.Return(ast.AST() as value) if not (isinstance(value, ast.Constant) and value.value is None):
             yield ast.Return(None)
         case ast.If(test) | ast.IfExp(test) if not isinstance(test, ast.Compare | ast.UnaryOp):
             changed = copy.copy(node)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers import LATEST, metrics_of, metrics_without_timings, training_state
 
+from prefix_tuning import distributed
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training.metrics import Metrics, TrainingBar
 from prefix_tuning.training.run import train
@@ -57,16 +58,22 @@ def test_the_bar_counts_neither_evaluations_nor_an_earlier_part_of_the_run(monke
     now = 0.0
     monkeypatch.setattr("prefix_tuning.training.state.time.perf_counter", lambda: now)
     clock = Clock(seconds=500.0)
-    bar = TrainingBar(Steps(range(80), 8, total=110, max_tokens=100, done=100), clock)
+    steps = Steps(range(80), 8, total=110, max_tokens=100, done=100)
+    bar = TrainingBar(steps, clock)
+    bar._time, bar.start_t, bar.last_print_t = lambda: now, 0.0, 0.0  # tqdm's own clock, which knows of no stops
     with clock.running():
-        for _ in range(4):
-            now += 2.0
+        for seconds in (2.0, 1.0, 3.0, 2.0):
+            now += seconds
             bar.update()
         with clock.stopped():
             now += 1000.0
+        now += 2.0
+        bar.update()
         shown = bar.format_meter(**bar.format_dict)
-    assert "104/110 [00:08<00:12,  2.00s/step" in shown
+    assert "training:" in shown and "105/110 [00:10<00:10,  2.00s/step" in shown
     bar.close()
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    assert TrainingBar(steps, clock).disable
 
 
 def test_the_time_that_is_left_is_said_once_it_is_known(quick_settings, capsys):

@@ -5,9 +5,11 @@ from helpers import initial_encoder, metrics_of, random_bloom, relative
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import text_prefix
+from prefix_tuning.training.start import count_steps, prefix_config_of, text_prefix
+from prefix_tuning.training.state import Progress
 
 
 def test_text_prefix_is_what_the_model_computes_for_the_text(tokenizer):
@@ -56,3 +58,29 @@ def test_prefix_from_another_shape_is_refused(quick_settings, tmp_path, tokenize
     changed = {"model_name_or_path": str(tmp_path / "other"), "prefix_from": quick_settings["output_dir"]}
     with pytest.raises(UserError, match="a prefix for 3 layers"):
         train(TrainConfig(**quick_settings | changed | {"output_dir": str(tmp_path / "new")}))
+
+
+@pytest.mark.parametrize(
+    "options, rows_per_step, progress, steps",
+    [
+        ({"num_train_epochs": 1.5}, 6, (0, 0, 0), 11),  # an epoch of 40 rows has 7 steps
+        ({"num_train_epochs": 1.5}, 6, (9, 1, 12), 11),
+        ({"num_train_epochs": 1.5}, 12, (9, 1, 12), 10),  # done with 6 rows a step: 7 and 2; left of 6 larger ones: 1
+        ({"num_train_epochs": 3}, 6, (14, 2, 0), 21),
+        ({"num_train_epochs": 1}, 6, (9, 1, 12), 9),  # never fewer than are done
+        ({"max_steps": 5}, 6, (0, 0, 0), 5),
+        ({"max_steps": 5}, 6, (9, 1, 12), 9),
+        ({"max_steps": 0}, 6, (0, 0, 0), 0),
+    ],
+)
+def test_steps_that_are_done_count_as_they_were_done(options, rows_per_step, progress, steps):
+    step, epoch, row = progress
+    assert count_steps(TrainConfig(**options), 40, rows_per_step, Progress(step=step, epoch=epoch, row=row)) == steps
+
+
+def test_a_new_prefix_has_the_shape_of_its_base_and_the_width_that_is_asked_for():
+    model = random_bloom()
+    options = {"num_virtual_tokens": 7, "encoder_hidden_size": 20}
+    assert prefix_config_of(TrainConfig(**options), model) == PrefixConfig(7, 3, 6, 48, 20, prefix_projection=True)
+    options = {"prefix_projection": False}
+    assert prefix_config_of(TrainConfig(**options), model) == PrefixConfig(10, 3, 6, 48, 48, prefix_projection=False)
