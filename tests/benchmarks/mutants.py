@@ -38,7 +38,7 @@ TESTS = {
     "bundled": ["tests/test_bundled.py"],
     "cli": [
         "tests/test_cli.py -k printed|drops|default_of_prefix",
-        "tests/test_parser.py tests/test_readme.py -k dash|known",
+        "tests/study/test_settings.py tests/study/claims/test_settings.py -k not no_torch",
     ],
     "devices": ["tests/test_devices.py", "tests/training/test_run.py -k what_takes_most"],
     "distributed": ["tests/test_distributed.py -k forks|alone_a|logs", "tests/base_model/test_sharding.py"],
@@ -59,13 +59,16 @@ TESTS = {
     "base_model.identity": ["tests/base_model/test_identity.py", "tests/base_model/test_sharding.py -k kind"],
     "base_model.layers": ["tests/base_model/test_layers.py"],
     "base_model.loading": ["tests/base_model/test_loading.py", "tests/test_strangers.py -k pickled|code"],
-    "base_model.sharding": ["tests/base_model/test_sharding.py"],
+    "base_model.sharding": ["tests/base_model/test_sharding.py", "tests/test_distributed.py -k gradients"],
     "data.columns": ["tests/data/test_columns.py", "tests/data/test_readers.py tests/data/test_rows.py"],
     "data.readers": ["tests/data/test_readers.py", "tests/data/test_rows.py"],
     "data.rows": ["tests/data/test_rows.py", "tests/data/test_readers.py"],
     "files.writing": ["tests/files/test_writing.py", "tests/training/test_run.py -k one_run"],
     "files.reading": ["tests/files/test_reading.py", "tests/files/test_prefixes.py"],
-    "files.prefixes": ["tests/files/test_prefixes.py tests/files/test_reading.py", "tests/training -k peft_loads|its_file"],
+    "files.prefixes": [
+        "tests/files/test_prefixes.py tests/files/test_reading.py",
+        "tests/training/test_run.py tests/training/test_start.py -k peft_loads|its_file",
+    ],
     "files.checkpoint_format": [
         "tests/files/test_checkpoint_format.py",
         "tests/training/test_resume.py -k set_aside|any_step",
@@ -94,12 +97,12 @@ TESTS = {
         "tests/training/test_loop.py -k not compiled",
         "tests/training/test_checkpoints.py tests/training/test_run.py -k best_prefix|trainers|no_number",
     ],
-    "training.metrics": ["tests/training/test_metrics.py", "tests/training/test_run.py -k metrics_and_files"],
+    "training.metrics": ["tests/training/test_metrics.py", "tests/training/test_report.py -k tensorboard_shows"],
     "training.output": [
         "tests/training/test_output.py -k description",
         "tests/training/test_run.py -k files|no_number|one_run",
     ],
-    "training.report": ["tests/training/test_report.py -k not push and not tensorboard", "tests/training -k drawn"],
+    "training.report": ["tests/training/test_report.py -k not push", "tests/training/test_learning_rate.py -k drawn"],
     "training.resume": ["tests/training/test_resume.py"],
     "training.run": [
         "tests/training/test_run.py -k files|no_number|one_run|no_steps|fails|made|same_seed|keeps|says_what_it",
@@ -107,7 +110,10 @@ TESTS = {
         " -k searches|over_already|latest|overwritten|early",
     ],
     "training.settings": ["tests/training/test_settings.py tests/test_settings.py", "tests/training/test_inputs.py -k flag"],
-    "training.start": ["tests/training/test_start.py", "tests/training -k what_takes_most|more_epochs|over_already"],
+    "training.start": [
+        "tests/training/test_start.py",
+        "tests/training/test_run.py tests/training/test_resume.py -k what_takes_most|more_epochs|over_already",
+    ],
     "training.state": [
         "tests/training/test_state.py",
         "tests/training/test_resume.py tests/training/test_checkpoints.py tests/training/test_metrics.py"

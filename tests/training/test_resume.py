@@ -18,6 +18,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, ENCODER_FILE, METRICS_FILE
@@ -296,3 +297,19 @@ def test_a_finished_run_is_not_overwritten_silently(quick_settings):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     train(TrainConfig(**quick_settings | {"seed": 1, "overwrite_output_dir": True}))
     assert before[ADAPTER_FILE] != (folder / ADAPTER_FILE).read_bytes()
+
+
+def test_a_job_that_is_restarted_goes_on_and_any_other_is_refused(quick_settings, monkeypatch, capsys):
+    def start(job, max_steps):
+        monkeypatch.setattr(distributed, "torchrun_job", lambda: job)
+        return train(TrainConfig(**quick_settings | {"max_steps": max_steps, "save_steps": 1}))["steps"]
+
+    assert start("one", 2) == 2 and "resuming" not in capsys.readouterr().out
+    for job in ("two", None):
+        with pytest.raises(UserError, match="holds a prefix already"):
+            start(job, 4)
+    capsys.readouterr()
+    assert start("one", 4) == 4 and "resuming after step 2" in capsys.readouterr().out
+    for path in find_checkpoints(Path(quick_settings["output_dir"])):
+        path.unlink()
+    assert start("one", 3) == 3 and "resuming" not in capsys.readouterr().out  # it had failed before its first checkpoint
