@@ -99,7 +99,7 @@ TESTS = {
     ],
     "training.metrics": ["tests/training/test_metrics.py", "tests/training/test_report.py -k tensorboard_shows"],
     "training.output": [
-        "tests/training/test_output.py -k description",
+        "tests/training/test_output.py -k description|summary",
         "tests/training/test_run.py -k files|no_number|one_run",
     ],
     "training.report": ["tests/training/test_report.py -k not push", "tests/training/test_learning_rate.py -k drawn"],

@@ -77,7 +77,12 @@ def test_the_card_tells_of_the_best_prefix_if_that_was_saved(finished, tmp_path)
         (tmp_path / "training_config.json").write_text(json.dumps(settings | {"save_best": save_best}), "utf-8")
         write_card(tmp_path)
         card = (tmp_path / "README.md").read_text("utf-8")
-        assert shown in card and card.count("| this prefix") == 1
+        assert shown in card and card.count("| this prefix") == card.count("| frozen base") == 1
+    rest = [line for line in lines if not line.get("frozen_base")]  # as where metrics.jsonl had lost its first lines
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rest), "utf-8")
+    write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "| this prefix, step 4 | 1.75 |" in card and "| frozen base" not in card
 
 
 def test_curves_are_drawn_where_matplotlib_is_installed(finished, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import math
 import signal
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from forks import in_forks
 from helpers import metrics_of
@@ -47,6 +48,14 @@ def test_each_step_says_where_the_next_one_begins():
         rest = Steps(rows_of(10), 4, 7, 100, seed=1, done=done, epoch=step.next_epoch, row=step.next_row)
         assert order(rest) == order(steps[done:]) and next(iter(rest)).number == done + 1
     assert list(Steps(rows_of(10), 4, 7, 100, done=7, epoch=2, row=4)) == []
+
+
+def test_the_order_of_an_epoch_depends_on_the_seed_and_its_number_alone():
+    for epoch in range(3):
+        expected = torch.randperm(10, generator=torch.Generator().manual_seed(7 + epoch)).tolist()
+        for rows_per_step in (2, 5):
+            steps = Steps(rows_of(10), rows_per_step, total=10 // rows_per_step, max_tokens=2, seed=7, epoch=epoch)
+            assert [int(label) for step in steps for batch in step.batches for label in batch.labels] == expected
 
 
 def test_a_signal_ends_the_steps_before_the_next_one():
