@@ -109,7 +109,10 @@ TESTS = {
         "tests/training/test_learning_rate.py tests/training/test_resume.py tests/training/test_metrics.py"
         " -k searches|over_already|latest|overwritten|early",
     ],
-    "training.settings": ["tests/training/test_settings.py tests/test_settings.py", "tests/training/test_inputs.py -k flag"],
+    "training.settings": [
+        "tests/training/test_settings.py tests/test_settings.py",
+        "tests/training/test_inputs.py tests/training/test_report.py -k flag|not_installed",
+    ],
     "training.start": [
         "tests/training/test_start.py",
         "tests/training/test_run.py tests/training/test_resume.py -k what_takes_most|more_epochs|over_already",

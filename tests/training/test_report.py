@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -134,7 +135,9 @@ def test_the_curves_are_the_figures_of_metrics(tmp_path, drawn):
         "learning rate",
     ) and "at the end of a trial" in axes.get_ylabel()
     assert axes.get_legend().get_texts()[0].get_text() == "taken: 0.007"
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
+    for name, pixels in (("training.png", (960, 540)), ("learning_rate.png", (720, 480))):
+        content = (tmp_path / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and struct.unpack(">II", content[16:24]) == pixels
 
 
 def test_without_figures_there_is_no_picture(tmp_path, drawn):

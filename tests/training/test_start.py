@@ -4,7 +4,7 @@ from helpers import initial_encoder, metrics_of, random_bloom, relative
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix
-from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.model.bloom import cached_pairs, prefix_cache
 from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
@@ -26,6 +26,9 @@ def test_text_prefix_is_what_the_model_computes_for_the_text(tokenizer):
     # Cut or repeated to the length that is asked for.
     assert relative(text_prefix(model, tokenizer, "法国的首都是巴黎。", 2), prefix[:, :, :, :2]) < 1e-5
     assert text_prefix(model, tokenizer, "法", 7).shape[3] == 7
+    # What looks like the end of a text is read as it is written.
+    end = cached_pairs(model(torch.tensor([[tokenizer.eos_token_id]]), use_cache=True).past_key_values)
+    assert relative(text_prefix(model, tokenizer, tokenizer.eos_token, 1), end) > 0.1
     with pytest.raises(UserError, match="init_text"):
         text_prefix(model, tokenizer, "", 7)
 
