@@ -44,6 +44,8 @@ def test_every_row_comes_once_an_epoch_and_the_last_step_takes_the_rest():
 def test_each_step_says_where_the_next_one_begins():
     steps = list(Steps(rows_of(10), rows_per_step=4, total=7, max_tokens=100, seed=1))
     assert [(step.next_epoch, step.next_row) for step in steps] == [(0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0), (2, 4)]
+    even = Steps(rows_of(8), rows_per_step=4, total=4, max_tokens=100)
+    assert [(step.next_epoch, step.next_row) for step in even] == [(0, 4), (1, 0), (1, 4), (2, 0)]
     for done, step in enumerate(steps[:-1], start=1):
         rest = Steps(rows_of(10), 4, 7, 100, seed=1, done=done, epoch=step.next_epoch, row=step.next_row)
         assert order(rest) == order(steps[done:]) and next(iter(rest)).number == done + 1
@@ -99,8 +101,8 @@ def test_forks_share_each_step_and_make_equally_many_passes_of_a_sharded_base():
 
     def work():
         found = []
-        for equal_passes in (False, True):
-            for step in Steps(rows_of(7), rows_per_step=5, total=2, max_tokens=2, equal_passes=equal_passes):
+        for options in ({}, {"equal_passes": True}):
+            for step in Steps(rows_of(7), rows_per_step=5, total=2, max_tokens=2, **options):
                 labels = [label for batch in step.batches for label in batch.labels.tolist()]
                 found.append((len(step.batches), labels, step.labels, step.tokens))
         return found
