@@ -82,7 +82,7 @@ TESTS = {
     "inference.chat": ["tests/inference/test_chat.py tests/inference/test_run.py -k kept_within|sees|stdin"],
     "inference.run": [
         "tests/inference/test_ask.py tests/inference/test_score.py",
-        "tests/inference/test_run.py -k another|share|stdin|decoding",
+        "tests/inference/test_run.py -k another|share|stdin|decoding|counted",
     ],
     "inference.score": ["tests/inference/test_score.py"],
     "inference.settings": ["tests/inference/test_settings.py tests/test_settings.py"],

@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -81,6 +82,14 @@ def test_a_chat_reads_its_questions_from_stdin(prefixes, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("巴黎\n") and out.count("巴黎") == 1 and len(out.splitlines()) == 2
     assert err.index("answering with short") < err.index("answering with base") < err.index("forgotten")
+
+
+def test_the_rows_that_are_answered_are_counted(tmp_path, prefixes, capsys):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(3)), tmp_path / "answers.jsonl"
+    run_infer("--input", source, "--output", output, *prefixes, "--max_new_tokens", "1")
+    out, err = capsys.readouterr()
+    assert not out and f"\n3 rows answered: {output}\n" in err and "3/3" in err  # the bar's last line
+    assert re.search(r"torch\.\w+ on (cpu|cuda|mps)", err)
 
 
 @pytest.mark.parametrize(
