@@ -168,6 +168,7 @@ def test_tensorboard_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         parse_train_config(["--report_to", "tensorboard"])
+    assert parse_train_config([]).report_to == "none"
 
 
 class Hub(BaseHTTPRequestHandler):
