@@ -148,6 +148,8 @@ def in_forks(count, work, **environment):
     for process in ranks:
         process.start()
     for process in ranks:
+        process.join(timeout=300)
+        process.kill()  # one that hangs
         process.join()
     found = {}
     while not answers.empty():

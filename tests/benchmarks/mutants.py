@@ -234,7 +234,7 @@ class TrainedOnce:
             if not self.kept.exists():
                 for name, folder in train(tmp_path_factory).items():
                     shutil.copytree(folder, self.kept / name)
-            return {path.name: path for path in sorted(self.kept.iterdir(), reverse=True)}  # short, sentence: as it has them
+            return {name: self.kept / name for name in ("short", "sentence")}
 
         fixturedef.func = tuned
 
