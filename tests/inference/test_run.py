@@ -77,11 +77,14 @@ def test_several_processes_need_something_that_they_can_share(monkeypatch, tmp_p
 
 
 def test_a_chat_reads_its_questions_from_stdin(prefixes, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FRANCE}\n\n/prefix base\n/reset\n{FRANCE}\n/quit\n{FRANCE}\n"))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO(f"{FRANCE}\n\n/prefix no one\n/prefix base\n/reset\n{FRANCE}\n/quit\n{FRANCE}\n")
+    )
     run_infer("--chat", *prefixes)
     out, err = capsys.readouterr()
     assert out.startswith("巴黎\n") and out.count("巴黎") == 1 and len(out.splitlines()) == 2
-    assert err.index("answering with short") < err.index("answering with base") < err.index("forgotten")
+    said = ("answering with short", "there are base, short, sentence; now short", "answering with base", "forgotten")
+    assert sorted(said, key=err.index) == list(said)
 
 
 def test_the_rows_that_are_answered_are_counted(tmp_path, prefixes, capsys):
