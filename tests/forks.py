@@ -5,6 +5,7 @@ handlers and exit code. What a test says about the start and the end of Python i
 modules are imported) needs a real process: `start_process` of helpers.py.
 """
 
+import multiprocessing
 import os
 import resource
 import runpy
@@ -15,9 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from helpers import ROOT, at_end, forks
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from prefix_tuning import distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # that torchrun handles
 
@@ -126,3 +130,33 @@ def torchrun_forks(processes, program, *flags, restarts=0, more=None, screen=Non
             with open(files[1].name, "a", encoding="utf-8") as err:
                 err.write(str(error))
     return code, *texts(files)
+
+
+def in_forks(count, work, **environment):
+    """Calls work() in so many forks of this process, connected as torchrun connects its own. Returns what each of them
+    returned (None if it did not), and their exit codes.
+    """
+    forked = multiprocessing.get_context("fork")
+    answers, store = forked.SimpleQueue(), dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0", **environment,
+    }  # fmt: skip
+
+    def become(rank):
+        os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        with distributed.processes(torch.device("cpu")):
+            answers.put((rank, work()))
+
+    ranks = [forked.Process(target=become, args=(rank,)) for rank in range(count)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=300)
+        process.kill()  # one that hangs
+        process.join()
+    found = {}
+    while not answers.empty():
+        found.update([answers.get()])
+    return [found.get(rank) for rank in range(count)], [process.exitcode for process in ranks]

@@ -1,3 +1,4 @@
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,9 @@ from prefix_tuning.devices import (
     described,
     held_per_token,
     is_out_of_memory,
+    make_reproducible,
+    out_of_memory_explained,
+    peak_memory_mb,
     resolve_device,
     resolve_dtype,
     suggested_max_tokens,
@@ -109,3 +113,35 @@ def test_running_out_of_memory_is_told_from_other_errors():
         torch.empty(2**60)
     assert all(is_out_of_memory(error) for error in (cpu.value, MemoryError(), torch.OutOfMemoryError()))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_memory_that_runs_out_is_a_mistake_that_can_be_mended_and_other_errors_are_bugs():
+    def inside(error):
+        with out_of_memory_explained(torch.device("cpu"), lambda: "lower --batch_size"):
+            raise error
+
+    for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("can't allocate memory: you tried")):
+        with pytest.raises(UserError, match="cpu ran out of memory; lower --batch_size"):
+            inside(error)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        inside(RuntimeError("shapes do not match"))
+
+
+def test_the_peak_of_memory_is_in_mebibytes(monkeypatch):
+    torch.ones(2**25)  # 128 MiB
+    assert 128 < peak_memory_mb(torch.device("cpu")) < 2**17  # so many kibibytes would be less than that
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20 + 5)
+    assert peak_memory_mb(torch.device("cuda")) == 3
+    monkeypatch.setattr("sys.platform", "win32")
+    assert peak_memory_mb(torch.device("cpu")) is None
+
+
+def test_only_cuda_is_told_to_repeat_itself(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: called.append(device.type))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *mode, **options: called.append((mode, options)))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    make_reproducible(torch.device("cpu"))
+    assert not called and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    make_reproducible(torch.device("cuda"))
+    assert called == ["cuda", ((True,), {"warn_only": True})] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

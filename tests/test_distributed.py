@@ -4,15 +4,18 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from forks import torchrun_forks
+import torch.distributed as dist
+from forks import in_forks, torchrun_forks
 from helpers import (
     ROOT,
     STANDSTILL,
@@ -75,6 +78,121 @@ def alone(tmp_path_factory, rows_file):
     return flags, folder
 
 
+def exchanges():
+    """What a process gets of each kind of exchange."""
+    rank = distributed.rank()
+    vector, matrix = torch.tensor([1.0 + rank, 2.0]), torch.full((2, 2), 10.0**rank)
+    distributed.all_sum(vector, matrix)
+    return {
+        "who": (rank, distributed.world_size(), distributed.is_main()),
+        "share": list(distributed.share(range(8))),
+        "all_sum": (vector.tolist(), matrix.tolist()),
+        "sum_over_ranks": distributed.sum_over_ranks([1 + rank * 2.0**-40, -0.5]),
+        "max_over_ranks": distributed.max_over_ranks((5, 9, 7)[rank]),
+        "gather_numbers": distributed.gather_numbers([rank, -rank, 2**40 + rank]),
+        "gather": distributed.gather({"词" * rank: [None, rank / 3]}),
+        "broadcast_object": distributed.broadcast_object([rank]),
+        "first_to_say": [distributed.first_to_say("the same"), distributed.first_to_say(f"of {rank}")],
+    }
+
+
+def test_forks_exchange_what_each_has(capfd):
+    def work():
+        print(f"printed by {distributed.rank()}")
+        distributed.note(f"noted by {distributed.rank()}")
+        distributed.check_equal([torch.ones(3), torch.zeros(2)], "weights")
+        with pytest.raises(RuntimeError, match="no longer have the same weights"):
+            distributed.check_equal([torch.ones(3), torch.full((2,), distributed.rank() / 4)], "weights")
+        return exchanges()
+
+    found, codes = in_forks(3, work)
+    assert codes == [0, 0, 0]
+    assert [one.pop("who") for one in found] == [(0, 3, True), (1, 3, False), (2, 3, False)]
+    assert [one.pop("share") for one in found] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    said = [one.pop("first_to_say") for one in found]
+    assert sum(same for same, _ in said) == 1 and all(own for _, own in said)
+    assert found[0] == {
+        "all_sum": ([6, 6], [[111, 111], [111, 111]]),
+        "sum_over_ranks": [3 + 3 * 2.0**-40, -1.5],
+        "max_over_ranks": 9,
+        "gather_numbers": [[rank, -rank, 2**40 + rank] for rank in range(3)],
+        "gather": [{"": [None, 0.0]}, {"词": [None, 1 / 3]}, {"词词": [None, 2 / 3]}],
+        "broadcast_object": [0],
+    }
+    assert found[1] == found[2] == found[0]
+    out, err = capfd.readouterr()
+    assert out == "printed by 0\n" and "noted by 0\n" in err and "noted by 1" not in err
+
+
+def test_alone_a_process_passes_through(capfd):
+    with distributed.processes(torch.device("cpu")):
+        assert not dist.is_initialized()
+        found = exchanges()
+        distributed.barrier()
+        distributed.check_equal([torch.ones(3)], "weights")
+    assert found == {
+        "who": (0, 1, True),
+        "share": [0, 1, 2, 3, 4, 5, 6, 7],
+        "all_sum": ([1, 2], [[1, 1], [1, 1]]),
+        "sum_over_ranks": [1, -0.5],
+        "max_over_ranks": 5,
+        "gather_numbers": [[0, 0, 2**40]],
+        "gather": [{"": [None, 0.0]}],
+        "broadcast_object": [0],
+        "first_to_say": [True, True],
+    }
+
+
+def test_one_of_the_forks_of_a_machine_goes_first(tmp_path):
+    """It goes on only when the others have arrived, and they find what it made."""
+
+    def work():
+        if rank := distributed.rank():
+            (tmp_path / f"{rank} has arrived").touch()
+        with distributed.local_main_first():
+            while rank == 0 and len(list(tmp_path.glob("*arrived"))) < 2:
+                pass
+            (tmp_path / f"made by {rank}").touch()
+            return sorted(path.name for path in tmp_path.glob("made*"))
+
+    found, codes = in_forks(3, work)
+    assert codes == [0, 0, 0] and found[0] == ["made by 0"]
+    assert all({"made by 0", f"made by {rank}"} <= set(found[rank]) for rank in (1, 2))
+
+
+def test_forks_that_lose_another_say_so_and_other_errors_stay_what_they_are(capfd, monkeypatch):
+    monkeypatch.setattr(distributed, "GRACE", 0)
+
+    def work():
+        if distributed.rank() == 1:
+            os._exit(9)
+        distributed.barrier()
+
+    assert in_forks(2, work)[1] == [1, 9]
+    assert "process 0: has lost another process of this run, which says why it ended\n" in capfd.readouterr().err
+
+    def fail():
+        raise RuntimeError("a mistake of ours")
+
+    assert in_forks(1, fail)[1] == [1]
+    err = capfd.readouterr().err
+    assert "Traceback" in err and "a mistake of ours" in err and "has lost" not in err
+
+
+def test_forks_on_several_machines_are_told_that_a_restart_may_hang(capfd):
+    for restarts, machines, processes, told in (("3", "2", 2, 1), ("0", "2", 1, 0), ("3", "1", 1, 0)):
+        options = {"TORCHELASTIC_MAX_RESTARTS": restarts, "GROUP_WORLD_SIZE": machines}
+        assert in_forks(processes, distributed.world_size, **options) == ([processes] * processes, [0] * processes)
+        assert capfd.readouterr().err.count("a restart may hang") == told
+
+
+def test_a_job_has_the_name_of_the_folder_of_its_logs(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/logs/job_1/attempt_3/0/error.json")
+    assert distributed.torchrun_job() == "job_1"
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    assert distributed.torchrun_job() is None
+
+
 def test_two_processes_train_as_one_with_as_many_rows(alone, tmp_path):
     flags, folder = alone
     flags = flags | {"gradient_accumulation_steps": 2, "output_dir": tmp_path / "out"}
@@ -95,10 +213,14 @@ def test_processes_find_the_learning_rate_that_one_finds(alone, tmp_path):
     assert two == one | {"losses": pytest.approx(one["losses"], rel=1e-4)}
 
 
-def test_gradients_are_those_of_one_process(tmp_path):
+def test_gradients_of_forks_are_those_of_one_process(tmp_path, monkeypatch):
     random_bloom(vocab_size=4099).save_pretrained(tmp_path)  # no number of processes divides a prime
-    code, _, err = torchrun_forks(4, "tests/processes.py", tmp_path)
-    assert code == 0, err
+    monkeypatch.setattr(sys, "argv", ["processes.py", str(tmp_path)])
+
+    def work():
+        runpy.run_path(str(ROOT / "tests" / "processes.py"))
+
+    assert in_forks(4, work)[1] == [0, 0, 0, 0]
 
 
 def test_sums_are_exact_where_float32_is_not():

@@ -1,5 +1,6 @@
 """Input from strangers: files that are broken or mean harm, and text that hurts. Never a traceback, a hang or a pickle."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -315,6 +316,17 @@ def test_code_that_comes_with_a_base_is_not_run(base, tmp_path, monkeypatch):
     (base / "config.json").write_text(json.dumps(config), "utf-8")
     (base / "harm.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'harmed')!r})\n", "utf-8")
     with pytest.raises(UserError):
+        load_base(str(base), torch.float32, CPU)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")  # were the user asked
+    config = json.loads((base / "tokenizer_config.json").read_text("utf-8"))
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["harm.Mine", "harm.Mine"]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    (base / "harm.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'harmed')!r})\n", "utf-8")
+    with contextlib.suppress(UserError):
         load_base(str(base), torch.float32, CPU)
     assert not (tmp_path / "harmed").exists()
 

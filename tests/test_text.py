@@ -2,7 +2,8 @@ import pytest
 from helpers import REAL_ROWS, needs_real_rows
 
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.text import display_width, named, pad, shorten
+from prefix_tuning.errors import UserError
+from prefix_tuning.text import as_text, display_width, duration, is_text, named, pad, shorten
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,32 @@ def test_a_files_name_is_text_whatever_its_bytes_are():
     assert named("名字.jsonl") == "名字.jsonl"
     assert named("名字.jsonl".encode().decode("ascii", "surrogateescape")) == "名字.jsonl"  # Python took it for ASCII
     assert named("名.jsonl".encode("gbk").decode("utf-8", "surrogateescape")) == "\ufffd\ufffd.jsonl"
+
+
+def test_a_text_has_no_halves_of_characters():
+    assert all(is_text(text) for text in ("", "巴黎", "two\nlines", "e\u0301", "\U0001f469\u200d\U0001f467", "\ue000"))
+    assert not any(is_text(text) for text in ("\ud800", "a\n\udfff", "巴\udc80黎"))
+
+
+def test_an_argument_that_python_took_for_ascii_is_utf_8():
+    assert as_text("巴黎\n", "--x") == "巴黎\n"
+    assert as_text("巴黎".encode().decode("ascii", "surrogateescape"), "--x") == "巴黎"
+    with pytest.raises(UserError, match="--x holds bytes that are no UTF-8 text"):
+        as_text("a\udcff", "--x")
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 0 min"),
+        (7529, "2 h 5 min"),
+        (360_000, "100 h 0 min"),
+    ],
+)
+def test_a_time_is_what_people_say(seconds, text):
+    assert duration(seconds) == text

@@ -59,6 +59,9 @@ def test_a_fingerprint_knows_weights_and_tokenizer_but_not_the_compute_type(toke
     assert fingerprint(random_bloom(dtype=torch.bfloat16), tokenizer) == base
     assert fingerprint(random_bloom(dtype=torch.float16), tokenizer) == base | {"weights": None}
     assert fingerprint(random_bloom(seed=1), tokenizer)["weights"] != base["weights"]
+    for path, name in (("Langboat/bloom-1b4-zh", "Langboat/bloom-1b4-zh"), ("/models/base", "local:base"), ("", "")):
+        model.name_or_path = path
+        assert fingerprint(model, tokenizer) == base | {"name_or_path": name}
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["乐山大佛"])
     assert fingerprint(model, other) == base | {"tokenizer": fingerprint(model, other)["tokenizer"]} != base

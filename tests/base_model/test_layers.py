@@ -7,6 +7,7 @@ import torch
 from helpers import examples_of, loss_and_gradient, prefix_config, random_bloom, relative
 
 from prefix_tuning.base_model.layers import compile_now, wrap_layers
+from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.encoder import PrefixEncoder
 
@@ -42,3 +43,15 @@ def test_compiled_layers_give_the_same_gradient_and_only_training_uses_them():
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5) and relative(results[1][1], results[0][1]) < 1e-5
     with torch.no_grad():
         assert all(torch.equal(plain.label_losses(batch, prefix), model.label_losses(batch, prefix)) for batch in batches)
+
+
+def test_where_nothing_can_be_compiled_a_line_says_so(monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler is found")
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, *, dynamic: compile(forward, dynamic=dynamic, backend=fail))
+    model = random_bloom(n_layer=1)
+    wrap_layers(model, gradient_checkpointing=False, torch_compile=True)
+    with pytest.raises(UserError, match=r"--torch_compile does not work here: .*; leave the flag out"):
+        compile_now(model, pack(examples_of([7]), 100), PrefixEncoder(prefix_config(model)).bake())

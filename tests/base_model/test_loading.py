@@ -37,6 +37,11 @@ def test_the_base_is_frozen_and_in_the_compute_type(tmp_path, tokenizer):
     assert loaded.padding_side == "left"
 
 
+def test_a_base_in_safetensors_is_no_cause_for_a_warning(random_base, capsys):
+    load_base(random_base, torch.float32, torch.device("cpu"))
+    assert "pickled" not in capsys.readouterr().err
+
+
 def test_a_base_that_is_none_is_named(tmp_path, tokenizer):
     with pytest.raises(UserError, match="model_name_or_path no/such-model"):
         load_base("no/such-model", torch.float32, torch.device("cpu"))
@@ -136,3 +141,13 @@ def test_padding_is_the_tokenizers_or_else_its_eos(tmp_path, tokenizer):
         model, loaded = load_base(str(tmp_path), torch.float32, torch.device("cpu"))
         assert loaded.pad_token_id == model.generation_config.pad_token_id == pad
         resave(tmp_path, lambda settings: settings | {"pad_token": None})
+
+
+def test_a_base_needs_an_embedding_for_every_token(tmp_path, tokenizer):
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    tokenizer.save_pretrained(tmp_path)
+    random_bloom(vocab_size=tokens).save_pretrained(tmp_path)
+    assert load_base(str(tmp_path), torch.float32, torch.device("cpu"))[0].config.vocab_size == tokens
+    random_bloom(vocab_size=tokens - 1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"has {tokens} tokens, but the base has embeddings for {tokens - 1};"):
+        load_base(str(tmp_path), torch.float32, torch.device("cpu"))

@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from prefix_tuning import bundled
+from prefix_tuning import bundled, distributed
 from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.layers import wrap_layers
 from prefix_tuning.base_model.loading import load_base
-from prefix_tuning.base_model.sharding import load_sharded
+from prefix_tuning.base_model.sharding import load_sharded, parts_of_base
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import UserError
@@ -216,6 +216,15 @@ def test_a_degree_must_divide_the_processes(group, tmp_path):
         train(parse_train_config(["--shard_base", "--shard_degree", "2", "--output_dir", str(tmp_path / "out")]))
     with pytest.raises(UserError, match="--shard_degree goes with --shard_base"):
         train(parse_train_config(["--shard_degree", "1", "--output_dir", str(tmp_path / "out")]))
+
+
+def test_the_degree_says_how_many_processes_share_a_copy(group, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    assert [parts_of_base(True, degree) for degree in (None, 1, 2, 4)] == [4, 1, 2, 4]
+    assert parts_of_base(False, None) is None
+    for degree in (0, 3, 8):
+        with pytest.raises(UserError, match=f"--shard_degree {degree}"):
+            parts_of_base(True, degree)
 
 
 def test_one_process_alone_is_told_to_start_several(tmp_path):

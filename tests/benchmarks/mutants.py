@@ -1,10 +1,12 @@
-"""Puts small faults into a module, one at a time, and counts those that its tests notice.
+"""Puts small faults into modules, one at a time, and counts those that their tests notice.
 
     python tests/benchmarks/mutants.py model.encoder data.rows training.state
+    python tests/benchmarks/mutants.py training --sample 60
 
-Each mutant runs in a forked child, which imports the package anew with the mutated module in it: first the tests of that
-module, then, if they pass, those that use it most. Strings, annotations, decorators, and what only words a message (within
-raise, print or an f-string) are left alone.
+A room, such as `training`, stands for all modules in its folder, and `top` for those in no folder. Each mutant runs in a
+forked child, which imports the package anew with the mutated module in it: first the tests of that module, then, if they
+pass, those that use it most. Strings, annotations, decorators, what only words a message (within raise, print or an
+f-string), and the `strict` of a zip, which only checks our own code, are left alone.
 """
 
 import argparse
@@ -13,22 +15,40 @@ import contextlib
 import copy
 import gc
 import importlib.util
+import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# pytest's arguments, a list for each stage. No test that starts processes: they would import the real module.
+# pytest's arguments, a list for each stage: the quick ones first. No test that starts processes by itself: they would import
+# the real module (those of os.fork are fine).
 TESTS = {
+    "bundled": ["tests/test_bundled.py"],
+    "cli": [
+        "tests/test_cli.py -k printed|drops|default_of_prefix",
+        "tests/study/test_settings.py tests/study/claims/test_settings.py -k not no_torch",
+    ],
+    "devices": ["tests/test_devices.py", "tests/training/test_run.py -k what_takes_most"],
+    "distributed": ["tests/test_distributed.py -k forks|alone_a|logs", "tests/base_model/test_sharding.py"],
+    "errors": ["tests/files/test_reading.py"],
+    "evaluation": ["tests/test_evaluation.py", "tests/training/test_evaluator.py"],
+    "parser": ["tests/test_parser.py", "tests/test_cli.py -k printed|drops|default_of_prefix|80"],
+    "plain": ["tests/test_plain.py -k not page_runs"],
+    "settings": ["tests/test_settings.py tests/test_parser.py", "tests/training/test_settings.py"],
+    "signals": ["tests/test_signals.py", "tests/training/test_steps.py tests/training/test_run.py -k signal"],
+    "text": ["tests/test_text.py", "tests/inference/test_ask.py -k wide"],
     "model.encoder": ["tests/model/test_encoder.py", "tests/model/test_bloom.py tests/files/test_prefixes.py"],
     "model.batch": ["tests/model/test_batch.py", "tests/model/test_bloom.py"],
     "model.attention": ["tests/model/test_attention.py tests/model/test_bloom.py"],
@@ -36,25 +56,79 @@ TESTS = {
         "tests/model/test_bloom.py tests/model/test_attention.py",
         "tests/training/test_start.py -k text_prefix",
     ],
-    "base_model.loading": ["tests/base_model/test_loading.py", "tests/test_strangers.py -k pickled|code"],
     "base_model.identity": ["tests/base_model/test_identity.py", "tests/base_model/test_sharding.py -k kind"],
+    "base_model.layers": ["tests/base_model/test_layers.py"],
+    "base_model.loading": ["tests/base_model/test_loading.py", "tests/test_strangers.py -k pickled|code"],
+    "base_model.sharding": ["tests/base_model/test_sharding.py", "tests/test_distributed.py -k gradients"],
     "data.columns": ["tests/data/test_columns.py", "tests/data/test_readers.py tests/data/test_rows.py"],
     "data.readers": ["tests/data/test_readers.py", "tests/data/test_rows.py"],
     "data.rows": ["tests/data/test_rows.py", "tests/data/test_readers.py"],
     "files.writing": ["tests/files/test_writing.py", "tests/training/test_run.py -k one_run"],
     "files.reading": ["tests/files/test_reading.py", "tests/files/test_prefixes.py"],
-    "files.prefixes": ["tests/files/test_prefixes.py tests/files/test_reading.py", "tests/training -k peft_loads|its_file"],
+    "files.prefixes": [
+        "tests/files/test_prefixes.py tests/files/test_reading.py",
+        "tests/training/test_run.py tests/training/test_start.py -k peft_loads|its_file",
+    ],
     "files.checkpoint_format": [
         "tests/files/test_checkpoint_format.py",
         "tests/training/test_resume.py -k set_aside|any_step",
+    ],
+    "generation.batches": ["tests/generation/test_batches.py"],
+    "generation.options": ["tests/generation/test_options.py", "tests/generation/test_prefix_bloom.py"],
+    "generation.prefix_bloom": ["tests/generation/test_prefix_bloom.py"],
+    "generation.sampling": ["tests/generation/test_sampling.py"],
+    "inference.answer_file": ["tests/inference/test_answer_file.py -k not full_disk and not killed"],
+    "inference.ask": ["tests/inference/test_ask.py"],
+    "inference.chat": ["tests/inference/test_chat.py tests/inference/test_run.py -k kept_within|sees|stdin"],
+    "inference.run": [
+        "tests/inference/test_ask.py tests/inference/test_score.py",
+        "tests/inference/test_run.py -k another|share|stdin|decoding|counted",
+    ],
+    "inference.score": ["tests/inference/test_score.py"],
+    "inference.settings": ["tests/inference/test_settings.py tests/test_settings.py"],
+    "training.checkpoints": [
+        "tests/training/test_checkpoints.py",
+        "tests/training/test_evaluator.py tests/training/test_resume.py -k signal|memory|set_aside|earlier",
+    ],
+    "training.evaluator": ["tests/training/test_evaluator.py", "tests/training/test_checkpoints.py"],
+    "training.inputs": ["tests/training/test_inputs.py", "tests/training/test_resume.py -k changed_row"],
+    "training.learning_rate": ["tests/training/test_learning_rate.py"],
+    "training.loop": [
+        "tests/training/test_loop.py -k not compiled",
+        "tests/training/test_checkpoints.py tests/training/test_run.py -k best_prefix|trainers|no_number",
+    ],
+    "training.metrics": ["tests/training/test_metrics.py", "tests/training/test_report.py -k tensorboard_shows"],
+    "training.output": [
+        "tests/training/test_output.py -k description|summary",
+        "tests/training/test_run.py -k files|no_number|one_run",
+    ],
+    "training.report": ["tests/training/test_report.py -k not push", "tests/training/test_learning_rate.py -k drawn"],
+    "training.resume": ["tests/training/test_resume.py"],
+    "training.run": [
+        "tests/training/test_run.py -k files|no_number|one_run|no_steps|fails|made|same_seed|keeps|says_what_it",
+        "tests/training/test_learning_rate.py tests/training/test_resume.py tests/training/test_metrics.py"
+        " -k searches|over_already|latest|overwritten|early",
+    ],
+    "training.settings": [
+        "tests/training/test_settings.py tests/test_settings.py",
+        "tests/training/test_inputs.py tests/training/test_report.py -k flag|not_installed",
+    ],
+    "training.start": [
+        "tests/training/test_start.py",
+        "tests/training/test_run.py tests/training/test_resume.py -k what_takes_most|more_epochs|over_already",
     ],
     "training.state": [
         "tests/training/test_state.py",
         "tests/training/test_resume.py tests/training/test_checkpoints.py tests/training/test_metrics.py"
         " -k any_step|tie|best_prefix|early",
     ],
+    "training.steps": ["tests/training/test_steps.py"],
 }
-SECONDS = 120  # for one stage; a mutant that takes longer, because its loop never ends, is noticed
+ROOMS: dict[str, list[str]] = {}
+for name in TESTS:
+    ROOMS.setdefault(name.partition(".")[0] if "." in name else "top", []).append(name)
+# A mutant whose loop never ends is noticed: a stage may take so many times as long as without a mutant, and so many seconds.
+TIMES, SECONDS = 5, 20
 SWAPS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn, ast.Add: ast.Sub}
 SWAPS |= {ast.Mult: ast.Div, ast.BitOr: ast.BitAnd, ast.And: ast.Or}
 SWAPS |= {other: one for one, other in SWAPS.items()}
@@ -78,14 +152,14 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Constant(value + 1)
         case ast.Call(function, arguments, keywords):
             for keyword in keywords:
-                if keyword.arg:
+                if keyword.arg not in (None, "strict"):
                     yield ast.Call(function, arguments, [other for other in keywords if other is not keyword])
         case ast.AugAssign(target, op, value):
             yield ast.AugAssign(target, SWAPS[type(op)](), value)
             yield ast.Pass()
         case ast.Expr(ast.Call()) | ast.Raise() | ast.Assign([ast.Attribute() | ast.Subscript()]):
             yield ast.Pass()
-        case ast.Return(ast.AST()):
+        case ast.Return(ast.AST() as value) if not (isinstance(value, ast.Constant) and value.value is None):
             yield ast.Return(None)
         case ast.If(test) | ast.IfExp(test) if not isinstance(test, ast.Compare | ast.UnaryOp):
             changed = copy.copy(node)
@@ -99,6 +173,8 @@ def is_text(node: ast.AST) -> bool:
 
 def mutants(node: ast.AST) -> Iterator[str]:
     """Puts one fault after the other into the tree, in place, and yields what it is while it is there."""
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
             continue
@@ -120,8 +196,8 @@ def first_line(node: ast.AST) -> str:
     return ast.unparse(node).split("\n")[0]
 
 
-def passes(tests: str, tree: ast.AST, module: str, folder: str) -> bool:
-    """Runs tests in a child that imports one module from a syntax tree."""
+def passes(tests: str, tree: ast.AST, module: str, folder: str, seconds: float = math.inf) -> bool:
+    """Runs tests in a child that imports one module from a syntax tree. False also after so many seconds."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -130,8 +206,8 @@ def passes(tests: str, tree: ast.AST, module: str, folder: str) -> bool:
             os.dup2(nothing.fileno(), 1)
             os.dup2(nothing.fileno(), 2)
         sys.meta_path.insert(0, Finder(module, tree))
-        os._exit(pytest.main(arguments(tests, folder)))
-    end = time.monotonic() + SECONDS
+        os._exit(pytest.main(arguments(tests, folder), plugins=[TrainedOnce(Path(folder, "tuned"))]))
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -140,6 +216,27 @@ def passes(tests: str, tree: ast.AST, module: str, folder: str) -> bool:
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return False
+
+
+class TrainedOnce:
+    """The prefixes of the fixture `tuned`: trained in the first child that needs them, in which nothing is mutated."""
+
+    def __init__(self, kept: Path):
+        self.kept = kept
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_fixture_setup(self, fixturedef):
+        if fixturedef.argname != "tuned":
+            return
+        train = fixturedef.func
+
+        def tuned(tmp_path_factory):
+            if not self.kept.exists():
+                for name, folder in train(tmp_path_factory).items():
+                    shutil.copytree(folder, self.kept / name)
+            return {name: self.kept / name for name in ("short", "sentence")}
+
+        fixturedef.func = tuned
 
 
 def arguments(tests: str, folder: str) -> list[str]:
@@ -179,35 +276,54 @@ def import_others(tests: list[str], folder: str) -> None:
             del sys.modules[name]
 
 
-def run(module: str, lines: list[int] | None, sample: int | None, folder: str) -> None:
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((ROOT / "prefix_tuning" / f"{module.replace('.', '/')}.py").read_text("utf-8"))
+
+
+def survivors(module: str, numbers: set[int], folder: str) -> Iterator[str]:
+    """What those mutants of a module are, by number, that none of its tests notices."""
     import_others(TESTS[module], folder)
     gc.freeze()  # the children share what is here
-    tree = ast.parse((ROOT / "prefix_tuning" / f"{module.replace('.', '/')}.py").read_text("utf-8"))
+    tree, limits = tree_of(module), {}
     for tests in TESTS[module]:
+        begun = time.monotonic()
         if not passes(tests, tree, module, folder):
-            raise SystemExit(f"{tests}: fails without a mutant")
-    found = [each for each in enumerate(mutants(tree)) if lines is None or int(each[1].split(":")[0]) in lines]
-    chosen = random.Random(0).sample(found, len(found))[:sample]
-    survivors = 0
+            raise SystemExit(f"{module}: {tests}: fails without a mutant")
+        limits[tests] = SECONDS + TIMES * (time.monotonic() - begun)
     for number, what in enumerate(mutants(tree)):
-        if (number, what) in chosen and all(passes(tests, tree, module, folder) for tests in TESTS[module]):
-            survivors += 1
-            print(f"{module}:{what}", flush=True)
-    share = 1 - survivors / len(chosen)
-    print(f"{module}: {len(chosen)} of {len(found)} mutants, {survivors} not noticed: {share:.1%} killed", flush=True)
+        if number in numbers and all(passes(tests, tree, module, folder, limit) for tests, limit in limits.items()):
+            yield f"{module}:{what}"
+
+
+def run(name: str, lines: list[int] | None, sample: int | None, folder: str) -> None:
+    """Prints the survivors of a module or a room, and how large a share was killed."""
+    found = [
+        (module, number)
+        for module in ROOMS.get(name, [name])
+        for number, what in enumerate(mutants(tree_of(module)))
+        if lines is None or int(what.split(":")[0]) in lines
+    ]
+    chosen = sorted(random.Random(0).sample(found, len(found))[:sample])
+    survived = 0
+    for module, places in groupby(chosen, key=lambda place: place[0]):
+        for survivor in survivors(module, {number for _, number in places}, folder):
+            survived += 1
+            print(survivor, flush=True)
+    share = 1 - survived / max(1, len(chosen))
+    print(f"{name}: {len(chosen)} of {len(found)} mutants, {survived} not noticed: {share:.1%} killed", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="+", choices=TESTS)
+    parser.add_argument("names", nargs="+", choices=[*ROOMS, *TESTS], metavar="MODULE_OR_ROOM")
     parser.add_argument("--lines", type=int, nargs="+", help="only mutants of these lines")
-    parser.add_argument("--sample", type=int, help="of each module only so many mutants, the same ones each time")
+    parser.add_argument("--sample", type=int, help="of each module or room only so many mutants, the same ones each time")
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        for module in args.modules:
-            run(module, args.lines, args.sample, folder)
+        for name in args.names:
+            run(name, args.lines, args.sample, folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from helpers import GREEDY, PROMPTS
 from transformers import GenerationConfig
 
 from prefix_tuning.data.rows import prompt_of
-from prefix_tuning.generation.options import guess_mask
+from prefix_tuning.generation.options import guess_mask, is_continuable, new_tokens, resolve_options
 
 
 def test_settings_come_from_the_call_its_configuration_and_the_models_own(tuned_model, base, tokenizer):
@@ -55,3 +55,37 @@ def test_what_a_prefix_rules_out_is_refused(random_model, base):
     model.generation_config = GenerationConfig(cache_implementation="static")
     with pytest.raises(ValueError, match="give cache_implementation to `generate`"):
         model.generate(ids)
+
+
+def test_padding_is_what_has_the_pad_id_unless_that_ends_texts_too():
+    ids = torch.tensor([[3, 3, 5, 2, 6], [7, 2, 3, 8, 9]])
+    for pad, eos, padding in ((3, 2, 3), (3, [2, 5], 3), (3, None, 3), (2, 2, None), (2, [5, 2], None), (None, 2, None)):
+        expected = torch.tensor([[int(token != padding) for token in row] for row in ids.tolist()])
+        torch.testing.assert_close(guess_mask(ids, GenerationConfig(pad_token_id=pad, eos_token_id=eos)), expected)
+
+
+def test_new_tokens_are_counted_by_themselves_or_with_the_text():
+    assert new_tokens(GenerationConfig(max_new_tokens=7, max_length=50), 10) == 7
+    assert new_tokens(GenerationConfig(max_length=50), 10) == 40
+    assert new_tokens(GenerationConfig(), 10) == 20  # as transformers has it
+
+
+def test_an_answer_is_continued_by_another_call_only_where_that_changes_nothing():
+    options = {"temperature": 0.5, "top_k": 3, "repetition_penalty": 1.5, "eos_token_id": [2], "num_beams": 1}
+    settings = GenerationConfig(max_new_tokens=5, do_sample=True, num_return_sequences=1, **options)
+    assert is_continuable(settings, {"tokenizer": object(), "streamer": None})
+    assert not is_continuable(settings, {"stopping_criteria": []})
+    assert not is_continuable(GenerationConfig(max_length=50), {})
+    for other in ({"min_new_tokens": 2}, {"num_beams": 2}, {"num_return_sequences": 2}, {"cache_implementation": "static"}):
+        assert not is_continuable(GenerationConfig(max_new_tokens=5, do_sample=True, **other), {})
+
+
+def test_settings_of_the_call_go_before_its_configuration_and_that_before_the_models():
+    own = GenerationConfig(max_new_tokens=1, top_k=1, top_p=0.1, guidance_scale=1.0)
+    given = GenerationConfig(max_new_tokens=2, top_k=2)
+    settings, others = resolve_options(own, given, {"max_new_tokens": 3, "streamer": "none of the settings"})
+    assert (settings.max_new_tokens, settings.top_k, settings.top_p, settings.guidance_scale) == (3, 2, 0.1, None)
+    assert others == {"streamer": "none of the settings"}
+    assert (given.max_new_tokens, given.top_p, own.max_new_tokens) == (2, None, 1)  # both stay as they are
+    settings, _ = resolve_options(own, None, {})
+    assert (settings.max_new_tokens, settings.top_k) == (1, 1) and settings is not own

@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 from helpers import FRANCE, GREEDY, complete, refuses, run_infer, write_rows
@@ -80,3 +81,26 @@ def test_wide_names_and_questions_stay_in_their_columns(tmp_path, tuned, capsys)
     header, row, _ = capsys.readouterr().out.splitlines()
     assert row.endswith("  " + long[:28] + "...")
     assert display_width(header.removesuffix("question")) == display_width(row.removesuffix(long[:28] + "..."))
+
+
+@pytest.mark.parametrize(
+    "terminal, environment, coloured",
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "dumb"}, False),
+        (True, {"TERM": "xterm", "NO_COLOR": ""}, False),
+        (False, {"TERM": "xterm"}, False),
+    ],
+)
+def test_names_have_colours_on_a_terminal_that_has_them(
+    random_model, tokenizer, monkeypatch, capsys, terminal, environment, coloured
+):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    options = {"num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 2, "do_sample": False}
+    Answerer(random_model, tokenizer, options, seed=0).print_answers(tokenizer(FRANCE).input_ids, compare=True)
+    out = capsys.readouterr().out
+    assert out.startswith("\033[33mbase  \033[0m" if coloured else "base  ")
+    assert ("\033[36mfive  \033[0m" if coloured else "\nfive  ") in out and ("\033" in out) == coloured

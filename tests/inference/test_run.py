@@ -1,4 +1,6 @@
+import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -6,13 +8,13 @@ import sys
 import pytest
 import torch
 from forks import Fork
-from helpers import FRANCE, ROOT, prefix_config, questions, random_bloom, start_process, write_rows
+from helpers import FRANCE, ROOT, prefix_config, questions, random_bloom, refuses, run_infer, start_process, write_rows
 
-from prefix_tuning import bundled
+from prefix_tuning import bundled, distributed
 from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import save_adapter
-from prefix_tuning.inference.run import infer
+from prefix_tuning.inference.run import decoding_options, infer
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training.run import train
 
@@ -66,3 +68,49 @@ def test_in_a_pipe_there_are_answers_only(tmp_path, tuned, prefixes):
     assert "answering with base" in err and chat.returncode == 0
     out, err = table.communicate()
     assert out.startswith("   row") and "Traceback" not in err and table.returncode == 141
+
+
+def test_several_processes_need_something_that_they_can_share(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    refuses("several processes can share an --input or, by --shard_base, a base", FRANCE)
+    refuses("gone.jsonl", "--input", tmp_path / "gone.jsonl", "--output", tmp_path / "answers.jsonl")
+
+
+def test_a_chat_reads_its_questions_from_stdin(prefixes, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO(f"{FRANCE}\n\n/prefix no one\n/prefix base\n/reset\n{FRANCE}\n/quit\n{FRANCE}\n")
+    )
+    run_infer("--chat", *prefixes)
+    out, err = capsys.readouterr()
+    assert out.startswith("巴黎\n") and out.count("巴黎") == 1 and len(out.splitlines()) == 2
+    said = ("answering with short", "there are base, short, sentence; now short", "answering with base", "forgotten")
+    assert sorted(said, key=err.index) == list(said)
+
+
+def test_the_rows_that_are_answered_are_counted(tmp_path, prefixes, capsys):
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(3)), tmp_path / "answers.jsonl"
+    run_infer("--input", source, "--output", output, *prefixes, "--max_new_tokens", "1")
+    out, err = capsys.readouterr()
+    assert not out and f"\n3 rows answered: {output}\n" in err and "3/3" in err  # the bar's last line
+    assert re.search(r"torch\.\w+ on (cpu|cuda|mps)", err)
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        ("hello", {}),
+        ("hello --max_new_tokens 7 --repetition_penalty 2", {"max_new_tokens": 7, "repetition_penalty": 2.0}),
+        ("hello --num_beams 3 --num_return_sequences 2", {"num_beams": 3, "num_return_sequences": 2}),
+        ("hello --cache static", {"cache_implementation": "static"}),
+        ("hello --do_sample --top_k 3", {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 3}),
+        ("hello --max_length 100", {}),
+        ("--chat", {}),
+        ("--chat --max_length 101", {"max_new_tokens": 50}),
+        ("--chat --max_length 400", {}),
+        ("--chat --max_length 101 --max_new_tokens 70", {"max_new_tokens": 70}),
+    ],
+)
+def test_flags_of_decoding_are_options_of_generate(flags, options):
+    """In a chat, an answer takes half of --max_length at most."""
+    expected = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "num_return_sequences": 1}
+    assert decoding_options(parse_infer_config(flags.split())) == expected | {"max_new_tokens": 128} | options

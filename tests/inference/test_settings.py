@@ -2,6 +2,7 @@ import pytest
 from helpers import refuses
 
 from prefix_tuning.cli import parse_infer_config
+from prefix_tuning.errors import UserError
 
 BAD_FLAGS = {
     "": "ask one question, or use one of --chat, --input and --score",
@@ -42,6 +43,71 @@ BAD_FLAGS = {
     "hello --btach_size 4": "did you mean --batch_size?",
     "-5加3等于几？": "goes behind -- if it begins with -",
 }
+
+ASKING = {
+    "question": "hello",
+    "chat": "--chat",
+    "input": "--input a.jsonl --output b.jsonl",
+    "score": "--score a.jsonl",
+}
+# With what each flag goes.
+TASKS = {
+    "--columns input=a": "input score",
+    "--resume": "input",
+    "--batch_size 2": "input",
+    "--compare": "question chat",
+    "--max_new_tokens 5": "question chat input",
+    "--max_length 99": "question chat",
+    "--do_sample": "question chat input",
+    "--repetition_penalty 2": "question chat input",
+    "--num_beams 2": "question chat input",
+    "--num_beams 2 --num_return_sequences 2": "question input",
+    "--cache static": "question chat input",
+    "--seed 1": "question chat input score",
+    "--shard_base": "question input score",
+}
+# The flags with bounds: with the value at the bound, and with one beyond it.
+BOUNDS = {
+    "--max_new_tokens": ("1", "0"),
+    "--max_length": ("1", "0"),
+    "--do_sample --temperature": ("1e-5", "9e-6"),
+    "--do_sample --top_p": ("1", "1.01"),
+    "--do_sample --top_k": ("0", "-1"),
+    "--seed": ("0", "-1"),
+    "--repetition_penalty": ("1e-5", "9e-6"),
+    "--num_beams": ("1", "0"),
+    "--num_beams 3 --num_return_sequences": ("3", "4"),
+    "--do_sample --num_return_sequences": ("1", "0"),
+    "--chat --max_length 100 --max_new_tokens": ("99", "100"),
+    "--chat --max_new_tokens": ("255", "256"),
+    "--input a.jsonl --output b.jsonl --batch_size": ("1", "0"),
+}
+
+
+def test_what_is_not_given_has_its_default():
+    defaults = {"chat": False, "input": None, "score": None, "columns": None, "output": None, "resume": False}
+    defaults |= {"batch_size": 64, "compare": False, "max_new_tokens": None, "max_length": None, "do_sample": False}
+    defaults |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "seed": 42, "repetition_penalty": 1.0, "num_beams": 1}
+    defaults |= {"num_return_sequences": 1, "cache": "dynamic", "prefix": ["./chatbot"], "force": False}
+    assert vars(parse_infer_config(["hello"])).items() >= defaults.items()
+
+
+@pytest.mark.parametrize("flags, bounds", BOUNDS.items())
+def test_a_value_at_a_bound_is_taken_and_one_beyond_it_refused(flags, bounds):
+    flags = flags.split() if "--chat" in flags or "--input" in flags else ["hello", *flags.split()]
+    parse_infer_config([*flags, bounds[0]])
+    with pytest.raises(UserError, match=f"{flags[-1]} .*must|{flags[-1]} .*needs"):
+        parse_infer_config([*flags, bounds[1]])
+
+
+@pytest.mark.parametrize("flags, tasks", TASKS.items())
+def test_a_flag_goes_with_its_tasks_alone(flags, tasks):
+    for task, asking in ASKING.items():
+        if task in tasks.split():
+            parse_infer_config([*asking.split(), *flags.split()])
+        else:
+            with pytest.raises(UserError, match=f"goes with .*, not with .*{task}"):
+                parse_infer_config([*asking.split(), *flags.split()])
 
 
 def test_a_prefix_may_have_a_longer_name_than_a_file():

@@ -14,12 +14,12 @@ from prefix_tuning.study.shares import attention_shares
 
 
 def test_every_checkpoint_is_a_stage_and_the_last_is_the_prefix(settings, tmp_path, monkeypatch):
-    run_quietly(settings | {"save_steps": 3, "save_total_limit": 100, "save_best": False})
+    run_quietly(settings | {"save_steps": 2, "save_total_limit": 100, "save_best": False})
     base, tokenizer = load_base(settings["model_name_or_path"], torch.float32, torch.device("cpu"))
     batches = batches_of(tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256), 300)
     prefix = load_prefix(tmp_path / "out").tensor
     found = growth(base, batches, tmp_path / "out", prefix)
-    assert [stage["step"] for stage in found["stages"]] == [3, 6, 9, 11] and found["left_out"] == 0
+    assert [stage["step"] for stage in found["stages"]] == [2, 4, 6, 8, 10, 11] and found["left_out"] == 0
     last = found["stages"][-1]
     assert last["norm"] == pytest.approx([prefix[:, half].norm(dim=-1).mean().item() for half in range(2)], rel=1e-5)
     share = torch.tensor(attention_shares(base, batches, prefix)["share"])
@@ -28,9 +28,9 @@ def test_every_checkpoint_is_a_stage_and_the_last_is_the_prefix(settings, tmp_pa
     weights, _ = load_checkpoint(find_checkpoints(tmp_path / "out")[0])
     assert found["stages"][0]["norm"] != last["norm"] and "encoder.embedding.weight" in weights
     assert [step for step, _ in found["losses"]] == [4, 8, 11] and found["held_out"][0][0] == 0
-    monkeypatch.setattr(module, "MOST_CHECKPOINTS", 2)
+    monkeypatch.setattr(module, "MOST_CHECKPOINTS", 4)
     found = growth(base, batches, tmp_path / "out", prefix)
-    assert [stage["step"] for stage in found["stages"]] == [3, 9, 11] and found["left_out"] == 1
+    assert [stage["step"] for stage in found["stages"]] == [2, 4, 8, 10, 11] and found["left_out"] == 1
 
 
 def test_damaged_checkpoints_are_skipped_and_damaged_records_are_no_growth(settings, tmp_path, capsys):

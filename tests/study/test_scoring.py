@@ -1,12 +1,13 @@
 import pytest
 import torch
+from datasets import Dataset
 from helpers import examples_of
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.evaluation import answer_turns, evaluate_loss, exact_match, expected_answers, last_turn
 from prefix_tuning.model.batch import pack
-from prefix_tuning.study.scoring import batches_of, interval, label_rows, score
+from prefix_tuning.study.scoring import batches_of, interval, label_rows, score, spaced
 
 
 @pytest.mark.parametrize("name", ["short", "sentence"])
@@ -42,3 +43,13 @@ def test_an_interval_is_wilson_s():
     """Wilson 1927; the numbers are those of statsmodels' proportion_confint(count, nobs, method="wilson")."""
     assert interval(0.95, 40) == pytest.approx((0.8350, 0.9862), abs=1e-4)
     assert interval(1, 200) == pytest.approx((0.9812, 1), abs=1e-4) and interval(0, 20)[0] == pytest.approx(0)
+
+
+def test_spaced_rows_reach_to_the_end():
+    """Also where their number does not divide that of the rows: every first row of 100, 60 of them, would end at 59."""
+    rows = Dataset.from_dict({"number": list(range(100))})
+    for count in (1, 7, 60, 99):
+        found = spaced(rows, count)["number"]
+        gaps = {after - before for before, after in zip(found, [*found[1:], 100], strict=True)}
+        assert len(found) == count and found[0] == 0 and max(gaps) - min(gaps) <= 1
+    assert spaced(rows, 101)["number"] == rows["number"]

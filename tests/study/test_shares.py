@@ -1,5 +1,7 @@
 import torch
+from helpers import examples_of, random_bloom, random_prefix
 
+from prefix_tuning.model.batch import pack
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.study.shares import attention_shares
 
@@ -30,3 +32,11 @@ def test_shares_are_those_of_transformers_own_attention_weights(tuned_model, eag
     torch.testing.assert_close(torch.tensor(found["by_distance"]), torch.stack(enough, dim=2), atol=1e-5, rtol=0)
     assert found["slopes"] == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
     assert expected.max() > 0.3 and expected[1:3, 4].max() < 0.05  # the steepest head of the middle layers sees little
+
+
+def test_far_from_the_prefix_a_mean_is_shown_of_five_rows_or_of_all_if_there_are_fewer():
+    model = random_bloom()
+    prefix = random_prefix(model)
+    for lengths, shown in (([4, 6, 9, 9, 9, 9, 12], 9), ([4, 6, 9, 9, 9, 9, 9, 12], 9), ([4, 7, 12], 4), ([12], 12)):
+        found = attention_shares(model, list(pack(examples_of(lengths), max_tokens=20)), prefix)
+        assert torch.tensor(found["by_distance"]).shape == (3, 6, shown)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import random_bloom
 
 from prefix_tuning.study.scoring import score
 from prefix_tuning.study.vectors import QUANTILES, nearest_words, prefix_norms, score_base
@@ -43,3 +44,23 @@ def test_the_pairs_of_words_are_recognised_as_these_words(base, tokenizer):
 def test_a_trained_prefix_is_no_words(tuned_model, tokenizer):
     for one in nearest_words(tuned_model, tokenizer, tuned_model.prefixes["short"]):
         assert one["unexplained"] > 0.3 and one["words"][0][1] < 0.7
+
+
+@torch.no_grad()
+def test_what_no_word_explains_is_a_share_of_the_pair_without_the_bias(tokenizer):
+    """Pairs W x + b + r with a rest r that no x can give. If r is twice as long as W x, the share is 2 / sqrt(1 + 4)."""
+    model = random_bloom()
+    linear, heads = model.transformer.h[0].self_attention.query_key_value, model.config.n_head
+
+    def keys_and_values(qkv):
+        return qkv.unflatten(-1, (heads, 3, -1))[:, :, 1:].flatten(1)  # (tokens, heads * 2 * head_dim)
+
+    columns = torch.linalg.qr(keys_and_values(linear.weight.T).T).Q
+    explained = torch.randn(4, model.config.hidden_size) @ keys_and_values(linear.weight.T)
+    rest = torch.randn_like(explained)
+    rest -= rest @ columns @ columns.T
+    times = torch.tensor([0.0, 0.5, 1.0, 2.0])
+    rest *= (times * explained.norm(dim=1) / rest.norm(dim=1))[:, None]
+    pairs = (explained + rest + keys_and_values(linear.bias[None])).unflatten(1, (heads, 2, -1))
+    found = nearest_words(model, tokenizer, pairs.permute(2, 1, 0, 3)[None])
+    assert [one["unexplained"] for one in found] == pytest.approx((times / (1 + times**2).sqrt()).tolist(), abs=1e-5)

@@ -1,11 +1,14 @@
 import pytest
-from helpers import LATEST, metrics_of, metrics_without_timings
+import torch
+from helpers import LATEST, metrics_of, metrics_without_timings, training_state
 
-from prefix_tuning.training.metrics import TrainingBar
+from prefix_tuning import distributed
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.training.metrics import Metrics, TrainingBar
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.state import Clock
-from prefix_tuning.training.steps import Steps
+from prefix_tuning.training.steps import Step, Steps
 
 
 def test_an_early_stop_writes_the_loss_of_its_last_interval(small_pass_settings, tmp_path, capsys):
@@ -39,20 +42,41 @@ def test_a_line_of_metrics_is_the_mean_of_its_steps(quick_settings, tmp_path):
     assert losses[4] == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-6)
 
 
+def test_a_line_of_metrics_has_the_figures_of_its_interval_alone(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("prefix_tuning.training.state.time.perf_counter", lambda: now)
+    state = training_state(PrefixEncoder(PrefixConfig(5, 2, 2, 8, 6, prefix_projection=True)))
+    state.progress.rows_per_step = 8
+    with Metrics(tmp_path, 1, Steps(range(80), 8, total=3, max_tokens=100)) as metrics, state.clock.running():
+        for number, (seconds, tokens, loss) in enumerate([(2, 100, 3.0), (4, 1000, 2.0), (1, 30, 2.5)], start=1):
+            now += seconds
+            step = Step(number, [], 5, tokens, next_epoch=0, next_row=8 * number)
+            state.advance(step, state.good_prefix, torch.tensor(loss), grad_norm=torch.tensor(float(number)))
+            metrics.write_interval(state)
+    found = [[line[name] for name in ("epoch", "tokens_per_second", "loss", "grad_norm")] for line in metrics_of(tmp_path)]
+    assert found == [[0.1, 50.0, 3.0, 1.0], [0.2, 250.0, 2.0, 2.0], [0.3, 30.0, 2.5, 3.0]]
+
+
 def test_the_bar_counts_neither_evaluations_nor_an_earlier_part_of_the_run(monkeypatch):
     now = 0.0
     monkeypatch.setattr("prefix_tuning.training.state.time.perf_counter", lambda: now)
     clock = Clock(seconds=500.0)
-    bar = TrainingBar(Steps(range(80), 8, total=110, max_tokens=100, done=100), clock)
+    steps = Steps(range(80), 8, total=110, max_tokens=100, done=100)
+    bar = TrainingBar(steps, clock)
+    bar._time, bar.start_t, bar.last_print_t = lambda: now, 0.0, 0.0  # tqdm's own clock, which knows of no stops
     with clock.running():
-        for _ in range(4):
-            now += 2.0
+        for seconds in (2.0, 1.0, 3.0, 2.0):
+            now += seconds
             bar.update()
         with clock.stopped():
             now += 1000.0
+        now += 2.0
+        bar.update()
         shown = bar.format_meter(**bar.format_dict)
-    assert "104/110 [00:08<00:12,  2.00s/step" in shown
+    assert "training:" in shown and "105/110 [00:10<00:10,  2.00s/step" in shown
     bar.close()
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    assert TrainingBar(steps, clock).disable
 
 
 def test_the_time_that_is_left_is_said_once_it_is_known(quick_settings, capsys):

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TIMINGS
+from helpers import ROOT, TIMINGS, training_state
 from safetensors import safe_open
 
 from prefix_tuning.files.names import CARD_FILE, CONFIG_FILE, METRICS_FILE
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
+from prefix_tuning.training.output import summarise
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.state import Clock
 
 
 def bytes_without_timings(path: Path) -> bytes:
@@ -82,3 +85,21 @@ def test_a_description_repeats_the_run_and_names_no_path(settings, tmp_path, res
         "output_dir": "local:out",
         "resume_from_checkpoint": "latest" if resumed else None,
     }
+
+
+def test_the_summary_is_of_the_whole_run():
+    state = training_state(PrefixEncoder(PrefixConfig(5, 2, 2, 8, 6, prefix_projection=True)))
+    state.progress.step, state.progress.tokens, state.compile_seconds = 3, 100, 1.5
+    for seconds, speed in ((8.0, 12.5), (0.0, 0.0)):
+        state.clock = Clock(seconds)
+        summary = summarise(state)
+        assert summary.pop("peak_memory_mb") > 0
+        assert summary == {
+            "summary": True,
+            "steps": 3,
+            "train_seconds": seconds,
+            "tokens": 100,
+            "tokens_per_second": speed,
+            "compile_seconds": 1.5,
+            "trainable_parameters": 5 * 8 + 8 * 6 + 6 + 6 * 32 + 32,
+        }

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -15,13 +16,14 @@ import torch
 from forks import Fork
 from helpers import ROOT, metrics_of, start_process
 from peft import AutoPeftModelForCausalLM, PeftConfig
+from safetensors.torch import load_file
 
 from prefix_tuning import bundled, load_prefix
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.names import CARD_FILE, PLOT_FILE
+from prefix_tuning.files.names import ADAPTER_FILE, CARD_FILE, PLOT_FILE, SEARCH_FILE
 from prefix_tuning.model.encoder import flatten
-from prefix_tuning.training.report import create_repository, plot_curves, what_was_learnt, write_card
+from prefix_tuning.training.report import create_repository, plot_curves, plot_search, what_was_learnt, write_card
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -47,6 +49,7 @@ def test_the_card_says_what_was_trained_and_how_good_it_is(finished):
     assert f"| frozen base | {first['eval_loss']:.4g} | {first['eval_perplexity']:.4g} |" in card
     assert f"| this prefix, step 4 | {last['eval_loss']:.4g} |" in card
     assert "rows.jsonl, 32 rows; held out: 8 others" in card and "4 steps of 8 rows" in card
+    assert f"the prefix itself has {load_file(finished / ADAPTER_FILE)['prompt_embeddings'].numel():,} numbers" in card
     assert "PeftModel.from_pretrained" in card and "infer.py" in card
     assert str(finished.parent) not in card and PeftConfig.from_pretrained(finished).peft_type == "PREFIX_TUNING"
 
@@ -90,7 +93,12 @@ def test_the_card_tells_of_the_best_prefix_if_that_was_saved(finished, tmp_path)
         (tmp_path / "training_config.json").write_text(json.dumps(settings | {"save_best": save_best}), "utf-8")
         write_card(tmp_path)
         card = (tmp_path / "README.md").read_text("utf-8")
-        assert shown in card and card.count("| this prefix") == 1
+        assert shown in card and card.count("| this prefix") == card.count("| frozen base") == 1
+    rest = [line for line in lines if not line.get("frozen_base")]  # as where metrics.jsonl had lost its first lines
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rest), "utf-8")
+    write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "| this prefix, step 4 | 1.75 |" in card and "| frozen base" not in card
 
 
 def test_curves_are_drawn_where_matplotlib_is_installed(finished, tmp_path, monkeypatch):
@@ -103,6 +111,56 @@ def test_curves_are_drawn_where_matplotlib_is_installed(finished, tmp_path, monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     plot_curves(tmp_path)
     assert not (tmp_path / "training.png").exists()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved as pictures, by their file's name."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    found, save = {}, figure.savefig
+
+    def keep(self, file, **options):
+        found[Path(file).name] = self
+        save(self, file, **options)
+
+    monkeypatch.setattr(figure, "savefig", keep)
+    return found
+
+
+def test_the_curves_are_the_figures_of_metrics(tmp_path, drawn):
+    records = [{"step": 0, "frozen_base": True, "eval_loss": 3.0, "eval_exact_match": 0.0}, {"step": 2, "loss": 2.5}]
+    records += [{"step": 4, "loss": None}, {"step": 4, "eval_loss": 2.0, "eval_exact_match": 0.5}, {"step": 6, "loss": 1.5}]
+    found = {"rates": [1e-2, 1e-3, 1e-1], "losses": [2.0, 3.0, None], "steps": 8, "rate": 7e-3}
+    records += [{"learning_rate_search": found}, {"summary": True}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    plot_curves(tmp_path)
+    plot_search(tmp_path)
+    left, right = drawn["training.png"].axes
+    lines = {line.get_label(): [tuple(point) for point in line.get_xydata().tolist()] for line in left.lines}
+    assert lines == {"training": [(2, 2.5), (6, 1.5)], "held out": [(0, 3), (4, 2)], "exact match": [(0, 0), (4, 0.5)]}
+    assert (left.get_xlabel(), left.get_ylabel(), left.get_yscale()) == ("step", "loss (nats per token)", "log")
+    assert (right.get_ylabel(), right.get_ylim()) == ("exact match", (0, 1))
+    assert left.lines[2].get_transform() == right.transData  # on its own scale
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [*lines]
+    (axes,) = drawn["learning_rate.png"].axes
+    trials, taken = axes.lines
+    assert trials.get_xydata().tolist() == [[1e-3, 3], [1e-2, 2]] and list(taken.get_xdata()) == [7e-3, 7e-3]
+    assert (axes.get_xscale(), axes.get_xlabel()) == (
+        "log",
+        "learning rate",
+    ) and "at the end of a trial" in axes.get_ylabel()
+    assert axes.get_legend().get_texts()[0].get_text() == "taken: 0.007"
+    for name, pixels in (("training.png", (960, 540)), ("learning_rate.png", (720, 480))):
+        content = (tmp_path / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and struct.unpack(">II", content[16:24]) == pixels
+
+
+def test_without_figures_there_is_no_picture(tmp_path, drawn):
+    (tmp_path / "metrics.jsonl").write_text('{"summary": true}\n', "utf-8")
+    for plot, name in ((plot_curves, PLOT_FILE), (plot_search, SEARCH_FILE)):
+        (tmp_path / name).write_bytes(b"of an earlier run")
+        plot(tmp_path)
+        assert not drawn and not (tmp_path / name).exists()
 
 
 def test_tensorboard_shows_the_metrics_and_goes_on_with_the_run(tmp_path, rows_file):
@@ -125,6 +183,7 @@ def test_tensorboard_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         parse_train_config(["--report_to", "tensorboard"])
+    assert parse_train_config([]).report_to == "none"
 
 
 class Refusing(BaseHTTPRequestHandler):

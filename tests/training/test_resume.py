@@ -18,6 +18,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, ENCODER_FILE, METRICS_FILE
@@ -304,3 +305,21 @@ def test_trainable_weights_alone_are_not_overwritten(quick_settings, tmp_path):
     assert contents(kept) == before
     train(TrainConfig(**again | {"overwrite_output_dir": True}))
     assert (kept / ADAPTER_FILE).exists() and contents(kept)[ENCODER_FILE] != before[ENCODER_FILE]
+
+
+def test_a_job_that_is_restarted_goes_on_and_any_other_is_refused(quick_settings, monkeypatch, capsys):
+    def start(job, max_steps):
+        monkeypatch.setattr(distributed, "torchrun_job", lambda: job)
+        return train(TrainConfig(**quick_settings | {"max_steps": max_steps, "save_steps": 1}))["steps"]
+
+    assert start("one", 2) == 2 and "resuming" not in capsys.readouterr().out
+    for job in ("two", None):
+        with pytest.raises(UserError, match="holds a prefix already"):
+            start(job, 4)
+    capsys.readouterr()
+    assert start("one", 4) == 4
+    out, err = capsys.readouterr()
+    assert "resuming after step 2" in out and "is shorter than" not in err
+    for path in find_checkpoints(Path(quick_settings["output_dir"])):
+        path.unlink()
+    assert start("one", 3) == 3 and "resuming" not in capsys.readouterr().out  # it had failed before its first checkpoint

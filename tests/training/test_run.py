@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
+from prefix_tuning.training.report import read_metrics, what_was_learnt
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.start import memory_hint
@@ -205,6 +207,17 @@ def test_metrics_and_files(quick_settings, rows_file, tmp_path, random_base):
             assert place.encode() not in content, (path.name, place)
     described = json.loads((folder / "training_config.json").read_text("utf-8"))
     assert described["learning_rate"] == 1e-2 and described["dataset"] == f"local:{rows_file.name}"
+
+
+def test_a_run_says_what_it_trains_and_what_was_learnt(quick_settings, capsys):
+    train(TrainConfig(**quick_settings | {"eval_fraction": 0.1, "logging_steps": 2}))
+    folder = Path(quick_settings["output_dir"])
+    lines = capsys.readouterr().out.splitlines()
+    trained = sum(parameter.numel() for parameter in load_encoder(str(folder))[0].parameters())
+    size = "36 rows and 4 held out, 3 steps of 6; a prefix of 10 tokens by"
+    assert f"{size} {trained:,} trainable parameters; torch.float32 on cpu" in lines
+    assert f"3 steps in 0 s; the prefix is saved in {folder}" in [re.sub(r"in \d+ s", "in 0 s", line) for line in lines]
+    assert lines[-1] == what_was_learnt(read_metrics(folder), save_best=False)
 
 
 @pytest.mark.parametrize("max_steps, logging_steps", [(1, 1), (3, 1), (9, 4)])

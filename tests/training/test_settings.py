@@ -54,6 +54,59 @@ BAD_FLAGS = {
     "--push_to_hub me/base --model_name_or_path me/base": "--push_to_hub me/base is the base; name another repository",
 }
 
+# The flags with bounds: with the value at the bound, and with one beyond it.
+BOUNDS = {
+    "--eval_fraction": ("0", "-0.1"),
+    "--max_length": ("1", "0"),
+    "--num_virtual_tokens": ("1", "0"),
+    "--encoder_hidden_size": ("1", "0"),
+    "--per_device_train_batch_size": ("1", "0"),
+    "--gradient_accumulation_steps": ("1", "0"),
+    "--max_steps 1 --num_train_epochs": ("0", "-1"),
+    "--max_tokens_per_batch": ("1", "0"),
+    "--max_steps": ("-1", "-2"),
+    "--learning_rate": ("0", "-0.1"),
+    "--warmup_steps": ("0", "-1"),
+    "--weight_decay": ("0", "-0.1"),
+    "--max_grad_norm": ("0", "-0.1"),
+    "--seed": (str(2**62), str(2**62 + 1)),
+    "--logging_steps": ("1", "0"),
+    "--eval_dataset a.jsonl --eval_steps": ("1", "0"),
+    "--save_steps": ("0", "-1"),
+    "--save_total_limit": ("1", "0"),
+    "--eval_dataset a.jsonl --early_stopping_patience": ("1", "0"),
+}
+
+
+@pytest.mark.parametrize("flags, bounds", BOUNDS.items())
+def test_a_value_at_a_bound_is_taken_and_one_beyond_it_refused(flags, bounds):
+    parse_train_config(["--dataset", "my.jsonl", *flags.split(), bounds[0]])
+    with pytest.raises(UserError, match=f"{flags.split()[-1]} must be at least"):
+        parse_train_config(["--dataset", "my.jsonl", *flags.split(), bounds[1]])
+
+
+def test_what_is_not_given_has_its_default():
+    defaults = {"eval_dataset": None, "columns": None, "eval_fraction": None, "eval_exact_match": False, "max_length": 256}
+    defaults |= {"num_virtual_tokens": 10, "prefix_projection": True, "encoder_hidden_size": None, "prefix_init": "random"}
+    defaults |= {"init_text": None, "prefix_from": None, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    defaults |= {"num_train_epochs": 1.0, "max_tokens_per_batch": None, "gradient_checkpointing": False, "max_steps": -1}
+    defaults |= {"torch_compile": False, "learning_rate": None, "lr_scheduler_type": "linear", "warmup_steps": 0}
+    defaults |= {"weight_decay": 0.0, "max_grad_norm": 1.0, "shuffle": True, "seed": 42, "output_dir": "./chatbot"}
+    defaults |= {"overwrite_output_dir": False, "logging_steps": 10, "eval_steps": None, "save_steps": 500}
+    defaults |= {"save_total_limit": 2, "report_to": "none", "push_to_hub": None, "resume_from_checkpoint": None}
+    defaults |= {"save_best": False, "early_stopping_patience": None, "model_name_or_path": "bundled:mini-bloom"}
+    defaults |= {"precision": "auto", "device": "auto", "force": False, "shard_base": False, "shard_degree": None}
+    assert vars(parse_train_config(["--dataset", "my.jsonl"])).items() >= defaults.items()
+    assert parse_train_config(["--max_steps", "0", "--num_train_epochs", "0"]).max_steps == 0
+    assert parse_train_config(["--prefix_init", "text", "--init_text", "请回答。"]).init_text == "请回答。"
+
+
+def test_flags_that_need_held_out_rows_are_named_as_they_are_written():
+    assert parse_train_config(["--dataset", "my.jsonl"]).need_held_out() == ""
+    flags = ["--eval_steps", "5", "--save_best", "--early_stopping_patience", "2", "--eval_exact_match"]
+    named = parse_train_config(["--dataset", "my.jsonl", *flags]).need_held_out()
+    assert set(named.split(", ")) == {flag for flag in flags if flag.startswith("--")}
+
 
 def test_the_notebooks_command_has_the_notebooks_settings():
     flags = "--learning_rate 5e-5 --eval_fraction 0 --model_name_or_path Langboat/bloom-1b4-zh"

@@ -4,14 +4,17 @@ import pytest
 import torch
 from helpers import initial_encoder, metrics_of, random_bloom, relative, write_jsonl
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_FILE
 from prefix_tuning.files.prefixes import load_prefix, recorded_history
-from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.model.bloom import cached_pairs, prefix_cache
+from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import text_prefix
+from prefix_tuning.training.start import count_steps, prefix_config_of, text_prefix
+from prefix_tuning.training.state import Progress
 
 
 def test_text_prefix_is_what_the_model_computes_for_the_text(tokenizer):
@@ -28,6 +31,11 @@ def test_text_prefix_is_what_the_model_computes_for_the_text(tokenizer):
     # Cut or repeated to the length that is asked for.
     assert relative(text_prefix(model, tokenizer, "法国的首都是巴黎。", 2), prefix[:, :, :, :2]) < 1e-5
     assert text_prefix(model, tokenizer, "法", 7).shape[3] == 7
+    # What looks like the end of a text is read as it is written.
+    cache = DynamicCache()
+    model(torch.tensor([[tokenizer.eos_token_id]]), cache)
+    end = cached_pairs(cache)
+    assert relative(text_prefix(model, tokenizer, tokenizer.eos_token, 1), end) > 0.1
     with pytest.raises(UserError, match="init_text"):
         text_prefix(model, tokenizer, "", 7)
     model.config.return_dict = model.config.use_cache = False  # as the base's config.json may say
@@ -85,3 +93,29 @@ def test_files_record_whether_any_row_had_history_through_all_that_begins_from_t
     assert recorded_history(tmp_path / "single") is None
     assert record_of("unknown, single", prefix_from=str(tmp_path / "single")) is None
     assert record_of("unknown, talks", prefix_from=str(tmp_path / "single"), dataset=talks) is True
+
+
+@pytest.mark.parametrize(
+    "options, rows_per_step, progress, steps",
+    [
+        ({"num_train_epochs": 1.5}, 6, (0, 0, 0), 11),  # an epoch of 40 rows has 7 steps
+        ({"num_train_epochs": 1.5}, 6, (9, 1, 12), 11),
+        ({"num_train_epochs": 1.5}, 12, (9, 1, 12), 10),  # done with 6 rows a step: 7 and 2; left of 6 larger ones: 1
+        ({"num_train_epochs": 3}, 6, (14, 2, 0), 21),
+        ({"num_train_epochs": 1}, 6, (9, 1, 12), 9),  # never fewer than are done
+        ({"max_steps": 5}, 6, (0, 0, 0), 5),
+        ({"max_steps": 5}, 6, (9, 1, 12), 9),
+        ({"max_steps": 0}, 6, (0, 0, 0), 0),
+    ],
+)
+def test_steps_that_are_done_count_as_they_were_done(options, rows_per_step, progress, steps):
+    step, epoch, row = progress
+    assert count_steps(TrainConfig(**options), 40, rows_per_step, Progress(step=step, epoch=epoch, row=row)) == steps
+
+
+def test_a_new_prefix_has_the_shape_of_its_base_and_the_width_that_is_asked_for():
+    model = random_bloom()
+    options = {"num_virtual_tokens": 7, "encoder_hidden_size": 20}
+    assert prefix_config_of(TrainConfig(**options), model) == PrefixConfig(7, 3, 6, 48, 20, prefix_projection=True)
+    options = {"prefix_projection": False}
+    assert prefix_config_of(TrainConfig(**options), model) == PrefixConfig(10, 3, 6, 48, 48, prefix_projection=False)

@@ -35,7 +35,7 @@ def trained(steps=3) -> TrainingState:
         step(state)
     state.losses, state.grad_norm = torch.tensor(1.5), torch.tensor(2.5)
     state.bad_step, state.good_prefix = torch.tensor(7.0), state.encoder.bake()
-    state.progress.step = steps
+    state.progress.step, state.clock = steps, Clock(12.5)
     state.note_evaluation(3.0, keep_best=True)
     return state
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_holds_all_of_a_state(steps):
     numbers = json.loads(json.dumps(old.numbers()))
     new.encoder.load_state_dict(old.encoder.state_dict())
     new.restore(tensors, numbers)
-    assert new.progress == old.progress and new.numbers() == numbers
+    assert new.progress == old.progress and new.numbers() == numbers and new.clock.seconds() == 12.5
     assert new.tensors().keys() == tensors.keys()
     assert all(torch.equal(new.tensors()[name], tensor) for name, tensor in tensors.items())
     for _ in range(3):
