@@ -65,9 +65,9 @@ def as_past_key_values(prefix: torch.Tensor, base: BloomForCausalLM) -> DynamicC
 def loss_of(base: BloomForCausalLM, prefix: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats, summed over the labels of one row, differentiable in the prefix."""
     # Each layer concatenates the cached keys and values with those of the text, and every token attends to all P of them.
-    # The mask covers both: Bloom derives ALiBi positions from its cumulative sum, so the text starts at position P.
-    mask = torch.ones(1, prefix.shape[3] + ids.shape[1], dtype=torch.long, device=base.device)
-    logits = base(ids, past_key_values=as_past_key_values(prefix, base), attention_mask=mask).logits
+    # Bloom's ALiBi counts cached tokens too, so the text starts at position P. The argument's name was past_key_values until
+    # transformers 5.24, and is `cache` since.
+    logits = base(ids, as_past_key_values(prefix, base)).logits
     logits = logits.to(prefix.dtype)  # the loss in the encoder's float32, also where the base is bf16 or fp16
     return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")  # position i predicts token i + 1
 
@@ -117,12 +117,13 @@ def train(base: BloomForCausalLM, encoder: PrefixEncoder, examples: list) -> lis
 @torch.no_grad()
 def answer(base: BloomForCausalLM, tokenizer, row: dict, prefix: torch.Tensor | None = None) -> str:
     """The greedy answer to a row's question after the prefix, or without one that of the frozen base alone."""
-    ids = tokenizer(prompt_of(row), return_tensors="pt", split_special_tokens=True).input_ids.to(base.device)
-    cache = None if prefix is None else as_past_key_values(prefix, base)
-    mask = torch.ones(1, (0 if prefix is None else prefix.shape[3]) + ids.shape[1], dtype=torch.long, device=base.device)
-    options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}  # as in training
-    output = base.generate(ids, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    new = tokenizer(prompt_of(row), return_tensors="pt", split_special_tokens=True).input_ids.to(base.device)
+    cache = DynamicCache() if prefix is None else as_past_key_values(prefix, base)
+    reply: list[int] = []
+    while len(reply) < 32 and tokenizer.eos_token_id not in reply:
+        new = base(new, cache).logits[:, -1:].argmax(-1)  # the likeliest next token, (1, 1)
+        reply.append(new.item())
+    return tokenizer.decode(reply, skip_special_tokens=True)
 
 
 def main(rows_file: str = str(DEMO / "data" / "short.jsonl"), base_name: str = str(DEMO / "model")) -> None:

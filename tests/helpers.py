@@ -251,7 +251,17 @@ def random_prefix(model, tokens=5, seed=1):
 
 def logits_after(base, prefix, ids):
     mask = torch.ones(1, prefix.shape[3] + len(ids), dtype=torch.long)
-    return base(torch.tensor([ids]), past_key_values=prefix_cache([prefix])[0], attention_mask=mask).logits[0, -1]
+    return base(torch.tensor([ids]), prefix_cache([prefix])[0], mask).logits[0, -1]
+
+
+@torch.no_grad()
+def decode(tokenizer, prompt, logits_of, max_new_tokens=GREEDY["max_new_tokens"]):
+    """The greedy answer by forward passes over the whole text, each anew. logits_of: takes ids (1, T)."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    while ids.shape[1] < start + max_new_tokens and ids[0, -1] != tokenizer.eos_token_id:
+        ids = torch.cat((ids, logits_of(ids)[:, -1:].argmax(-1)), dim=1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
 FRANCE = "法国的首都是哪里？"

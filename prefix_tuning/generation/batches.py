@@ -143,7 +143,7 @@ def _replies_of_shrinking_batch(
         half_ended = _HalfEnded(tokens, ends_of(settings), most[rows])
         criteria = [_SignalHeard(), *([half_ended] if len(rows) > FEW_ROWS else [])]
         with row_draws(settings, [keys[row] for row in rows.tolist()], ids.shape[1] - tokens):
-            ids = model.generate(ids, settings, attention_mask=mask, past_key_values=cache, stopping_criteria=criteria)
+            ids = model.generate(ids, settings, attention_mask=mask, cache=cache, stopping_criteria=criteria)
         left -= ids.shape[1] - mask.shape[1]
         done = half_ended.ended(ids[:, tokens:]).cpu()
         for row, reply in zip(rows[done].tolist(), ids[done, tokens:].tolist(), strict=True):

@@ -4,10 +4,15 @@ Prefixes of different lengths are padded to one, so a mask says which of the fir
 changes the rows of a cache in place, for beams as an example, and the mask has to follow.
 """
 
+import inspect
 from typing import Any, TypeGuard
 
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import BloomForCausalLM, Cache, DynamicCache, StaticCache
+
+# transformers' name for the argument of a forward pass and of `generate` that holds past keys and values: "cache" since
+# 5.24, "past_key_values" before.
+CACHE = "cache" if "cache" in inspect.signature(BloomForCausalLM.forward).parameters else "past_key_values"
 
 
 class PrefixedCache(Cache):

@@ -34,7 +34,7 @@ from prefix_tuning.base_model.special_tokens import add_end, align_special_token
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ENCODER_FILE
 from prefix_tuning.files.prefixes import SavedPrefix, save_prefix
-from prefix_tuning.generation.cache import PrefixedCache, has_prefixes, is_supported, set_prefix_mask
+from prefix_tuning.generation.cache import CACHE, PrefixedCache, has_prefixes, is_supported, set_prefix_mask
 from prefix_tuning.generation.options import check_options, copies_of_a_row, guess_mask, new_tokens, resolve_options
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
 
@@ -237,27 +237,36 @@ class PrefixBloom(Bloom):
 
     @functools.wraps(BloomForCausalLM.forward)  # transformers reads from the signature what a model accepts
     def forward(  # type: ignore[override]  # functools types what it wraps as an object, not as a method
-        self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, *, prefix_name=None, **options
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        *,
+        cache=None,
+        prefix_name=None,
+        **options,
     ):
         """transformers' forward, with a prefix for each row (`Names`).
 
         Empty past_key_values get the prefix. Those that begin with one are continued; those that hold text alone are for
-        the base, and a ValueError for a prefix.
+        the base, and a ValueError for a prefix. `cache` is another name for past_key_values, as in transformers 5.24.
         """
+        cache = past_key_values if cache is None else cache
         text = input_ids if inputs_embeds is None else inputs_embeds
         if text is not None:
-            if self._lacks_prefix(past_key_values, prefix_name, len(text)):
+            if self._lacks_prefix(cache, prefix_name, len(text)):
                 if attention_mask is None:
                     attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-                attention_mask, past_key_values = self.prepend(attention_mask, prefix_name, cache=past_key_values)
-            elif has_prefixes(past_key_values):
-                attention_mask = self._whole_mask(attention_mask, text, past_key_values)
-            if self.training and self.transformer.gradient_checkpointing and past_key_values.get_seq_length() > 0:
+                attention_mask, cache = self.prepend(attention_mask, prefix_name, cache=cache)
+            elif has_prefixes(cache):
+                attention_mask = self._whole_mask(attention_mask, text, cache)
+            if self.training and self.transformer.gradient_checkpointing and cache.get_seq_length() > 0:
                 raise ValueError(_NO_CHECKPOINTING)
             # For a StaticCache, Bloom needs a mask of its length.
-            if attention_mask is not None and (more := past_key_values.get_max_length(0) - attention_mask.shape[-1]) > 0:
+            if attention_mask is not None and (more := cache.get_max_length(0) - attention_mask.shape[-1]) > 0:
                 attention_mask = F.pad(attention_mask, (0, more))
-        return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds, **options)
+        return super().forward(input_ids, cache, attention_mask, inputs_embeds, **options)
 
     @staticmethod
     def _whole_mask(mask: torch.Tensor | None, text: torch.Tensor, cache: PrefixedCache) -> torch.Tensor:
@@ -309,7 +318,8 @@ class PrefixBloom(Bloom):
         mask = options.pop("attention_mask", None)
         if mask is None:
             mask = guess_mask(input_ids, settings)
-        cache = options.pop("past_key_values", None)
+        past_key_values = options.pop("past_key_values", None)
+        cache = options.pop("cache", past_key_values)
         if lacks_prefix := self._lacks_prefix(cache, prefix_name, len(input_ids)):
             if mask.shape != input_ids.shape:
                 raise ValueError(f"attention_mask is {tuple(mask.shape)} for input_ids {tuple(input_ids.shape)}")
@@ -327,7 +337,7 @@ class PrefixBloom(Bloom):
                 raise ValueError("input_ids must be the whole text so far, and longer than what past_key_values hold of it")
             options["prefix_mask"] = prefix_mask[::copies]  # `generate` repeats it like the rows
         # mypy: transformers declares a type of self here that its own models do not have.
-        return super().generate(input_ids, settings, attention_mask=mask, past_key_values=cache, **options)  # type: ignore[misc]
+        return super().generate(input_ids, settings, attention_mask=mask, **{CACHE: cache}, **options)  # type: ignore[misc]
 
     def _start_cache(self, cache: Cache | None, settings: GenerationConfig, mask: torch.Tensor, prefix_name: Names) -> Cache:
         """The empty cache, or a new one of the kind that `settings` name, with the prefixes in it and room for the answers.
@@ -354,7 +364,7 @@ class PrefixBloom(Bloom):
                 attention_mask = torch.ones_like(input_ids)
             attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
             if kwargs.get("is_first_iteration"):  # transformers would subtract the cache, prefix included, from the text
-                kwargs["next_sequence_length"] = attention_mask.shape[1] - int(kwargs["past_key_values"].get_seq_length())
+                kwargs["next_sequence_length"] = attention_mask.shape[1] - int(kwargs[CACHE].get_seq_length())
         # mypy: as in `generate`.
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from prefix_tuning import distributed
 from prefix_tuning.base_model.identity import check_base
@@ -133,6 +133,6 @@ def text_prefix(base: Bloom, tokenizer: PreTrainedTokenizerBase, text: str, num_
     if not ids:
         raise UserError("--init_text is empty; --prefix_init text needs a text of at least one token")
     ids = (ids * -(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
-    # Both are said here, as the base's config.json may have other defaults.
-    cache = base(torch.tensor([ids], device=base.device), use_cache=True, return_dict=True).past_key_values
+    cache = DynamicCache()
+    base(torch.tensor([ids], device=base.device), cache, use_cache=True)
     return cached_pairs(cache).float()

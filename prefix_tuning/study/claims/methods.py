@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, cached_pairs
@@ -78,7 +78,9 @@ class EmbeddingOnly(Emitter):
         self.read = partial(base.transformer, use_cache=True)  # no submodule: the base is not trained
 
     def forward(self) -> torch.Tensor:
-        return cached_pairs(self.read(inputs_embeds=self.embeddings.unsqueeze(0)).past_key_values)
+        cache = DynamicCache()
+        self.read(None, cache, inputs_embeds=self.embeddings.unsqueeze(0))
+        return cached_pairs(cache)
 
 
 class TrainableBloom(Bloom):
