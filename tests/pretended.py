@@ -2,7 +2,7 @@
 
 It refuses what CUDA refuses: an operation that gets a tensor of it and one of the CPU that has any axis. So a `device=` that
 is left out, or a batch that is not moved, is an error here too. The code takes the branches that it takes on a GPU. What
-this cannot show: kernels and their dtypes, strides, streams, pinned memory, more than one device.
+this cannot show: kernels and their dtypes, strides, streams, pinned memory, random numbers, more than one device.
 
 `device()` sets it up, once per process, or skips the test where this torch has no such interface.
 """

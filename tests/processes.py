@@ -16,7 +16,7 @@ from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.layers import wrap_layers
 from prefix_tuning.base_model.sharding import load_sharded
 from prefix_tuning.data.rows import parts_of, prompt_ids
-from prefix_tuning.evaluation import answer_rows
+from prefix_tuning.evaluation import Turn, answer_turns
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.model.batch import count_labels, pack
 from prefix_tuning.model.bloom import Bloom
@@ -45,11 +45,11 @@ with distributed.processes(CPU):
     # Six rows for four processes: their answers must come back in turn.
     tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
     asked = [f"{number}加{number}等于多少？" for number in range(6)]
-    rows = Dataset.from_list([{"instruction": text, "input": "", "output": "一二三", "history": []} for text in asked])
-    model, longest = PrefixBloom(random_bloom(initializer_range=0.3)), len(tokenizer("一二三").input_ids) + 1
-    ids = prompt_ids(tokenizer, [parts_of(text) for text in asked])
-    answers = complete(model, tokenizer, ids, max_new_tokens=longest, do_sample=False)
-    assert len(set(answers)) > 3 and answer_rows(model, tokenizer, rows, None) == answers
+    model = PrefixBloom(random_bloom(initializer_range=0.3))
+    ids, expected = prompt_ids(tokenizer, [parts_of(text) for text in asked]), tokenizer("一二三").input_ids
+    answers = complete(model, tokenizer, ids, max_new_tokens=len(expected), do_sample=False)
+    turns = [Turn([], prompt, expected) for prompt in ids]
+    assert len(set(answers)) > 3 and answer_turns(model, tokenizer, turns, None, 1000) == answers
 
     examples = examples_of([5, 60, 3, 21, 8, 33, 70, 2])
     shape = plain.config

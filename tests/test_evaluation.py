@@ -27,6 +27,7 @@ def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokeniz
             "input": "",
             "output": answer,
             "history": [],
+            "weights": [],
         }
 
     rows = Dataset.from_list([row(prompt) for prompt in mixed[0][:4]])
@@ -95,7 +96,10 @@ def test_a_cut_answer_is_right_if_it_is_right_as_far_as_it_was_kept(tuned_model,
     (answer,) = complete(tuned_model, tokenizer, [prompt], prefix_name="sentence", max_new_tokens=64, do_sample=False)
     tokens = len(tokenizer(answer).input_ids)
     rows = Dataset.from_list(
-        [{"instruction": FRANCE, "input": "", "output": answer + more, "history": []} for more in ("", "还有很多很多")]
+        [
+            {"instruction": FRANCE, "input": "", "output": answer + more, "history": [], "weights": []}
+            for more in ("", "还有很多很多")
+        ]
     )
     for kept, matches in ((tokens + 1, [True, False]), (tokens, [True, True]), (tokens - 2, [True, True])):
         turns = turns_of(rows, tokenizer, len(tokenizer(prompt).input_ids) + kept)
@@ -108,7 +112,7 @@ def test_a_cut_answer_is_right_if_it_is_right_as_far_as_it_was_kept(tuned_model,
 def test_one_long_answer_does_not_make_the_others_long(tokenizer):
     """A random base hardly ever ends an answer by itself."""
     model = PrefixBloom(random_bloom())
-    rows = [{"instruction": f"{number}?", "input": "", "output": "好", "history": []} for number in range(40)]
+    rows = [{"instruction": f"{number}?", "input": "", "output": "好", "history": [], "weights": []} for number in range(40)]
     rows[7]["output"] = "长" * 150
     turns = turns_of(Dataset.from_list(rows), tokenizer)
     computed = []
@@ -119,7 +123,9 @@ def test_one_long_answer_does_not_make_the_others_long(tokenizer):
 
 
 def test_greedy_is_greedy_whatever_the_bases_own_settings_are(tokenizer, capsys):
-    rows = [{"instruction": f"{number}?", "input": "", "output": "好" * 30, "history": []} for number in range(3)]
+    rows = [
+        {"instruction": f"{number}?", "input": "", "output": "好" * 30, "history": [], "weights": []} for number in range(3)
+    ]
     tokenized = tokenize(Dataset.from_list(rows), tokenizer, 256)
     shown, answers = [], []
     for options in ({}, {"repetition_penalty": 5.0, "do_sample": True, "temperature": 3.0, "min_new_tokens": 3}):

@@ -148,7 +148,7 @@ def test_an_encoder_that_claims_terabytes_is_refused_before_anything_is_allocate
 
 
 @pytest.mark.parametrize(
-    "suffix, reader", [(".jsonl", readers._read_jsonl), (".json", readers._read_json), (".csv", readers._read_csv)]
+    "suffix, reader", [(".jsonl", readers._read_json), (".json", readers._read_json), (".csv", readers._read_csv)]
 )
 @fuzz
 @given(chosen=st.data())
@@ -164,9 +164,9 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
     own = Columns({name: name for name in COLUMNS}, answered=True)
-    rows = read_or_refuse(lambda: list(readers._checked_rows("rows", reader, str(path), own)))
+    rows = read_or_refuse(lambda: list(readers._checked("rows", reader("rows", str(path)), own.read)))
     for found in rows or []:
-        assert found.keys() == {*COLUMNS, "history"} and found["history"] == []
+        assert found.keys() == {*COLUMNS, "history", "weights"} and found["history"] == found["weights"] == []
         assert all(isinstance(found[name], str) and found[name].encode("utf-8") is not None for name in COLUMNS)
 
 
@@ -187,7 +187,9 @@ def test_any_talks(tmp_path, column, talks):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({column: talk}) + "\n" for talk in talks), "utf-8")
     read = Columns({"messages": column}, answered=True)
-    for found in read_or_refuse(lambda: list(readers._checked_rows("rows", readers._read_jsonl, str(path), read))) or []:
+    for found in (
+        read_or_refuse(lambda: list(readers._checked("rows", readers._read_json("rows", str(path)), read.read))) or []
+    ):
         assert found["output"].strip() and len(found["history"]) % 2 == 0
         assert all(isinstance(text, str) for text in [found["instruction"], found["input"], *found["history"]])
     asked = read_or_refuse(lambda: list(read_questions(str(path), [])))
@@ -230,7 +232,7 @@ def test_a_talk_that_is_nested_as_deeply_as_json_can_be_is_one_line(tmp_path):
     for depth in range(500, 1000):
         (tmp_path / "rows.jsonl").write_text('{"messages": ' + '{"a": ' * depth + "1" + "}" * depth + "}", "utf-8")
         with pytest.raises(UserError, match=r"^rows, line 1: "):
-            list(readers._checked_rows("rows", readers._read_jsonl, str(tmp_path / "rows.jsonl"), read))
+            list(readers._checked("rows", readers._read_json("rows", str(tmp_path / "rows.jsonl")), read.read))
 
 
 @pytest.mark.parametrize("talk", [[1, 2], ["a"], [[]], [{"role": 1, "content": 2}], [{"x": "y"}], [None], 5, "a", [b"a"]])

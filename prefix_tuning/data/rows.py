@@ -134,7 +134,7 @@ def with_labels(encoded: Dataset) -> Dataset:
     """The rows of `encode` that have a label, with their columns input_ids and labels."""
     kept = pyarrow.compute.indices_nonzero(pyarrow.compute.list_value_length(encoded.data.column("labels")))
     tokenized = encoded.select_columns(["input_ids", "labels"])
-    return tokenized if len(kept) == len(tokenized) else tokenized.select(kept.to_numpy())
+    return tokenized if len(kept) == len(tokenized) else tokenized.select(kept.cast("int64").to_numpy())
 
 
 def cut_answers(encoded: Dataset) -> tuple[int, int, int]:

@@ -52,8 +52,9 @@ def train(config: TrainConfig) -> dict:
     output_dir = Path(config.output_dir)
     with (
         # As cli.py has it, for programs that call this: they may write to a pipe whose reader Ctrl-C ends.
-        redirect_stdout(Screen(sys.stdout)),
-        redirect_stderr(Screen(sys.stderr)),
+        # A program without a console has none of the two.
+        redirect_stdout(sys.stdout and Screen(sys.stdout)),
+        redirect_stderr(sys.stderr and Screen(sys.stderr)),
         distributed.processes(device),
         locked(output_dir) if distributed.is_main() else nullcontext(),
     ):

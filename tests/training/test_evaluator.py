@@ -65,7 +65,7 @@ def test_the_answers_shown_are_by_whom_the_line_says(tuned_model, tokenizer, cap
 def test_tokens_and_not_characters_decide_what_is_too_long_to_be_shown(tokenizer, capsys):
     """80 characters of 40 tokens are shown, 30 characters of 120 tokens are not."""
     texts = {"fits": "北京" * 40, "long": "𠮷" * 30}
-    rows = [{"instruction": name, "input": "", "output": text, "history": []} for name, text in texts.items()]
+    rows = [{"instruction": name, "input": "", "output": text, "history": [], "weights": []} for name, text in texts.items()]
     model = random_bloom()
     tokenized = tokenize(Dataset.from_list(rows), tokenizer, 256)
     Evaluator(model, tokenizer, tokenized, 640, total_steps=1).show_answers(random_prefix(model))
