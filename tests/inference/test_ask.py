@@ -100,7 +100,8 @@ def test_names_have_colours_on_a_terminal_that_has_them(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     options = {"num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 2, "do_sample": False}
-    Answerer(random_model, tokenizer, options, seed=0).print_answers(tokenizer(FRANCE).input_ids, compare=True)
+    answerer = Answerer(random_model, tokenizer, options, seed=0)
+    answerer.print_answers(dict.fromkeys(answerer.names(compare=True), tokenizer(FRANCE).input_ids))
     out = capsys.readouterr().out
     assert out.startswith("\033[33mbase  \033[0m" if coloured else "base  ")
     assert ("\033[36mfive  \033[0m" if coloured else "\nfive  ") in out and ("\033" in out) == coloured

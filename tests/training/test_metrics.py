@@ -47,7 +47,8 @@ def test_a_line_of_metrics_has_the_figures_of_its_interval_alone(tmp_path, monke
     monkeypatch.setattr("prefix_tuning.training.state.time.perf_counter", lambda: now)
     state = training_state(PrefixEncoder(PrefixConfig(5, 2, 2, 8, 6, prefix_projection=True)))
     state.progress.rows_per_step = 8
-    with Metrics(tmp_path, 1, Steps(range(80), 8, total=3, max_tokens=100)) as metrics, state.clock.running():
+    metrics = Metrics(tmp_path, 1, Steps(range(80), 8, total=3, max_tokens=100))
+    with state.clock.running():
         for number, (seconds, tokens, loss) in enumerate([(2, 100, 3.0), (4, 1000, 2.0), (1, 30, 2.5)], start=1):
             now += seconds
             step = Step(number, [], 5, tokens, next_epoch=0, next_row=8 * number)
