@@ -30,6 +30,7 @@ from transformers import BloomForCausalLM
 
 from prefix_tuning import bundled, distributed
 from prefix_tuning.cli import parse_infer_config, parse_train_config
+from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.inference.run import infer
 from prefix_tuning.training import run as training
@@ -350,3 +351,8 @@ def test_scores_by_processes_that_share_the_base_are_written_once(tmp_path, tune
     two, one = (json.loads((tmp_path / f"{name}.json").read_text("utf-8")) for name in ("two", "one"))
     assert two["all"]["loss"] == pytest.approx(one["all"]["loss"], rel=1e-5)
     assert [row["instruction"] for row in two["rows"]] == [row["instruction"] for row in one["rows"]]
+
+
+def test_one_process_alone_is_told_to_start_several(tmp_path):
+    with pytest.raises(UserError, match="--shard_base splits the base over processes; start them: torchrun"):
+        training.train(parse_train_config(["--shard_base", "--output_dir", str(tmp_path / "out")]))
