@@ -5,7 +5,7 @@ from typing import TextIO
 
 
 class Screen:
-    """A text stream on which what cannot be written is dropped, and is no error. All else is that of `stream`.
+    """A text stream on which what cannot be written is dropped, and is no error. All else is left to `stream`.
 
     Its reader may have ended (`| head`; with `2>&1 | tee log`, Ctrl-C ends tee too), its terminal may be closed, or a log
     file's disk full. None of that may end a run that has trained for hours.

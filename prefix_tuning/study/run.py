@@ -41,7 +41,7 @@ from prefix_tuning.study.vectors import nearest_words, prefix_norms, score_base
 ROWS, ROWS_OF_LARGE, LARGE = 200, 20, 100_000_000  # rows that are used by default, of a base with more weights than this
 GROWTH_ROWS = 64  # on which attention is measured at every checkpoint
 QUIZ_QUESTIONS = 4  # for each row of a dataset
-QUESTIONS_AT_ONCE, QUIZ_COST = 320, 2  # of the quiz; to answer one takes as long as so many rows in one pass
+QUESTIONS_AT_ONCE, QUIZ_COST = 320, 2  # of the quiz; answering one takes as long as QUIZ_COST rows in one pass
 BAR = "{desc}{percentage:.0f} %|{bar}| about {remaining} left"
 
 
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     """Rows that a prefix is studied on: some of those that are `there`, evenly spaced.
 
     few: again some of them. few_used: how many these are. used, cut: how many have labels, and how many of these were cut.
-    prompt: the token ids of the question that is followed, that of the first row whose prompt is not too long.
+    prompt: the token ids of the question that is followed: the first whose prompt is not too long.
     """
 
     name: str

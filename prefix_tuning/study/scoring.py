@@ -22,7 +22,7 @@ class Score(NamedTuple):
 
 
 def interval(share: float, rows: int) -> tuple[float, float]:
-    """Where a share that was counted on so many rows may be for all rows like them: Wilson's interval at 95 %."""
+    """The interval in which the share lies for all rows like these, by Wilson, at 95 %."""
     z = 1.96
     middle, half = share + z**2 / (2 * rows), z * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
     return (middle - half) / (1 + z**2 / rows), (middle + half) / (1 + z**2 / rows)
@@ -34,7 +34,7 @@ def spaced(rows: Dataset, count: int) -> Dataset:
 
 
 def spaced_places(length: int, count: int) -> list[int]:
-    """Indices below `length`, so many or all, evenly spaced."""
+    """Up to `count` indices below `length`, evenly spaced."""
     count = min(count, length)
     return [place * length // count for place in range(count)]
 
