@@ -138,7 +138,8 @@ def question_map(question: dict, name: str, count: int) -> go.Figure:
 def removal_bars(removal: dict, name: str, rows: int) -> tuple[go.Figure, go.Figure]:
     """Loss and exact match without each part, the most important ones at the top.
 
-    removal: what `removals` found. rows: how many were scored. A bar of losses begins at the whole prefix's. Grey: where its exact match may be, by the choice of rows (95 %).
+    removal: what `removals` found. rows: how many were scored. A bar of losses begins at the whole prefix's. Grey: where its
+    exact match may be, by the choice of rows (95 %).
     """
     parts, whole = removal["parts"][:MOST_BARS], removal["whole"]
     titles = [part_name(part) for part in parts]
