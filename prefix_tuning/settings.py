@@ -22,7 +22,7 @@ MAX_SEED = 2**62  # torch takes 64-bit seeds; the rest is room for counting up f
 # The flag --columns of every command. Its values: data/columns.py.
 COLUMNS_HELP = (
     "The columns to read, where they are not recognised: instruction=NAME,output=NAME; also input=NAME, history=NAME and "
-    "system=NAME; or messages=NAME for talks."
+    "system=NAME; or messages=NAME for talks. What is left empty, as in context=, is not read."
 )
 
 

@@ -14,6 +14,7 @@ pytest.register_assert_rewrite("helpers")  # before it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each of pytest's processes, and of those that it starts;
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more threads than cores must not wait in busy loops
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so its children
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 import torch
 from helpers import at_end, random_bloom, random_prefix

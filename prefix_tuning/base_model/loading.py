@@ -47,7 +47,7 @@ def load_base(
         raise
     except Exception as error:  # transformers and tokenizers raise many classes for broken files
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip()[:300]}") from error
-    if _has_file(path, ADAPTER_CONFIG_FILE):
+    if _has_adapter(path):
         hint = "merge it into the weights if it belongs to them"
         note(f"{name}: the adapter beside its weights ({ADAPTER_CONFIG_FILE}) is left out; {hint}")
     if tokenizer.pad_token_id is None:
@@ -74,6 +74,13 @@ def _load_whole(name: str, path: str, dtype: torch.dtype, device: torch.device) 
 def _has_file(path: str, file: str) -> bool:
     """Whether a model's folder, or its copy in the hub's cache, has this file."""
     return cached_file(path, file, local_files_only=True, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _has_adapter(path: str) -> bool:
+    """Whether an adapter lies beside a model's weights, in its folder or on the hub."""
+    quietly = ("gated_repo", "missing_entries", "connection_errors")
+    options: Any = {f"_raise_exceptions_for_{kind}": False for kind in quietly}
+    return cached_file(path, ADAPTER_CONFIG_FILE, **options) is not None
 
 
 def _check_forward(name: str, config: BloomConfig) -> None:

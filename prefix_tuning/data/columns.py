@@ -6,6 +6,7 @@ learned (1) or only read (0); it is empty where all are learned. Imports nothing
 it.
 """
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping
 from itertools import chain
@@ -15,20 +16,21 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.text import is_text, shorten
 
 COLUMNS = ("instruction", "input", "output")
-READ = (*COLUMNS, "history", "system", "messages")  # what --columns can name
+READ = (*COLUMNS, "history", "system", "messages", "context")  # what --columns can name
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"), ("query", "response"))
 TALKS = ("messages", "conversations")  # each a list of {role, content}, or of {from, value}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 OPTIONAL = ("input", "context", "history", "system", "prefix")  # a row may have them or not, whatever the first one has
 WEIGHTS = ("weight", "loss", "train")  # whether a message is learned: as OpenAI, ms-swift and axolotl write it
 CALLS = ("tool_calls", "function_call")  # a message with one of these says something that is not in its content
+MESSAGE_KEYS = {"role", "content", "from", "value", "name", *WEIGHTS, *CALLS}
 
 
 class Columns(NamedTuple):
     """How the rows of a source are read.
 
     sources: by our names, the columns of the source that are read as them: messages, or instruction and output; and those
-    of OPTIONAL that may be there. `context` is read as input in a row that has no input.
+    of OPTIONAL that may be there. `context` is read as input in a row whose input is missing or empty.
     answered: whether every row needs an answer. If not, rows are questions: answers that they come with are passed over.
     """
 
@@ -53,16 +55,25 @@ class Columns(NamedTuple):
             texts[ours] = _text(where, repr(self.sources[ours]), row[self.sources[ours]])
         if self.answered and not texts["output"].strip():
             raise UserError(f"{where}: {self.sources['output']!r} is empty; every row needs an answer")
-        texts["input"] = self._optional(where, "input" if self.has(row, "input") else "context", row)
+        texts["input"] = self._optional(where, "input" if self.has_input(row) else "context", row)
         history = _texts_of_history(where, self.sources["history"], row) if "history" in self.sources else []
         return _with_system(system, texts | {"history": history, "weights": []})
 
     def has(self, row: Mapping[str, Any], ours: str) -> bool:
         return ours in self.sources and row.get(self.sources[ours]) is not None
 
+    def has_input(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row's input is in its own column; a CSV file has empty cells for rows without one."""
+        return self.has(row, "input") and row[self.sources["input"]] != ""
+
     def _optional(self, where: str, ours: str, row: Mapping[str, Any]) -> str:
         """The text of one of OPTIONAL, "" if the row has none."""
-        return _text(where, repr(self.sources[ours]), row[self.sources[ours]]) if self.has(row, ours) else ""
+        if not self.has(row, ours):
+            return ""
+        if not isinstance(value := row[self.sources[ours]], str):
+            hint = "" if ours == "input" else f"; --columns {ours}= leaves it out"
+            raise UserError(f"{where}: {self.sources[ours]!r} must be a text, not {_shown(value)}{hint}")
+        return _text(where, repr(self.sources[ours]), value)
 
 
 class Seen:
@@ -73,22 +84,31 @@ class Seen:
     def __init__(self, columns: Columns):
         self.columns = columns
         self.ours = {theirs: ours for ours, theirs in columns.sources.items()}
+        self.found: dict[str, None] = {}
         self.readings: dict[str, str] = {}
         self.unread: dict[str, None] = {}
 
     def read(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
         """`Columns.read` of a row."""
         for column in row:
+            self.found[column] = None
             ours = self.ours.get(column)
-            if ours == "context" and self.columns.has(row, "input"):
-                if not self.columns.has(row, "context"):
-                    continue
-                ours = None
-            if ours is None:
+            if ours == "context" and self.columns.has_input(row):
+                if self.columns.has(row, "context"):
+                    self.unread[f"{column} in rows that have input"] = None
+            elif ours is None:
                 self.unread[column] = None
             else:
                 self.readings[column] = "input" if ours == "context" else ours
+                if ours == "messages" and isinstance(row[column], list):
+                    self._note_messages(column, row[column])
         return self.columns.read(where, row)
+
+    def _note_messages(self, column: str, messages: list[Any]) -> None:
+        for message in messages:
+            for key, value in message.items() if isinstance(message, dict) else ():
+                if key not in MESSAGE_KEYS and value not in (None, "", [], {}):
+                    self.unread[f"{key} of {column}"] = None
 
     def line(self, name: str) -> str:
         """What to tell the user of the columns when all rows are read; "" if all were read, and have our names.
@@ -96,8 +116,8 @@ class Seen:
         Raises UserError if --columns names one that no row has.
         """
         for ours, theirs in self.columns.sources.items():
-            if ours != theirs and theirs not in self.readings:
-                found = _listed([*self.readings, *self.unread])
+            if ours != theirs and theirs not in self.found:
+                found = _listed(self.found)
                 raise UserError(f"{name}: no row has a column {theirs!r}, which --columns names; they have {found}")
         parts = []
         if "messages" in self.columns.sources:
@@ -113,17 +133,20 @@ class Seen:
 
 
 def parse_columns(flag: str | None) -> dict[str, str]:
-    """The value of --columns, such as instruction=frage,output=antwort, as columns of a source by our names."""
+    """The value of --columns, such as instruction=frage,output=antwort, as columns of a source by our names.
+
+    An optional column whose name is left out, as in context=, is not read: "" stands for it.
+    """
     given: dict[str, str] = {}
     for part in flag.split(",") if flag else []:
         ours, _, theirs = part.partition("=")
         ours = ours.strip()
-        if not theirs or ours in given or theirs in given.values():
+        if not (theirs or ours in OPTIONAL) or ours in given or (theirs and theirs in given.values()):
             raise UserError(f"--columns {flag}: must be like instruction=NAME,output=NAME, each name once")
         if ours not in READ:
             raise UserError(f"--columns {flag}: there is no {ours!r} to read; there are {', '.join(READ)}")
         given[ours] = theirs
-    if "messages" in given and given.keys() - {"messages", "system"}:
+    if "messages" in given and {ours for ours, theirs in given.items() if theirs} - {"messages", "system"}:
         raise UserError(f"--columns {flag}: messages are whole talks and exclude the others but system; choose")
     return given
 
@@ -143,12 +166,12 @@ def columns_of(where: str, found: Collection[str], given: Mapping[str, str], ans
     sources = readings[0] if answered else {ours: theirs for ours, theirs in readings[0].items() if ours != "output"}
     optional = ["system"]
     if "messages" not in sources:
-        optional += ["history"] if "input" in given else ["history", "context"]
+        optional += ["history"] if given.get("input") and "context" not in given else ["history", "context"]
     if not answered:
         optional += ["prefix"]  # the name of the prefix that answers the question
     taken = {*sources.values(), *given.values()}
     sources |= {ours: given.get(ours, ours) for ours in optional if ours in given or ours not in taken}
-    return Columns(sources, answered)
+    return Columns({ours: theirs for ours, theirs in sources.items() if theirs}, answered)
 
 
 def _readings(found: Collection[str], given: Mapping[str, str], answered: bool) -> list[dict[str, str]]:
@@ -161,7 +184,7 @@ def _readings(found: Collection[str], given: Mapping[str, str], answered: bool) 
     if given.keys() & {"instruction", "output"}:
         return []
     readings = [own | {"instruction": asked, "output": answer} for asked, answer in PAIRS if {asked, answer} <= {*found}]
-    if not given.keys() - {"system"}:
+    if not {ours for ours, theirs in given.items() if theirs} - {"system"}:
         readings += [{"messages": column} for column in TALKS if column in found]
     if not answered and not readings:  # a question alone will do
         readings = [own | {"instruction": asked} for asked in dict(PAIRS) if asked in found]
@@ -254,10 +277,13 @@ def _with_system(system: str, row: dict[str, Any]) -> dict[str, Any]:
 def _texts_of_history(where: str, column: str, row: Mapping[str, Any]) -> list[str]:
     """The texts of earlier turns, of user and assistant in turn, from [[question, answer], ...] or a list of these texts."""
     history = row.get(column)
+    if isinstance(history, str) and history.lstrip().startswith("["):  # a CSV file can hold it as JSON only
+        with contextlib.suppress(ValueError, RecursionError):
+            history = json.loads(history)
     if history in (None, "", []):
         return []
     kinds = "a list of [question, answer], as .json, .jsonl and .parquet files can hold one"
-    problem = f"{where}: {column!r} must be {kinds}, not {_shown(history)}"
+    problem = f"{where}: {column!r} must be {kinds}, not {_shown(history)}; --columns history= leaves it out"
     if not isinstance(history, list):
         raise UserError(problem)
     if not any(isinstance(turn, str) for turn in history):

@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from prefix_tuning import bundled
-from prefix_tuning.data.columns import COLUMNS, Columns, Seen, columns_of
+from prefix_tuning.data.columns import COLUMNS, OPTIONAL, PAIRS, Columns, Seen, columns_of
 from prefix_tuning.errors import UserError, reason_of
 
 FEATURES = Features(
@@ -71,18 +71,20 @@ def load_rows(
         columns = _columns_by(name, reader(name, source, ()), given, answered=True)
         key = Hasher.hash([_THIS_CODE, name, version, splits[0], columns.sources])
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "prefix_tuning" / key
-        line_file = folder / "columns.txt"  # written before `datasets` finishes the rows, so it is there wherever they are
+        line_file = folder / "columns.json"  # written before `datasets` finishes the rows, so it is there wherever they are
 
         def prepare() -> Iterator[dict[str, Any]]:
             seen = Seen(columns)
             rows = reader(name, source, columns.sources.values())
             yield from _checked(name, rows, seen.read)
-            line_file.write_text(seen.line(name), "utf-8", "backslashreplace")
+            line = seen.line(name).encode("utf-8", "backslashreplace").decode()
+            line_file.write_text(json.dumps(line), "utf-8")
 
         def prepared() -> tuple[Dataset, str]:
             split = NamedSplit(splits[0])  # the progress bar shows it; part of the key, because the cache keeps it
             rows = Dataset.from_generator(prepare, features=FEATURES, cache_dir=str(folder), split=split, fingerprint=key)
-            return rows, line_file.read_text("utf-8")
+            # As JSON, so that a damaged one is noticed.
+            return rows, json.loads(line_file.read_text("utf-8"))
 
         try:
             rows, line = prepared()
@@ -224,8 +226,9 @@ def _reader_of(name: str, path: Path) -> Reader:
 
 def _read_json(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
     """A list of rows, or one object per line: files of both kinds are called .json as well as .jsonl."""
-    first = next((line.strip() for line in _lines(name, path) if line.strip()), "")
-    if first == "{":
+    written = (line.strip() for line in _lines(name, path) if line.strip())
+    first, second = next(written, ""), next(written, "")
+    if first.startswith("{") and not first.endswith("}") and second and not second.startswith("{"):
         hint = "it must be a list of rows, or one object per line, as `jq -c .` writes it"
         raise UserError(f"{name}: has an object over several lines; {hint}")
     if first.startswith("["):
@@ -242,18 +245,18 @@ def _read_json(name: str, path: str, columns: Collection[str] | None = None) -> 
 
 
 def _read_csv(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """Separated by commas, semicolons or tabs, whichever separates most names in the header, or by what Excel's line
-    sep=; names. Empty cells without a column, behind the last one, are passed over: Excel writes some.
+    """Separated by what Excel's line sep=; names, else by commas, semicolons or tabs: by what gives a header of most known
+    names, and of most names. Empty cells without a column, behind the last one, are ignored: Excel writes some.
     """
     number = 0
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
-    lines = _lines(name, path)
+    lines = itertools.dropwhile(lambda line: not line.strip(), _lines(name, path))
     try:
         header = next(lines, "")
         if header.startswith("sep=") and len(separator := header[4:].rstrip("\r\n")) == 1:
             header = next(lines, "")
         else:
-            separator = max(",;\t", key=lambda one: len(next(csv.reader([header], delimiter=one), [])))
+            separator = max(",;\t", key=lambda one: _known_names(next(csv.reader([header], delimiter=one), [])))
         table = csv.DictReader(itertools.chain([header], lines), delimiter=separator, strict=True)
         names = list(table.fieldnames or [])
         while names and not names[-1].strip():
@@ -267,7 +270,14 @@ def _read_csv(name: str, path: str, columns: Collection[str] | None = None) -> I
             else:
                 yield place, row
     except csv.Error as error:
-        raise UserError(f"{name}, row {number + 1}: is not CSV: {error}") from error
+        hint = 'write a quote within a cell as "", and the cell between quotes' if "expected after" in str(error) else ""
+        raise UserError(f"{name}, row {number + 1}: is not CSV: {error}{hint and '; ' + hint}") from error
+
+
+def _known_names(header: list[str]) -> tuple[int, int]:
+    """How many of these names are known as columns, and how many there are."""
+    known = {*OPTIONAL, *COLUMNS, *itertools.chain(*PAIRS)}
+    return len(known & {cell.strip() for cell in header}), len(header)
 
 
 def _read_parquet(name: str, path: str, columns: Collection[str] | None) -> Iterator[tuple[str, Any]]:

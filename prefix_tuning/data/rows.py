@@ -87,8 +87,8 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
     A row whose (first) prompt alone fills max_length has no label left; both of its lists are empty.
 
-    Three more columns count what was cut: `length`, the tokens of the whole row; `answers`, how many of it are learned;
-    and `cut`, how many of these lose their end or are left out.
+    Four more columns count: `turns`, those that are kept; `length`, the tokens of the whole row; `answers`, how many of it
+    are learned; and `cut`, how many of these lose their end or are left out.
 
     plain.py does the same row by row, without talks; here in batches, cached on disk.
     """
@@ -96,21 +96,24 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     def encode_batch(columns: dict[str, list]) -> dict[str, list]:
         fields = (columns[name] for name in ("instruction", "input", "history", "output"))
         talks = [[*parts_of(*asked), output] for *asked, output in zip(*fields, strict=True)]
-        encoded: dict[str, list] = {name: [] for name in ("input_ids", "labels", "length", "answers", "cut")}
+        encoded: dict[str, list] = {name: [] for name in ("input_ids", "labels", "turns", "length", "answers", "cut")}
         for parts, weights in zip(part_ids(tokenizer, talks), columns["weights"], strict=True):
             weights = weights or [1] * (len(parts) // 2)
             ids: list[int] = []
             labels: list[int] = []
-            kept, following = 0, 0  # answers that are learned whole; tokens up to the next turn
+            # Answers that are learned whole; turns that are kept; tokens up to the next turn.
+            kept, turns, following = 0, 0, 0
             for prompt, answer, weight in zip(parts[::2], parts[1::2], weights, strict=True):
                 following += len(prompt) + len(answer)
                 if following <= max_length or not ids:
+                    turns += 1
                     ids += prompt + answer
                     labels += [IGNORED] * len(prompt) + (answer if weight else [IGNORED] * len(answer))
                     kept += weight if following <= max_length else 0
             end = max_length if any(label != IGNORED for label in labels[:max_length]) else 0
             encoded["input_ids"].append(ids[:end])
             encoded["labels"].append(labels[:end])
+            encoded["turns"].append(turns if end else 0)
             encoded["length"].append(following)
             encoded["answers"].append(sum(weights))
             encoded["cut"].append(sum(weights) - kept)
@@ -149,10 +152,9 @@ def take(tokenized: Dataset, indices: Sequence[int]) -> list[Example]:
     return [Example(*row) for row in zip(columns["input_ids"], columns["labels"], strict=True)]
 
 
-def has_history(rows: Dataset) -> bool:
-    """Whether any of the rows of `load_rows` has history."""
-    batches = rows.select_columns("history").with_format("arrow").iter(1000)
-    return any(len(pyarrow.compute.list_flatten(batch["history"])) for batch in batches)
+def has_history(encoded: Dataset) -> bool:
+    """Whether any row of `encode` keeps a turn before another."""
+    return pyarrow.compute.max(encoded.data.column("turns")).as_py() > 1
 
 
 def digest(dataset: Dataset) -> str:

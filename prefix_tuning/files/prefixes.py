@@ -46,8 +46,11 @@ _PEFT_FIELDS = {
 
 
 class SavedPrefix(NamedTuple):
-    """A baked prefix, (L, 2, H, P, D) in float32 on the CPU, and what its files record of the base that it was trained on: a
-    `fingerprint`, or {"name_or_path": ...} where PEFT wrote them."""
+    """A baked prefix, (L, 2, H, P, D) in float32 on the CPU, and what its files record of its training.
+
+    recorded_base: the `fingerprint` of the base, or {"name_or_path": ...} where PEFT wrote them; and as `history`, whether
+    rows had history.
+    """
 
     tensor: torch.Tensor
     recorded_base: dict[str, Any]
@@ -71,7 +74,7 @@ def save_adapter(
     description = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base["name_or_path"],
+        "base_model_name_or_path": base.get("name_or_path"),
         "inference_mode": True,
         "num_transformer_submodules": 1,
         **dataclasses.asdict(config),
@@ -81,7 +84,9 @@ def save_adapter(
 
 def save_prefix(folder: Path, prefix: SavedPrefix) -> None:
     """Writes a baked prefix that has no encoder, as PEFT stores it."""
-    save_adapter(folder, prefix.tensor.float(), _config_of(prefix.tensor), prefix.recorded_base)
+    base = dict(prefix.recorded_base)
+    history = base.pop("history", None)
+    save_adapter(folder, prefix.tensor.float(), _config_of(prefix.tensor), base, history)
 
 
 def _config_of(prefix: torch.Tensor) -> PrefixConfig:
@@ -155,6 +160,8 @@ def load_prefix(name: str | Path) -> SavedPrefix:
     with opened(path) as file:
         flat = read_tensors(path, file, {"prompt_embeddings": flat_shape})["prompt_embeddings"].float()
         base = recorded(path, file, "base_model", dict) or {}
+        if (history := recorded(path, file, "history", bool)) is not None:
+            base["history"] = history
     base["name_or_path"] = config.get("base_model_name_or_path")
     if config.get("revision"):  # of the base: PEFT alone writes one
         base["revision"] = config["revision"]

@@ -137,15 +137,21 @@ class PrefixBloom(Bloom):
         """Sets the prefix of calls that name none; "base": no prefix. Raises ValueError for unknown names."""
         (self.active,) = self.names_of([name], 1)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:  # type: ignore[override]  # no shards, no variants
+    def save_pretrained(  # type: ignore[override]  # transformers' other options are about the weights of a base
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *_: Any, push_to_hub: bool = False, **__: Any
+    ) -> None:
         """Writes each prefix as PEFT writes its adapters, into a folder of its name within `save_directory`.
 
         `load_prefix` and PeftModel.from_pretrained read such a folder. The base is not written: it did not change. Raises
         ValueError if there are no prefixes, or if a name cannot name a folder; UserError where a folder holds the encoder of
         a training run, which belongs to the prefix that would be replaced.
         """
+        if push_to_hub:
+            self.push_to_hub()
         if not self.prefixes:
             raise ValueError("there are no prefixes to save; the base is saved by its own save_pretrained")
+        if not is_main_process:
+            return
         folders = {name: Path(save_directory, name) for name in self.prefixes}
         for name, folder in folders.items():
             if name in ("", "..") or Path(name).name != name:
@@ -304,14 +310,16 @@ class PrefixBloom(Bloom):
             raise ValueError("PEFT's prompts do not go around a PrefixBloom: attach the adapter to it, by load_prefix")
         if self.training and self.transformer.gradient_checkpointing:
             raise ValueError(_NO_CHECKPOINTING)
-        options |= zip(_BY_POSITION[: len(more)], more, strict=True)
+        if len(more) > len(_BY_POSITION):
+            raise TypeError(f"generate takes {2 + len(_BY_POSITION)} arguments by position, not {2 + len(more)}")
+        options |= zip(_BY_POSITION, more, strict=False)
         input_ids = options.pop("input_ids", inputs)
         settings, options = resolve_options(self.generation_config, generation_config, options)
         check_options(settings, options)
         if input_ids is None:
             if settings.bos_token_id is None:
                 raise ValueError("input_ids are missing, and there is no bos_token_id to begin with")
-            rows = len(prefix_name) if isinstance(prefix_name, list) else 1
+            rows = 1 if prefix_name is None or isinstance(prefix_name, str) else len(prefix_name)
             input_ids = torch.full((rows, 1), settings.bos_token_id, device=self.device)
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids are empty: leave them out, and the text begins with BOS")

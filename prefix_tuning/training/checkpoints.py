@@ -48,6 +48,8 @@ class Checkpoints:
         try:
             yield
         except BaseException as error:
+            if not isinstance(error, Interrupted):
+                state.check_finite()  # a checkpoint of weights that are not finite would replace a good one
             if state.progress.step:
                 self._write(state, metrics)
             if isinstance(error, Interrupted):

@@ -56,7 +56,7 @@ def read_inputs(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
         "dataset": digest(train_set),
         "eval_dataset": eval_set and digest(eval_set),
     }
-    history = has_history(train_rows)
+    history = has_history(encode(train_rows, tokenizer, config.max_length))  # from the cache
     return Inputs(base, tokenizer, base_fingerprint, train_set, eval_set, history, max_tokens, contents)
 
 

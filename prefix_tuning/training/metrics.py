@@ -93,7 +93,7 @@ class Metrics:
         progress, seconds = state.progress, state.clock.seconds()
         steps = progress.step - progress.logged_step
         loss, grad_norm = torch.stack((state.losses / steps, state.grad_norm)).tolist()
-        taken = seconds - progress.logged_seconds
+        taken = max(seconds - progress.logged_seconds, 1e-9)  # a stop of the process may set the clock back
         speed, seconds_per_step = (progress.tokens - progress.logged_tokens) / taken, taken / steps
         epoch = progress.epoch + math.ceil(progress.row / progress.rows_per_step) / self.steps.per_epoch
         self.write(

@@ -10,6 +10,7 @@ import transformers
 from prefix_tuning import distributed
 from prefix_tuning.base_model.identity import portable_name
 from prefix_tuning.devices import peak_memory_mb
+from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import CONFIG_FILE, ENCODER_FILE, METRICS_FILE
 from prefix_tuning.files.prefixes import save_adapter, save_encoder
 from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json
@@ -61,8 +62,16 @@ def save_output(output_dir: Path, state: TrainingState, fingerprint: dict) -> No
     encoder = state.encoder
     distributed.check_equal(list(encoder.parameters()), "weights")
     if distributed.is_main():
-        save_encoder(output_dir, encoder, fingerprint)
-        save_adapter(output_dir, encoder.bake(), encoder.config, fingerprint, state.history)
+        adapter = encoder.bake(), encoder.config, fingerprint, state.history
+        try:
+            save_encoder(output_dir, encoder, fingerprint)
+        except UserError as error:
+            # The prefix has a two-hundredth of its encoder's size at bloom-1b4-zh's shape, and may fit where that does not.
+            if (output_dir / ENCODER_FILE).exists():
+                raise
+            save_adapter(output_dir, *adapter)
+            raise UserError(f"{error}; the prefix is saved in {output_dir}, without its trainable weights") from error
+        save_adapter(output_dir, *adapter)
 
 
 def save_good_prefix(output_dir: Path, error: NotFinite, state: TrainingState, fingerprint: dict) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.layers import compile_now
 from prefix_tuning.devices import described, make_reproducible, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import Interrupted, UserError, reason_of
-from prefix_tuning.files.names import CARD_FILE, PLOT_FILE, SEARCH_FILE
+from prefix_tuning.files.names import CARD_FILE, METRICS_FILE, PLOT_FILE, SEARCH_FILE
 from prefix_tuning.files.writing import locked
 from prefix_tuning.screen import Screen
 from prefix_tuning.text import duration
@@ -188,18 +188,26 @@ def finish(
     the summary, which is returned, the curves and the model card. fingerprint: that of the base."""
     progress, folder = state.progress, checkpoints.folder
     save_output(folder, state, fingerprint)  # first, so that nothing that happens after it can lose it
-    if progress.logged_step < progress.step:
-        metrics.write_interval(state, ended=True)
-    if evaluator.pending(state):
-        evaluate(state, evaluator, metrics, checkpoints)
+    try:
+        with checkpoints.saved_if_left(state, metrics):
+            if progress.logged_step < progress.step:
+                metrics.write_interval(state, ended=True)
+        if evaluator.pending(state):
+            evaluate(state, evaluator, metrics, checkpoints)
+    except UserError as error:
+        raise UserError(f"{error}; the prefix of step {progress.step} is saved in {folder}") from error
     if state.best_weights and progress.best_step != progress.step:
         state.encoder.load_state_dict(state.best_weights)
         save_output(folder, state, fingerprint)
         print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
     summary = summarise(state)
-    metrics.write(summary)
+    with excused(METRICS_FILE):
+        metrics.write(summary)
     if distributed.is_main():
         for name, write in ((PLOT_FILE, plot_curves), (SEARCH_FILE, plot_search), (CARD_FILE, write_card)):
             with excused(name):
+                # If it cannot be written, that of a run which this one replaces must not stay.
+                with suppress(OSError):
+                    (folder / name).unlink()
                 write(folder)
     return summary

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,17 @@ def _check_output_dir(output_dir: str) -> None:
         raise UserError(f"--output_dir {output_dir}: {existing.name} is {kind}; name a folder")
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {output_dir}: no permission to read and write there; name another folder")
-    if (folder / "config.json").exists():
+    if _is_model(folder / "config.json"):
         hint = "transformers would take the prefix for an adapter of it and fail to load it; name another folder"
         raise UserError(f"--output_dir {output_dir}: holds a model (config.json); {hint}")
+
+
+def _is_model(config: Path) -> bool:
+    """Whether this is the config.json of a model, and not of something else in that folder."""
+    try:
+        content = json.loads(config.read_text("utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return isinstance(content, dict) and bool(content.keys() & {"model_type", "architectures"})

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pyarrow as pa
@@ -282,8 +283,13 @@ def test_beside_an_input_a_context_is_named(tmp_path):
     rows += [rows[1] | {"input": None}, rows[0] | {"input": "i", "context": None}]
     expected = [ours("a", "b"), ours("a", "b", "c"), ours("a", "b", "c"), ours("a", "b", "i")]
     assert read(tmp_path, *rows) == (expected, ["context is read as input"])
-    assert read(tmp_path, *rows[:2], rows[1] | {"input": "i"})[1] == ["context is read as input; not read: context"]
-    assert read(tmp_path, rows[1] | {"input": "i"}) == ([ours("a", "b", "i")], ["not read: context"])
+    assert read(tmp_path, *rows[:2], rows[1] | {"input": "i"})[1] == [
+        "context is read as input; not read: context in rows that have input"
+    ]
+    said = ["not read: context in rows that have input"]
+    assert read(tmp_path, rows[1] | {"input": "i"}) == ([ours("a", "b", "i")], said)
+    # An empty cell of a CSV file is no input.
+    assert read(tmp_path, rows[1] | {"input": ""}) == ([ours("a", "b", "c")], ["context is read as input"])
     assert read(tmp_path, rows[1], flag="input=context") == ([ours("a", "b", "c")], ["context is read as input"])
 
 
@@ -408,6 +414,29 @@ def test_a_bad_talk_is_named_with_its_row(tmp_path, row, message):
     path.write_text(json.dumps(talk("a", "b")[0]) + "\n" + json.dumps(row) + "\n", "utf-8")
     with pytest.raises(UserError, match=rf"a\.jsonl, line 2: {message}"):
         load_rows(str(path), TRAIN)
+
+
+def test_keys_of_messages_that_are_not_read_are_named(tmp_path):
+    row, _ = talk("a", "b")
+    row["messages"][1] |= {"reasoning_content": "why", "id": 7, "refusal": None, "weight": 1}
+    line = "each row of messages is read as a talk; not read: reasoning_content of messages, id of messages"
+    assert read(tmp_path, row) == ([ours("a", "b")], [line])
+
+
+@pytest.mark.parametrize("column, value", [("context", {"page": 1}), ("history", "earlier"), ("system", True)])
+def test_a_column_of_another_kind_can_be_left_out(tmp_path, column, value):
+    row = {"instruction": "a", "output": "b", column: value}
+    with pytest.raises(UserError, match=rf"line 1: '{column}' must be .*; --columns {column}= leaves it out$"):
+        read(tmp_path, row)
+    assert read(tmp_path, row, flag=f"{column}=") == ([ours("a", "b")], [f"not read: {column}"])
+
+
+def test_a_csv_holds_a_history_as_json(tmp_path):
+    rows = [["instruction", "output", "history"], ["c", "d", '[["a", "b"]]'], ["e", "f", "[]"], ["g", "h", ""]]
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    expected = [ours("c", "d", history=["a", "b"]), ours("e", "f"), ours("g", "h")]
+    assert load_rows(str(tmp_path / "a.csv"), TRAIN).to_list() == expected
 
 
 def test_csv_holds_no_talks(tmp_path):

@@ -145,6 +145,23 @@ def test_a_csv_as_excel_writes_it(tmp_path, capsys, name, text):
     assert capsys.readouterr().out == ""
 
 
+def test_known_names_tell_the_separator_and_blank_lines_before_them_do_not_count(tmp_path):
+    (tmp_path / "a.csv").write_text('\n\nquestion,answer,"notes (a; b; c; d)"\na,d,n\n', "utf-8")
+    assert load_rows(str(tmp_path / "a.csv"), TRAIN)["output"][:] == ["d"]
+
+
+def test_a_quote_that_begins_a_cell_is_explained(tmp_path):
+    (tmp_path / "a.tsv").write_text('instruction\toutput\n"甲" 是什么\t乙\n', "utf-8")
+    with pytest.raises(UserError, match=r'a\.tsv, row 1: is not CSV: .*; write a quote within a cell as ""'):
+        load_rows(str(tmp_path / "a.tsv"), TRAIN)
+
+
+def test_an_object_over_several_lines_is_named_however_it_begins(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a",\n"output": "b"}\n', "utf-8")
+    with pytest.raises(UserError, match=r"has an object over several lines; it must be .*jq -c"):
+        load_rows(str(tmp_path / "a.jsonl"), TRAIN)
+
+
 def test_a_cell_without_a_column_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("instruction,output,\na,b,c\n", "utf-8")
     with pytest.raises(UserError, match=r"a\.csv, row 1: has more cells"):

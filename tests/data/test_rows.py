@@ -78,7 +78,7 @@ def test_damaged_files_of_the_cache_are_made_anew(tmp_path, tokenizer, monkeypat
     rows = load_rows(path, TRAIN)
     expected = rows.to_list(), tokenize(rows, tokenizer, 64).to_list()
     files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.stat().st_size]
-    assert len(files) == 3 and len([file for file in files if file.suffix == ".arrow"]) == 2
+    assert len(files) == 4 and len([file for file in files if file.suffix == ".arrow"]) == 2
     for file in files:
         content = file.read_bytes()
         file.unlink()  # what has it open keeps it

@@ -17,7 +17,7 @@ from prefix_tuning import PrefixBloom, bundled, load_prefix
 from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.prefixes import load_encoder, save_adapter
+from prefix_tuning.files.prefixes import SavedPrefix, load_encoder, recorded_history, save_adapter
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.encoder import PrefixEncoder
 
@@ -443,6 +443,19 @@ def peft_answers(model, tokenizer):
     return [decode(tokenizer, prompt, lambda ids: model(input_ids=ids).logits) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("history", [True, False, None])
+def test_what_is_recorded_of_a_prefix_is_saved_with_it(base, tmp_path, history):
+    prefix = random_prefix(base)
+    (tmp_path / "first").mkdir()
+    save_adapter(tmp_path / "first", prefix, prefix_config(base), {"name_or_path": bundled.MODEL}, history)
+    model = PrefixBloom(base)
+    model.attach("first", load_prefix(tmp_path / "first"))
+    model.attach("nothing recorded", SavedPrefix(prefix, {}))
+    model.save_pretrained(tmp_path / "saved")
+    assert recorded_history(tmp_path / "saved" / "first") is history
+    assert load_prefix(tmp_path / "saved" / "nothing recorded").tensor.equal(prefix)
+
+
 def test_what_pefts_generate_makes_of_a_prefix(base, tuned, tokenizer):
     """A canary. PEFT 0.21 puts the prefix into past_key_values, and transformers 5.24 reads `cache` alone: the answers are
     the base's then, without a word.
@@ -529,7 +542,11 @@ def test_prefixes_are_saved_as_peft_saves_adapters(base, tmp_path, tokenizer):
         again.attach(name, prefix)
         peft = peft_answers(PeftModel.from_pretrained(base, tmp_path / "saved" / name), tokenizer)
         assert complete(again, tokenizer, PROMPTS, prefix_name=name, **GREEDY) == peft
-    model.save_pretrained(tmp_path / "saved")  # once more is no mistake
+    model.save_pretrained(tmp_path / "saved", safe_serialization=True)  # once more is no mistake
+    model.save_pretrained(tmp_path / "of another rank", is_main_process=False)
+    assert not (tmp_path / "of another rank").exists()
+    with pytest.raises(ValueError, match="a PrefixBloom is not pushed as a whole"):
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True)
     assert json.loads((tmp_path / "saved" / "short" / "adapter_config.json").read_text("utf-8"))["num_virtual_tokens"] == 5
 
 
@@ -622,7 +639,7 @@ def test_generate_takes_by_position_what_transformers_takes(random_model, base, 
     assert torch.equal(output, base.generate(inputs, settings, [never_end], stop)) and output.shape[1] == inputs.shape[1] + 5
     with pytest.raises(ValueError, match="assistant_model does not go with a prefix"):
         random_model.generate(inputs, settings, None, None, None, None, base)
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(TypeError, match=r"generate takes \d+ arguments by position, not 22"):
         random_model.generate(inputs, settings, *[None] * 20)
 
 

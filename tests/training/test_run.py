@@ -53,6 +53,7 @@ from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
+from prefix_tuning.training.metrics import Metrics
 from prefix_tuning.training.report import read_metrics, what_was_learnt
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
@@ -340,6 +341,51 @@ def test_what_is_only_shown_may_fail_once_the_prefix_is_saved(settings, monkeypa
     assert all(line.endswith("; the prefix is saved") for line in lines)
     assert "learnt" in said.out.splitlines()[-1] and metrics_of(folder)[-1] == summary
     assert load_prefix(folder)[0].isfinite().all()
+
+
+def refuse_lines_with(key, monkeypatch):
+    """A full disk, for the line of metrics.jsonl that has this key."""
+    append = Metrics._append
+
+    def refuse(metrics, line):
+        if key in json.loads(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(metrics, line)
+
+    monkeypatch.setattr(Metrics, "_append", refuse)
+
+
+def test_a_line_that_is_refused_after_an_early_stop_loses_no_best_prefix(settings, monkeypatch, capsys):
+    settings |= {"model_name_or_path": bundled.MODEL, "learning_rate": 0.3, "eval_steps": 1, "early_stopping_patience": 1}
+    settings |= {"logging_steps": 1000, "save_steps": 0}
+    whole = Path(settings["output_dir"] + "-whole")
+    stopped = train(TrainConfig(**settings | {"output_dir": str(whole)}))["steps"]
+    assert (
+        stopped < 11 and f"saved the prefix of step {stopped - 1}, whose eval loss is the lowest" in capsys.readouterr().out
+    )
+    with monkeypatch.context() as patch:
+        refuse_lines_with("epoch", patch)
+        said = rf"No space left.*; the prefix of step {stopped} is saved in .*checkpoint-{stopped}\.safetensors is intact"
+        with pytest.raises(UserError, match=said):
+            train(TrainConfig(**settings))
+    train(TrainConfig(**settings | LATEST))
+    assert torch.equal(load_prefix(settings["output_dir"])[0], load_prefix(whole)[0])
+
+
+def test_a_summary_that_is_refused_fails_no_run(quick_settings, monkeypatch, capsys):
+    refuse_lines_with("summary", monkeypatch)
+    assert train(TrainConfig(**quick_settings))["steps"] == 3
+    assert f"{METRICS_FILE}: left out (UserError: " in capsys.readouterr().err
+
+
+def test_a_prefix_is_saved_also_where_its_encoder_does_not_fit(quick_settings, monkeypatch):
+    def no_space(*arguments):
+        raise UserError("prefix_encoder.safetensors: cannot be written: No space left on device")
+
+    monkeypatch.setattr("prefix_tuning.training.output.save_encoder", no_space)
+    with pytest.raises(UserError, match=r"No space left.*; the prefix is saved in .*, without its trainable weights"):
+        train(TrainConfig(**quick_settings))
+    assert load_prefix(quick_settings["output_dir"])[0].isfinite().all()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs to know its own size")

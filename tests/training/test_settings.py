@@ -135,6 +135,9 @@ def test_an_output_folder_that_holds_a_model_is_refused(random_base, tmp_path, m
                 parse_train_config(["--model_name_or_path", base, "--output_dir", str(name), "--overwrite_output_dir"])
     assert sorted(Path(random_base).iterdir()) == before
     parse_train_config(["--model_name_or_path", random_base, "--output_dir", "below"])
+    # A config.json of something else is none of our business.
+    (tmp_path / "config.json").write_text('{"port": 1}', "utf-8")
+    parse_train_config(["--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS.items())
