@@ -75,6 +75,12 @@ def test_others_may_read_what_they_may_read_of_any_file(saved):
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
+def test_a_lock_ends_with_its_block(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path):
+            pass
+
+
 def test_folders_that_were_made_for_nothing_go_and_others_stay(tmp_path):
     (tmp_path / "there").mkdir()
     with locked(tmp_path / "there" / "a" / "b" / "c"):
