@@ -22,3 +22,8 @@ def test_other_names_stay_what_they_are(tmp_path):
 
 def test_the_demos_settings_are_settings_that_differ_from_the_defaults():
     assert all(value != getattr(TrainConfig, name) for name, value in bundled.SETTINGS.items())
+
+
+def test_the_demos_steps_have_the_rows_that_the_readme_says():
+    settings = bundled.SETTINGS
+    assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 32

@@ -134,3 +134,10 @@ def test_a_question_that_begins_with_a_dash_goes_behind_two():
         assert (values["question"], values["pond"]) == ("-5加3？", True)
     with pytest.raises(UserError, match="goes behind -- if it begins with -"):
         parse("-5加3？", question=True)
+
+
+def test_an_argument_that_is_no_utf_8_is_named():
+    with pytest.raises(UserError, match="--output_dir holds bytes that are no UTF-8 text"):
+        parse_train_config(["--output_dir", "a\udcff"])
+    with pytest.raises(UserError, match="the question holds bytes"):
+        parse_infer_config(["a\udcff"])

@@ -197,3 +197,10 @@ def test_three_rows_are_held_out_and_none_is_left_to_train_on(tmp_path, rows, mo
     with pytest.raises(SystemExit, match=r"three\.jsonl: no row is left to train on; the last three are held out"):
         plain.main(write_jsonl(tmp_path / "three.jsonl", *rows[:3]))
     assert not (tmp_path / plain.OUTPUT).exists()
+
+
+def test_an_answer_that_does_not_end_is_cut_after_32_tokens(base, rows, tokenizer):
+    endless, passes = copy.deepcopy(tokenizer), []
+    endless.eos_token = "<unk>"
+    base.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    assert plain.answer(base, endless, rows[0]) and len(passes) == 32

@@ -1,5 +1,6 @@
 import signal
 import sys
+import threading
 
 import pytest
 
@@ -41,3 +42,20 @@ def test_a_closed_terminal_sends_sighup_twice_and_the_second_one_does_not_kill(c
         signal.raise_signal(signal.SIGHUP)
     assert capfd.readouterr().err == "\nSIGHUP: stops\n"
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_an_action_follows_a_stop_in_the_main_thread_and_none_elsewhere():
+    calls = []
+    before = signal.getsignal(signal.SIGCONT)
+    with signals.when_continued(lambda: calls.append("main")):
+        signal.raise_signal(signal.SIGCONT)
+    assert calls == ["main"] and signal.getsignal(signal.SIGCONT) is before
+
+    def elsewhere():
+        with signals.when_continued(lambda: calls.append("no")):
+            calls.append("thread")
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert calls == ["main", "thread"]
