@@ -77,7 +77,7 @@ TESTS = {
     ],
     "generation.batches": ["tests/generation/test_batches.py"],
     "generation.options": ["tests/generation/test_options.py", "tests/generation/test_prefix_bloom.py"],
-    "generation.prefix_bloom": ["tests/generation/test_prefix_bloom.py"],
+    "generation.prefix_bloom": ["tests/generation/test_prefix_bloom.py", "tests/on_pretended_device.py"],
     "generation.sampling": ["tests/generation/test_sampling.py"],
     "inference.answer_file": ["tests/inference/test_answer_file.py -k not full_disk and not killed"],
     "inference.ask": ["tests/inference/test_ask.py"],
