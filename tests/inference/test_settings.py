@@ -3,6 +3,9 @@ from helpers import refuses
 
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.inference.answer_file import check_output
+from prefix_tuning.inference.run import names_with_history
+from prefix_tuning.inference.settings import InferConfig
 
 BAD_FLAGS = {
     "": "ask one question, or use one of --chat, --input and --score",
@@ -137,3 +140,15 @@ def test_a_question_that_begins_with_a_dash_goes_behind_two(flags):
 def test_a_path_whose_links_lead_in_a_circle_is_refused(flags, tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     refuses("circle: Too many levels of symbolic links; name another", *flags.format(tmp_path / "circle").split())
+
+
+def test_a_conversation_is_kept_for_all_on_request_only(tuned):
+    prefix = [f"short={tuned['short']}"]  # trained on single turns
+    assert InferConfig(chat=True, prefix=prefix).history is False
+    assert names_with_history(InferConfig(chat=True, prefix=prefix)) == set()
+    assert names_with_history(InferConfig(chat=True, prefix=prefix, history=True)) == {"short", "base"}
+
+
+def test_an_output_that_is_a_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--output .* is no file; name another"):
+        check_output(str(tmp_path), None, resume=True)
