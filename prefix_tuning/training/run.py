@@ -206,7 +206,7 @@ def finish(
     if distributed.is_main():
         for name, write in ((PLOT_FILE, plot_curves), (SEARCH_FILE, plot_search), (CARD_FILE, write_card)):
             with excused(name):
-                # If it cannot be written, that of a run which this one replaces must not stay.
+                # The file of a replaced run goes first: it would stay if the new one cannot be written.
                 with suppress(OSError):
                     (folder / name).unlink()
                 write(folder)
