@@ -71,7 +71,7 @@ def has_bf16_units(device: torch.device) -> bool:
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def described(dtype: torch.dtype, precision: str, device: torch.device) -> str:
+def describe_dtype(dtype: torch.dtype, precision: str, device: torch.device) -> str:
     """What a run computes in, and if that was chosen by --precision auto, why."""
     reason = ", which has bfloat16 units" if dtype == torch.bfloat16 else ", where torch uses no bfloat16 units"
     return f"{dtype} on {device}{reason if precision == 'auto' and device.type != 'mps' else ''}"
@@ -87,7 +87,7 @@ def make_reproducible(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def held_per_token(model: BloomForCausalLM) -> int:
+def activation_bytes_per_token(model: BloomForCausalLM) -> int:
     """Bytes that a forward pass keeps per token for its backward pass.
 
     A layer keeps about ten numbers per token and hidden unit: the input of the GELU (four), the inputs of the two layer
@@ -106,13 +106,13 @@ def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
     """
     on_cpu = model.device.type == "cpu"
     budget = 29 if on_cpu else 33 if gathers else 31
-    fitting = max(1, 2**budget // held_per_token(model))
+    fitting = max(1, 2**budget // activation_bytes_per_token(model))
     return min(640, fitting) if on_cpu else fitting
 
 
 def prompt_tokens(max_tokens: int) -> int:
     """How many tokens of prompts take about the memory that `max_tokens` take in training: of the ten numbers per token,
-    hidden unit and layer that `held_per_token` counts, a batch of prompts keeps two, its keys and values.
+    hidden unit and layer that `activation_bytes_per_token` counts, a batch of prompts keeps two, its keys and values.
     """
     return 5 * max_tokens
 

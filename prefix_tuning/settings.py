@@ -17,6 +17,9 @@ from prefix_tuning.errors import UserError
 
 MAX_LENGTH = 256  # tokens per row in training, so also the longest text that a prefix has seen
 MAX_SEED = 2**62  # torch takes 64-bit seeds; the rest is room for counting up from one
+# Without --eval_dataset and --eval_fraction: the share of the rows that is held out, the most rows, and the fewest rows of
+# which any are held out.
+DEFAULT_HELD_OUT, MOST_HELD_OUT, FEWEST_TO_SPLIT = 0.05, 200, 40
 
 
 # The flag --columns of every command. Its values: data/columns.py.

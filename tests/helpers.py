@@ -13,6 +13,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,27 +22,31 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file
-from transformers import BloomConfig
+from transformers import BloomConfig, PreTrainedTokenizerBase
 
-from prefix_tuning import bundled, plain
+from prefix_tuning import bundled, evaluation, plain
+from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_infer_config
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.rows import prompt_of, tokenize
+from prefix_tuning.data.splits import load_splits
+from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.errors import Interrupted, UserError
-from prefix_tuning.files import checkpoint_format
-from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint
 from prefix_tuning.files.names import ADAPTER_FILE, ENCODER_FILE, METRICS_FILE
 from prefix_tuning.generation import batches
 from prefix_tuning.inference.run import infer
 from prefix_tuning.model.batch import IGNORED, Example, count_labels, pack
 from prefix_tuning.model.bloom import Bloom, prefix_cache
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
-from prefix_tuning.training import evaluator, inputs
+from prefix_tuning.training import run
+from prefix_tuning.training.checkpoints import find_checkpoints, load_checkpoint
+from prefix_tuning.training.checkpoints import step_of as step_of_checkpoint
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import make_encoder
-from prefix_tuning.training.state import TrainingState, make_optimizer, make_schedule
-from prefix_tuning.training.steps import Step
+from prefix_tuning.training.start import new_encoder
+from prefix_tuning.training.state import Progress, TrainingState, make_optimizer, make_schedule
+from prefix_tuning.training.steps import Step, Steps
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -68,8 +73,7 @@ def random_bloom(seed=0, dtype=torch.float32, **options) -> Bloom:
 
 
 def prefix_config(model, tokens=5, projection=True, width=None) -> PrefixConfig:
-    shape = model.config
-    return PrefixConfig(tokens, shape.n_layer, shape.n_head, shape.hidden_size, width or shape.hidden_size, projection)
+    return PrefixConfig.of(model.config, tokens, width, projection)
 
 
 def examples_of(lengths, vocab_size=4096, seed=0, prompt_share=0.5) -> list[Example]:
@@ -122,7 +126,7 @@ def flat(weights):
 def weights_by_step(folder) -> dict[int, dict[str, torch.Tensor]]:
     """The encoder's weights in each checkpoint of a run, by its step."""
     return {
-        checkpoint_format.step_of(path): {
+        step_of_checkpoint(path): {
             name.removeprefix("encoder."): tensor
             for name, tensor in load_checkpoint(path)[0].items()
             if name.startswith("encoder.")
@@ -311,7 +315,7 @@ def contents(folder) -> dict[str, bytes]:
 def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (Bloom, "label_losses")) -> None:
     """Runs a training that gets SIGINT during its last of so many evaluations, at its second pass, or at another call
     of a function that is `watched`. There must be no call after that."""
-    calls, evaluate_loss, real = [], evaluator.evaluate_loss, getattr(*watched)
+    calls, evaluate_loss, real = [], evaluation.evaluate_loss, getattr(*watched)
 
     def begin(*arguments):
         calls.append(0)
@@ -325,7 +329,7 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="SIGINT: stopped after step") as stop:
-        patch.setattr(evaluator, "evaluate_loss", begin)
+        patch.setattr(evaluation, "evaluate_loss", begin)
         patch.setattr(*watched, count)
         train(TrainConfig(**settings))
     assert stop.value.signal == signal.SIGINT and len(calls) == evaluations and calls[-1] == call
@@ -333,7 +337,7 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
 
 def train_with_little_memory(runs: list[dict], answer) -> None:
     """What a child process does: runs trainings with 600 MB of address space left, and reports how each ended."""
-    load = inputs.load_base
+    load = run.load_base
 
     def load_then_limit(*arguments):
         loaded = load(*arguments)
@@ -341,7 +345,7 @@ def train_with_little_memory(runs: list[dict], answer) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20, resource.RLIM_INFINITY))
         return loaded
 
-    inputs.load_base = load_then_limit
+    run.load_base = load_then_limit
     for options in runs:
         try:
             train(TrainConfig(**options))
@@ -377,7 +381,37 @@ def metrics_of(folder):
 def initial_encoder(config, tokenizer):
     model = random_bloom()
     torch.manual_seed(config.seed)
-    return make_encoder(config, model, tokenizer, {})
+    return new_encoder(run.prefix_config_of(config, model), model, tokenizer, config.prefix_init, config.init_text)
+
+
+class Beginning(NamedTuple):
+    """All that a new run of train.py has before its first step. eval_set: None without --eval_dataset."""
+
+    base: Bloom
+    tokenizer: PreTrainedTokenizerBase
+    eval_set: Dataset | None
+    state: TrainingState
+    steps: Steps
+
+
+def beginning(config, dtype=torch.float32, shuffled_epochs=None) -> Beginning:
+    """The same calls as in train.py. shuffled_epochs: so many orders of the training rows, one after the other."""
+    base, tokenizer = load_base(config.model_name_or_path, dtype, torch.device("cpu"))
+    splits = load_splits(config.dataset, config.eval_dataset, 0, None, config.seed)
+    train_set, eval_set = (rows and tokenize(rows, tokenizer, config.max_length) for rows in splits)
+    if shuffled_epochs:
+        train_set = concatenate_datasets([train_set.shuffle(seed=epoch) for epoch in range(shuffled_epochs)])
+    torch.manual_seed(config.seed)
+    encoder = new_encoder(run.prefix_config_of(config, base), base, tokenizer, config.prefix_init, config.init_text)
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    total = run.count_steps(config, len(train_set), rows_per_step, Progress())
+    max_tokens = config.max_tokens_per_batch or suggested_max_tokens(base, gathers=False)
+    steps = Steps(train_set, rows_per_step, total, max_tokens, seed=config.seed if config.shuffle else None)
+    schedule = make_schedule(config.lr_scheduler_type, config.warmup_steps, total)
+    state = TrainingState(encoder, make_optimizer(encoder, config.weight_decay), schedule, config.max_grad_norm, False)
+    state.progress.peak_learning_rate = config.learning_rate
+    state.progress.rows_per_step = rows_per_step
+    return Beginning(base, tokenizer, eval_set, state, steps)
 
 
 def torchrun(processes, restarts=0):

@@ -24,9 +24,9 @@ from helpers import (
 from prefix_tuning import bundled, plain
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.evaluation import evaluate_loss
-from prefix_tuning.files.checkpoint_format import load_checkpoint, save_checkpoint
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.checkpoints import load_checkpoint, save_checkpoint
 from prefix_tuning.training.learning_rate import find_learning_rate
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.start import text_prefix

@@ -6,8 +6,8 @@ import torch
 from helpers import random_bloom
 
 from prefix_tuning.devices import (
-    described,
-    held_per_token,
+    activation_bytes_per_token,
+    describe_dtype,
     is_out_of_memory,
     make_reproducible,
     out_of_memory_explained,
@@ -76,8 +76,8 @@ def test_on_a_cpu_bfloat16_is_chosen_where_there_are_units_for_it(monkeypatch, u
     cpu, dtype = torch.device("cpu"), torch.bfloat16 if units else torch.float32
     assert resolve_dtype("auto", cpu) == dtype and resolve_dtype("auto", torch.device("mps")) == torch.float32
     reason = "which has bfloat16 units" if units else "where torch uses no bfloat16 units"
-    assert described(dtype, "auto", cpu) == f"{dtype} on cpu, {reason}"
-    assert described(torch.float32, "fp32", cpu) == "torch.float32 on cpu"
+    assert describe_dtype(dtype, "auto", cpu) == f"{dtype} on cpu, {reason}"
+    assert describe_dtype(torch.float32, "fp32", cpu) == "torch.float32 on cpu"
 
 
 @pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
@@ -94,8 +94,8 @@ def test_units_that_onednn_is_told_not_to_use_do_not_count(monkeypatch, variable
 
 def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
     model = random_bloom()
-    assert held_per_token(model) == 10 * 48 * 3 * 4
-    assert held_per_token(model.bfloat16()) == (6 * 2 + 4 * 4) * 48 * 3  # attention is float32 there
+    assert activation_bytes_per_token(model) == 10 * 48 * 3 * 4
+    assert activation_bytes_per_token(model.bfloat16()) == (6 * 2 + 4 * 4) * 48 * 3  # attention is float32 there
     assert suggested_max_tokens(model, gathers=False) == 640
     model = random_bloom()
     model.config.n_layer = 1000  # a deep one, as far as its configuration is asked

@@ -31,9 +31,9 @@ from transformers import BloomForCausalLM
 from prefix_tuning import bundled, distributed
 from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.inference.run import infer
 from prefix_tuning.training import run as training
+from prefix_tuning.training.checkpoints import find_checkpoints
 
 FLAGS = {
     "eval_fraction": 0.2, "eval_exact_match": True, "max_steps": 6, "logging_steps": 1, "eval_steps": 3, "save_steps": 2,

@@ -6,10 +6,9 @@ from helpers import FRANCE, complete, metrics_of, plain_loss, random_bloom, rand
 from prefix_tuning import PrefixBloom
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import prompt_of, take, tokenize
-from prefix_tuning.evaluation import SPARE_TOKENS, answer_turns, exact_match, expected_answers, last_turn
+from prefix_tuning.evaluation import SPARE_TOKENS, Evaluator, answer_turns, exact_match, expected_answers, last_turn
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.model.batch import IGNORED
-from prefix_tuning.training.evaluator import Evaluator
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 

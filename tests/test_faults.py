@@ -26,9 +26,9 @@ from helpers import (
 )
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import BOARD_FOLDER, METRICS_FILE
 from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.training.checkpoints import find_checkpoints
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 

@@ -23,12 +23,18 @@ from prefix_tuning.data.columns import COLUMNS, Columns
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import prompt_of, read_questions
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.checkpoint_format import load_checkpoint, save_checkpoint
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_adapter, save_encoder
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.encoder import PrefixEncoder
-from prefix_tuning.training.resume import check_same_run, find_resumed, metrics_so_far, restore
+from prefix_tuning.training.checkpoints import (
+    check_same_run,
+    find_resumed,
+    load_checkpoint,
+    metrics_so_far,
+    restore,
+    save_checkpoint,
+)
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 

@@ -140,6 +140,21 @@ def with_labels(encoded: Dataset) -> Dataset:
     return tokenized if len(kept) == len(tokenized) else tokenized.select(kept.cast("int64").to_numpy())
 
 
+def usable_rows(name: str, encoded: Dataset, max_length: int) -> Dataset:
+    """The same, with a line each about the rows that lost all their labels to truncation, and about the answers that were
+    cut. Raises UserError if no row is left. name: of the dataset.
+    """
+    tokenized = with_labels(encoded)
+    if not len(tokenized):
+        raise UserError(f"{name}: no row has a label left; every prompt fills --max_length {max_length}")
+    if dropped := len(encoded) - len(tokenized):
+        print(f"{name}: left out {dropped} of {len(encoded)} rows, whose prompts alone fill --max_length {max_length}")
+    cut, answers, longest = cut_answers(encoded)
+    if cut:
+        print(f"{name}: {cut} of {answers} answers are cut or left out; --max_length {longest} would keep them all")
+    return tokenized
+
+
 def cut_answers(encoded: Dataset) -> tuple[int, int, int]:
     """Of the rows of `encode`: how many answers are cut or left out, of how many, and the max_length that keeps them all."""
     cut, answers = (pyarrow.compute.sum(encoded.data.column(name)).as_py() for name in ("cut", "answers"))

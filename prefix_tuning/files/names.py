@@ -13,7 +13,7 @@ training.png                 the curves; for people
 learning_rate.png            the trials by which a learning rate was found; for people
 README.md                    the model card; for people and the hub
 tensorboard/                 the metrics once more, with --report_to tensorboard; for TensorBoard
-checkpoint-STEP.safetensors  all that the next steps depend on; read by --resume_from_checkpoint (checkpoint_format.py)
+checkpoint-STEP.safetensors  all that the next steps depend on; read by --resume_from_checkpoint (checkpoints.py)
 checkpoint-STEP.set-aside    a checkpoint later than the one that was resumed; nobody reads it, a new run removes it
 .NAME.draft/                 holds NAME while it is written; if a kill leaves one, the next run removes it (writing.py)
 """

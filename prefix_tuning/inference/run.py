@@ -12,7 +12,7 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.rows import read_questions
-from prefix_tuning.devices import described, out_of_memory_explained, resolve_device, resolve_dtype
+from prefix_tuning.devices import describe_dtype, out_of_memory_explained, resolve_device, resolve_dtype
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix, recorded_history
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
@@ -68,7 +68,7 @@ def open_model(
     first = next(iter(prefixes))
     base_name = config.model_name_or_path or base_of(folders[first], prefixes[first].recorded_base["name_or_path"])
     dtype = resolve_dtype(config.precision, device)
-    distributed.note(described(dtype, config.precision, device))
+    distributed.note(describe_dtype(dtype, config.precision, device))
     base, tokenizer = load_base(base_name, dtype, device, parts)
     model = PrefixBloom(base, tokenizer)
     for name, prefix in prefixes.items():

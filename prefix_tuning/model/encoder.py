@@ -47,6 +47,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from prefix_tuning.errors import UserError
 
@@ -64,6 +65,18 @@ class PrefixConfig:
     token_dim: int  # the model's hidden size
     encoder_hidden_size: int  # width of the projection's hidden layer
     prefix_projection: bool
+
+    @classmethod
+    def of(
+        cls,
+        base: PreTrainedConfig,
+        num_virtual_tokens: int,
+        encoder_hidden_size: int | None = None,
+        prefix_projection: bool = True,
+    ) -> "PrefixConfig":
+        """The shape of a prefix for a base of this configuration. encoder_hidden_size: by default the base's hidden size."""
+        width = encoder_hidden_size or base.hidden_size
+        return cls(num_virtual_tokens, base.n_layer, base.n_head, base.hidden_size, width, prefix_projection)
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():

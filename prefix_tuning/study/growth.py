@@ -8,13 +8,12 @@ import torch
 from tqdm import tqdm
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint, step_of
 from prefix_tuning.files.names import CONFIG_FILE
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.study.shares import attention_shares
-from prefix_tuning.training.report import read_metrics
-from prefix_tuning.training.resume import Resumed
+from prefix_tuning.training.checkpoints import Resumed, find_checkpoints, load_checkpoint, step_of
+from prefix_tuning.training.output import read_metrics
 
 MOST_CHECKPOINTS = 24  # evenly spaced, if there are more
 

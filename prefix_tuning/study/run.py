@@ -18,7 +18,6 @@ from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
 from prefix_tuning.demo.build import load_relations, quiz, quiz_questions
 from prefix_tuning.devices import out_of_memory_explained, resolve_device, suggested_max_tokens
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import CONFIG_FILE
 from prefix_tuning.files.reading import locate
 from prefix_tuning.files.writing import atomic_write
@@ -37,6 +36,7 @@ from prefix_tuning.study.settings import StudyConfig
 from prefix_tuning.study.shares import attention_shares
 from prefix_tuning.study.texts import say
 from prefix_tuning.study.vectors import nearest_words, prefix_norms, score_base
+from prefix_tuning.training.checkpoints import find_checkpoints
 
 ROWS, ROWS_OF_LARGE, LARGE = 200, 20, 100_000_000  # rows that are used by default, of a base with more weights than this
 GROWTH_ROWS = 64  # on which attention is measured at every checkpoint

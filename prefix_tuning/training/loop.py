@@ -23,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 from prefix_tuning import distributed
+from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.training.checkpoints import Checkpoints
-from prefix_tuning.training.evaluator import Evaluator
 from prefix_tuning.training.metrics import Metrics
 from prefix_tuning.training.state import TrainingState
 from prefix_tuning.training.steps import Step, Steps
@@ -44,7 +44,8 @@ def fit(
     Raises NotFinite if a loss, a gradient or a weight is not finite, Interrupted if a signal ends an evaluation.
     """
     with state.clock.running():
-        for step in steps:  # ends early once the ranks have agreed to stop for a signal
+        # `steps` ends early once the ranks have agreed to stop for a signal.
+        for step in steps:
             if evaluator.out_of_patience(state):
                 break
             prefix, loss, grad_norm = optimizer_step(base, state, step)
@@ -52,10 +53,11 @@ def fit(
             if not any(task.due(state) for task in (metrics, evaluator, checkpoints)):
                 continue
             if metrics.due(state):
-                with checkpoints.saved_if_left(state, metrics):
+                with checkpoints.checkpoint_on_error(state, metrics):
                     metrics.write_interval(state)
             state.check_finite()
-            with state.clock.stopped():  # evaluating and saving are not training time
+            # Evaluating and saving are not training time.
+            with state.clock.stopped():
                 if evaluator.due(state):
                     evaluate(state, evaluator, metrics, checkpoints)
                 if checkpoints.due(state):
@@ -69,23 +71,28 @@ def optimizer_step(base: Bloom, state: TrainingState, step: Step) -> tuple[torch
     over the labels of all ranks, and the norm of the encoder's gradient before clipping.
     """
     encoder, optimizer, scaler = state.encoder, state.optimizer, state.scaler
-    prefix = encoder()  # once per step (plain.py: once per row)
-    leaf = prefix.detach().requires_grad_()  # the gradients of all rows add up here
+    # The encoder runs once per step (plain.py: once per row). The gradients of all rows add up in `leaf`.
+    prefix = encoder()
+    leaf = prefix.detach().requires_grad_()
     leaf.grad, loss = torch.zeros_like(leaf), leaf.new_zeros(())
     for batch in step.batches:
         part = base.label_losses(batch.to(leaf.device), leaf).sum() / step.labels
-        scaler.scale(part).backward()  # fp16: times the loss scale, so that small gradients do not become zero
+        # fp16: times the loss scale, so that small gradients do not become zero.
+        scaler.scale(part).backward()
         loss += part.detach()
-    distributed.all_sum(leaf.grad, loss)  # all gradients that ranks exchange, in one all-reduce
-    prefix.backward(leaf.grad)  # one backward pass through the encoder, with the summed gradient
+    # All that ranks exchange of a step, in one all-reduce; then one backward pass through the encoder.
+    distributed.all_sum(leaf.grad, loss)
+    prefix.backward(leaf.grad)
 
-    scaler.unscale_(optimizer)  # fp16: gradients divided by the loss scale, before they are clipped
+    # fp16: divides the gradients by the loss scale, before they are clipped.
+    scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), state.max_grad_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = state.learning_rate()
+    # fp16: if a gradient overflowed, the scaler skips this update and lowers the scale.
     scale = scaler.get_scale()
-    scaler.step(optimizer)  # fp16: skipped if a gradient overflowed,
-    scaler.update()  # which lowers the scale
+    scaler.step(optimizer)
+    scaler.update()
     if scaler.get_scale() >= scale:
         state.progress.updates += 1
     optimizer.zero_grad(set_to_none=True)
@@ -98,7 +105,7 @@ def evaluate(state: TrainingState, evaluator: Evaluator, metrics: Metrics, check
     If it is cut short, it leaves a checkpoint from which a resumed run evaluates again.
     """
     step = state.progress.step
-    with checkpoints.saved_if_left(state, metrics):
+    with checkpoints.checkpoint_on_error(state, metrics):
         figures = evaluator(state.encoder.bake(), f"step {step}")
         metrics.write({"step": step, **figures})
     state.note_evaluation(figures["eval_loss"], evaluator.keep_best)

@@ -14,7 +14,6 @@ from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import BOARD_FOLDER, METRICS_FILE
 from prefix_tuning.text import duration
-from prefix_tuning.training.report import open_board
 from prefix_tuning.training.state import Clock, TrainingState
 from prefix_tuning.training.steps import Steps
 
@@ -130,3 +129,13 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{name}: cannot be written: {error}") from error
+
+
+def open_board(folder: Path, step: int):
+    """A SummaryWriter for TensorBoard, for a run that is at `step`. Figures of later steps are removed."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if step == 0:
+        for old in (folder / BOARD_FOLDER).glob("events.out.tfevents.*"):
+            old.unlink()
+    return SummaryWriter(str(folder / BOARD_FOLDER), purge_step=step + 1 if step else 0)

@@ -1,41 +1,61 @@
-"""A training run from its settings to its files: what comes before and after the loop (loop.py)."""
+"""A training run from its settings to its files. `_train` reads like a table of contents; loop.py is its heart."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 
 from prefix_tuning import distributed, signals
+from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.layers import compile_now
-from prefix_tuning.devices import described, make_reproducible, out_of_memory_explained, resolve_device, resolve_dtype
+from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.base_model.sharding import is_sharded, parts_of_base
+from prefix_tuning.data.rows import digest, encode, has_history, usable_rows
+from prefix_tuning.data.splits import load_splits
+from prefix_tuning.devices import (
+    activation_bytes_per_token,
+    describe_dtype,
+    make_reproducible,
+    out_of_memory_explained,
+    resolve_device,
+    resolve_dtype,
+    suggested_max_tokens,
+)
 from prefix_tuning.errors import Interrupted, UserError, reason_of
+from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.files.names import CARD_FILE, METRICS_FILE, PLOT_FILE, SEARCH_FILE
+from prefix_tuning.files.prefixes import recorded_history
 from prefix_tuning.files.writing import locked
+from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.screen import Screen
 from prefix_tuning.text import duration
-from prefix_tuning.training.checkpoints import Checkpoints
-from prefix_tuning.training.evaluator import Evaluator
-from prefix_tuning.training.inputs import Inputs, read_inputs
+from prefix_tuning.training.checkpoints import Checkpoints, check_same_run, find_resumed, identity, restore
 from prefix_tuning.training.learning_rate import find_learning_rate
 from prefix_tuning.training.loop import evaluate, fit
 from prefix_tuning.training.metrics import Metrics, TrainingBar
-from prefix_tuning.training.output import describe_run, prepare_output, save_good_prefix, save_output, summarise
-from prefix_tuning.training.report import (
+from prefix_tuning.training.output import (
     create_repository,
+    describe_run,
     plot_curves,
     plot_search,
+    prepare_output,
     push_to_hub,
     read_metrics,
+    save_good_prefix,
+    save_output,
+    summarise,
     what_was_learnt,
     write_card,
 )
-from prefix_tuning.training.resume import check_same_run, find_resumed, identity
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import begin, memory_hint
-from prefix_tuning.training.state import NotFinite, TrainingState
+from prefix_tuning.training.start import earlier_encoder, new_encoder
+from prefix_tuning.training.state import NotFinite, Progress, TrainingState, make_optimizer, make_schedule
 from prefix_tuning.training.steps import Steps
 
 
@@ -49,67 +69,229 @@ def train(config: TrainConfig) -> dict:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     make_reproducible(device)
-    output_dir = Path(config.output_dir)
+    folder = Path(config.output_dir)
     with (
-        # As cli.py has it, for programs that call this: they may write to a pipe whose reader Ctrl-C ends.
-        # A program without a console has none of the two.
+        # As cli.py does, for programs that call this: they may write to a pipe whose reader Ctrl-C ends. A program without
+        # a console has neither stream.
         redirect_stdout(sys.stdout and Screen(sys.stdout)),
         redirect_stderr(sys.stderr and Screen(sys.stderr)),
         distributed.processes(device),
-        locked(output_dir) if distributed.is_main() else nullcontext(),
+        locked(folder) if distributed.is_main() else nullcontext(),
     ):
-        return _train(config, dtype, device, output_dir)
+        return _train(config, dtype, device, folder)
 
 
-def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, output_dir: Path) -> dict:
-    resumed = find_resumed(output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
+def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder: Path) -> dict:
+    """Everything that happens in a run, in this order. All ranks call this together."""
+    resumed = find_resumed(folder, config.resume_from_checkpoint, config.overwrite_output_dir)
     # Asked first, so that a name or token that the hub refuses is not noticed only after the training.
     repository = create_repository(config.push_to_hub) if config.push_to_hub and distributed.is_main() else None
-    inputs = read_inputs(config, dtype, device)
-    run = identity(config, dtype, inputs.contents)
+
+    # The rows and the frozen base. One process per machine prepares the rows, and the others find them cached.
+    parts = parts_of_base(config.shard_base, config.shard_degree)
+    with distributed.local_main_first():
+        train_rows, eval_rows = load_splits(
+            config.dataset,
+            config.eval_dataset,
+            config.eval_fraction,
+            config.columns,
+            config.seed,
+            needing=config.need_held_out(),
+        )
+    base, tokenizer = load_base(
+        config.model_name_or_path, dtype, device, parts, config.gradient_checkpointing, config.torch_compile
+    )
+    max_tokens = config.max_tokens_per_batch or suggested_max_tokens(base, gathers=parts is not None)
+    with distributed.local_main_first():
+        encoded = encode(train_rows, tokenizer, config.max_length)
+        train_set, eval_set = usable_rows(config.dataset, encoded, config.max_length), None
+        if eval_rows:
+            held_out = config.eval_dataset or f"the rows held out of {config.dataset}"
+            eval_set = usable_rows(held_out, encode(eval_rows, tokenizer, config.max_length), config.max_length)
+
+    # What a resumed run must have in common with the one that wrote the checkpoint.
+    base_fingerprint = fingerprint(base, tokenizer)
+    contents = {
+        "model_name_or_path": {key: value for key, value in base_fingerprint.items() if key != "name_or_path"},
+        "dataset": digest(train_set),
+        "eval_dataset": eval_set and digest(eval_set),
+    }
+    run = identity(dataclasses.asdict(config), dtype, contents)
     if resumed:
         check_same_run(resumed, run)
-    checkpoints = Checkpoints(output_dir, run, resumed and resumed.path, config.save_steps, config.save_total_limit)
+    checkpoints = Checkpoints(folder, run, resumed and resumed.path, config.save_steps, config.save_total_limit)
 
     def what_to_change() -> str:
-        return memory_hint(config, inputs.base, inputs.max_tokens) + checkpoints.how_to_resume()
+        return memory_hint(config, base, max_tokens) + checkpoints.how_to_resume()
 
     with out_of_memory_explained(device, what_to_change):
-        state, steps = begin(config, inputs, resumed)
-        print(f"{size_of_run(inputs, state, steps)}; {described(dtype, config.precision, device)}")
+        # The encoder, the steps to do, and what trains the encoder: anew, or from the checkpoint.
+        torch.manual_seed(config.seed)
+        earlier: bool | None = False  # whether rows that the weights saw before this run had history; None: not known
+        if resumed:
+            encoder, progress, earlier = resumed.encoder(), resumed.progress(), resumed.numbers.get("history")
+        elif config.prefix_from:
+            encoder, progress = earlier_encoder(config.prefix_from, base_fingerprint, config.force), Progress()
+            earlier = recorded_history(config.prefix_from)
+        else:
+            shape = prefix_config_of(config, base)
+            encoder, progress = new_encoder(shape, base, tokenizer, config.prefix_init, config.init_text), Progress()
+        encoder.to(base.device)
+        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * distributed.world_size()
+        steps = Steps(
+            train_set,
+            rows_per_step,
+            count_steps(config, len(train_set), rows_per_step, progress),
+            max_tokens,
+            seed=config.seed if config.shuffle else None,
+            equal_passes=is_sharded(base),
+            done=progress.step,
+            epoch=progress.epoch,
+            row=progress.row,
+        )
+        state = TrainingState(
+            encoder,
+            make_optimizer(encoder, config.weight_decay),
+            make_schedule(config.lr_scheduler_type, config.warmup_steps, steps.total),
+            config.max_grad_norm,
+            loss_scaling=base.dtype == torch.float16,
+        )
+        state.history = has_history(encoded) or earlier
+        state.progress.peak_learning_rate = config.learning_rate
+        if resumed:
+            restore(state, resumed)
+            if state.progress.rows_per_step != rows_per_step:
+                before, processes = state.progress.rows_per_step, distributed.world_size()
+                print(f"rows per step changed from {before} to {rows_per_step} ({processes} processes)")
+            if state.progress.step == steps.total:
+                print(f"the run is over already: it is at step {state.progress.step}, and nothing is left to train")
+        state.progress.rows_per_step = rows_per_step
+        print(f"{size_of_run(encoder, steps, eval_set)}; {describe_dtype(dtype, config.precision, device)}")
+
         if config.torch_compile and (first := next(iter(steps), None)):
             print("compiling the layers, which may take minutes", flush=True)
-            state.compile_seconds = compile_now(inputs.base, first.batches, state.encoder.bake())
+            state.compile_seconds = compile_now(base, first.batches, encoder.bake())
             print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")
-        search = find_learning_rate(inputs.base, state, steps)
+        search = find_learning_rate(base, state, steps)
+
         if distributed.is_main():
-            settings = settings_of(config, inputs, state, steps)
-            prepare_output(output_dir, describe_run(settings, state.encoder.config, dtype, device), resumed)
+            settings = dataclasses.asdict(config) | {
+                "learning_rate": state.progress.peak_learning_rate or 0.0,
+                "train_rows": len(train_set),
+                "eval_rows": len(eval_set or ()),
+                "rows_per_step": rows_per_step,
+            }
+            prepare_output(folder, describe_run(settings, encoder.config, dtype, device), resumed)
         del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
+        metrics = Metrics(folder, config.logging_steps, steps, config.report_to == "tensorboard")
+        if search:
+            metrics.write(search.record())
         evaluator = Evaluator(
-            inputs.base,
-            inputs.tokenizer,
-            inputs.eval_set if config.max_steps != 0 else None,
-            inputs.max_tokens,
+            base,
+            tokenizer,
+            eval_set if config.max_steps != 0 else None,
+            max_tokens,
             steps.total,
             every=config.eval_steps,
             wants_answers=config.eval_exact_match,
             patience=config.early_stopping_patience,
             keep_best=config.save_best,
         )
-        metrics = Metrics(output_dir, config.logging_steps, steps, config.report_to == "tensorboard")
-        if search:
-            metrics.write(search.record())
-        summary = _run(inputs, state, steps, metrics, evaluator, checkpoints)
-    print(f"{summary['steps']} steps in {duration(summary['train_seconds'])}; the prefix is saved in {output_dir}")
+        summary = fit_and_save(base, base_fingerprint, state, steps, metrics, evaluator, checkpoints)
+
+    print(f"{summary['steps']} steps in {duration(summary['train_seconds'])}; the prefix is saved in {folder}")
     if repository:
-        push_to_hub(output_dir, repository)
+        push_to_hub(folder, repository)
         print(f"uploaded to the hub: {repository}")
     with excused("the closing answers"):
-        evaluator.show_answers(state.encoder.bake())
+        evaluator.show_answers(encoder.bake())
     if distributed.is_main():
         with excused("what was learnt"):
-            print(what_was_learnt(read_metrics(output_dir), config.save_best))
+            print(what_was_learnt(read_metrics(folder), config.save_best))
+    return summary
+
+
+def fit_and_save(
+    base: Bloom,
+    base_fingerprint: dict,
+    state: TrainingState,
+    steps: Steps,
+    metrics: Metrics,
+    evaluator: Evaluator,
+    checkpoints: Checkpoints,
+) -> dict:
+    """The loop, and the files that follow it. Returns the summary.
+
+    Raises UserError where the loss stops being finite or a file cannot be written, and Interrupted after a signal. Both say
+    how to resume.
+    """
+    progress, folder, summary = state.progress, checkpoints.folder, None
+    try:
+        with signals.listening("the run stops once it is saved"):
+            if evaluator.pending(state) and progress.step == 0:
+                metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
+            if metrics.due(state):  # the run that is resumed could not write this line
+                metrics.write_interval(state)
+            if evaluator.due(state):  # the run that is resumed was stopped during this evaluation
+                evaluate(state, evaluator, metrics, checkpoints)
+            with TrainingBar(steps, state.clock) as metrics.bar:
+                fit(base, state, metrics.bar, metrics, evaluator, checkpoints)
+            state.check_finite()
+            # If a signal ended the steps, this saves and raises.
+            with checkpoints.checkpoint_on_error(state, metrics):
+                signals.stop_if_heard()
+            if progress.step < steps.total:
+                print(f"step {progress.step}: no lower eval loss since step {progress.best_step}; stopping early")
+            summary = save_all(base_fingerprint, state, metrics, evaluator, checkpoints)
+            signals.stop_if_heard()
+    except NotFinite as error:
+        kept = "there is no good prefix to keep"
+        if error.good_prefix is not None:
+            save_good_prefix(folder, error.good_prefix, state, base_fingerprint)
+            kept = f"the last good prefix is saved in {folder} (for infer.py; it cannot be trained further)"
+        hint = "try a lower --learning_rate, some --warmup_steps or --precision fp32"
+        raise UserError(f"the loss is no longer finite at step {error.step}; {kept}; {hint}") from None
+    except UserError as error:
+        raise UserError(f"{error}{checkpoints.how_to_resume()}") from error
+    except Interrupted as stop:
+        what_now = checkpoints.how_to_resume() or "; there was nothing to save"
+        if summary:
+            what_now = f", which was the last one; the prefix is saved in {folder}"
+        raise Interrupted(f"{stop} after step {progress.step}{what_now}", stop.signal) from None
+    return summary
+
+
+def save_all(
+    base_fingerprint: dict, state: TrainingState, metrics: Metrics, evaluator: Evaluator, checkpoints: Checkpoints
+) -> dict:
+    """What follows the last step: saves the prefix, evaluates it, saves the best one instead if that is wanted, and writes
+    the summary, which is returned, the curves and the model card.
+    """
+    progress, folder = state.progress, checkpoints.folder
+    # First, so that nothing that happens after it can lose it.
+    save_output(folder, state, base_fingerprint)
+    try:
+        with checkpoints.checkpoint_on_error(state, metrics):
+            if progress.logged_step < progress.step:
+                metrics.write_interval(state, ended=True)
+        if evaluator.pending(state):
+            evaluate(state, evaluator, metrics, checkpoints)
+    except UserError as error:
+        raise UserError(f"{error}; the prefix of step {progress.step} is saved in {folder}") from error
+    if state.best_weights and progress.best_step != progress.step:
+        state.encoder.load_state_dict(state.best_weights)
+        save_output(folder, state, base_fingerprint)
+        print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
+    summary = summarise(state)
+    with excused(METRICS_FILE):
+        metrics.write(summary)
+    if distributed.is_main():
+        for name, write in ((PLOT_FILE, plot_curves), (SEARCH_FILE, plot_search), (CARD_FILE, write_card)):
+            with excused(name):
+                # The file of a replaced run goes first: it would stay if the new one cannot be written.
+                with suppress(OSError):
+                    (folder / name).unlink()
+                write(folder)
     return summary
 
 
@@ -124,90 +306,46 @@ def excused(what: str) -> Iterator[None]:
         print(f"{what}: left out ({type(error).__name__}: {reason_of(error)}); the prefix is saved", file=sys.stderr)
 
 
-def settings_of(config: TrainConfig, inputs: Inputs, state: TrainingState, steps: Steps) -> dict:
-    """The settings of the command by name, and what the run made of them."""
-    return dataclasses.asdict(config) | {
-        "learning_rate": state.progress.peak_learning_rate or 0.0,
-        "train_rows": len(steps.train_set),
-        "eval_rows": len(inputs.eval_set or ()),
-        "rows_per_step": steps.rows_per_step,
-    }
+def prefix_config_of(config: TrainConfig, base: Bloom) -> PrefixConfig:
+    """The shape of a new prefix for this base."""
+    return PrefixConfig.of(base.config, config.num_virtual_tokens, config.encoder_hidden_size, config.prefix_projection)
 
 
-def size_of_run(inputs: Inputs, state: TrainingState, steps: Steps) -> str:
+def count_steps(config: TrainConfig, rows: int, rows_per_step: int, progress: Progress) -> int:
+    """Optimizer steps of the whole run, including those of `progress`; never fewer than these."""
+    if config.max_steps >= 0:
+        return max(config.max_steps, progress.step)
+    # Steps that are done count as they were done; the others are counted with today's rows per step.
+    per_epoch = math.ceil(rows / rows_per_step)
+    passed = progress.epoch * per_epoch + math.ceil(progress.row / rows_per_step)
+    return progress.step + max(0, math.ceil(config.num_train_epochs * per_epoch) - passed)
+
+
+def size_of_run(encoder: PrefixEncoder, steps: Steps, eval_set: Dataset | None) -> str:
     """What is trained, and on how much."""
-    held_out = f" and {len(inputs.eval_set):,} held out" if inputs.eval_set else ""
-    tokens = state.encoder.config.num_virtual_tokens
-    trainable = sum(parameter.numel() for parameter in state.encoder.parameters())
+    held_out = f" and {len(eval_set):,} held out" if eval_set else ""
+    trainable = sum(parameter.numel() for parameter in encoder.parameters())
     rows = f"{len(steps.train_set):,} rows{held_out}, {steps.total:,} steps of {steps.rows_per_step}"
-    return f"{rows}; a prefix of {tokens} tokens by {trainable:,} trainable parameters"
+    return f"{rows}; a prefix of {encoder.config.num_virtual_tokens} tokens by {trainable:,} trainable parameters"
 
 
-def _run(
-    inputs: Inputs, state: TrainingState, steps: Steps, metrics: Metrics, evaluator: Evaluator, checkpoints: Checkpoints
-) -> dict:
-    """The loop, and what follows it. Returns the summary.
-
-    Raises UserError where the loss stops being finite or a file cannot be written, and Interrupted after a signal. Both say
-    how to resume.
+def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:
+    """Suggests which flag to lower if a run does not fit in memory. The larger part decides: the encoder with its optimizer,
+    or the activations of a forward pass of `max_tokens`.
     """
-    base, progress, folder, summary = inputs.base, state.progress, checkpoints.folder, None
-    try:
-        with signals.listening("the run stops once it is saved"):
-            if evaluator.pending(state) and progress.step == 0:
-                metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
-            if metrics.due(state):  # the run that is resumed could not write this line
-                metrics.write_interval(state)
-            if evaluator.due(state):  # the run that is resumed was stopped during this evaluation
-                evaluate(state, evaluator, metrics, checkpoints)
-            with TrainingBar(steps, state.clock) as metrics.bar:
-                fit(base, state, metrics.bar, metrics, evaluator, checkpoints)
-            state.check_finite()
-            with checkpoints.saved_if_left(state, metrics):  # if a signal ended the steps, this saves and raises
-                signals.stop_if_heard()
-            if progress.step < steps.total:
-                print(f"step {progress.step}: no lower eval loss since step {progress.best_step}; stopping early")
-            summary = finish(inputs.fingerprint, state, metrics, evaluator, checkpoints)
-            signals.stop_if_heard()
-    except NotFinite as error:
-        raise UserError(save_good_prefix(folder, error, state, inputs.fingerprint)) from None
-    except UserError as error:
-        raise UserError(f"{error}{checkpoints.how_to_resume()}") from error
-    except Interrupted as stop:
-        what_now = checkpoints.how_to_resume() or "; there was nothing to save"
-        if summary:
-            what_now = f", which was the last one; the prefix is saved in {folder}"
-        raise Interrupted(f"{stop} after step {progress.step}{what_now}", stop.signal) from None
-    return summary
-
-
-def finish(
-    fingerprint: dict, state: TrainingState, metrics: Metrics, evaluator: Evaluator, checkpoints: Checkpoints
-) -> dict:
-    """What follows the last step: saves the prefix, evaluates it, saves the best one instead if that is wanted, and writes
-    the summary, which is returned, the curves and the model card. fingerprint: that of the base."""
-    progress, folder = state.progress, checkpoints.folder
-    save_output(folder, state, fingerprint)  # first, so that nothing that happens after it can lose it
-    try:
-        with checkpoints.saved_if_left(state, metrics):
-            if progress.logged_step < progress.step:
-                metrics.write_interval(state, ended=True)
-        if evaluator.pending(state):
-            evaluate(state, evaluator, metrics, checkpoints)
-    except UserError as error:
-        raise UserError(f"{error}; the prefix of step {progress.step} is saved in {folder}") from error
-    if state.best_weights and progress.best_step != progress.step:
-        state.encoder.load_state_dict(state.best_weights)
-        save_output(folder, state, fingerprint)
-        print(f"saved the prefix of step {progress.best_step}, whose eval loss is the lowest: {progress.best_loss:.4f}")
-    summary = summarise(state)
-    with excused(METRICS_FILE):
-        metrics.write(summary)
-    if distributed.is_main():
-        for name, write in ((PLOT_FILE, plot_curves), (SEARCH_FILE, plot_search), (CARD_FILE, write_card)):
-            with excused(name):
-                # The file of a replaced run goes first: it would stay if the new one cannot be written.
-                with suppress(OSError):
-                    (folder / name).unlink()
-                write(folder)
-    return summary
+    with torch.device("meta"):
+        parameters = PrefixEncoder(prefix_config_of(config, base)).parameters()
+    # Of each parameter: weight, gradient and AdamW's two moments.
+    encoder_bytes = 16 * sum(parameter.numel() for parameter in parameters)
+    # A row that is longer than max_tokens has a pass of its own.
+    if encoder_bytes > max(max_tokens, config.max_length) * activation_bytes_per_token(base):
+        cause = f"the encoder and its optimizer take {encoder_bytes / 2**30:.1f} GiB"
+        if not config.prefix_projection:
+            return f"{cause}: lower --num_virtual_tokens (it was {config.num_virtual_tokens})"
+        return f"{cause}: lower --encoder_hidden_size (it was {config.encoder_hidden_size or base.config.hidden_size})"
+    hints = []
+    if max_tokens > config.max_length:
+        hints.append(f"lower --max_tokens_per_batch (it was {max_tokens})")
+    if not config.gradient_checkpointing:
+        hints.append("add --gradient_checkpointing")
+    return " or ".join(hints) or f"lower --max_length (it was {config.max_length})"

@@ -13,8 +13,11 @@ from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.errors import UserError
 from prefix_tuning.settings import (
     COLUMNS_HELP,
+    DEFAULT_HELD_OUT,
+    FEWEST_TO_SPLIT,
     MAX_LENGTH,
     MAX_SEED,
+    MOST_HELD_OUT,
     Needs,
     SharedBaseArguments,
     check_flags,
@@ -25,8 +28,6 @@ from prefix_tuning.settings import (
 from prefix_tuning.text import as_text
 
 _HELD_OUT_ROWS = Needs(("may_hold_out",), "needs held-out rows: --eval_dataset or --eval_fraction")
-# Where nothing is said about held-out rows.
-DEFAULT_HELD_OUT, MOST_HELD_OUT, FEWEST_TO_SPLIT = 0.05, 200, 40
 _PROJECTION = Needs(("prefix_projection",), "is the width of the projection, and --prefix_projection false has none")
 
 

@@ -66,8 +66,9 @@ class TrainingState:
     finite, else infinity; `good_prefix`, the prefix that the last step before that began with.
     """
 
-    FIGURES = ("losses", "grad_norm", "bad_step", "good_prefix")
-    MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
+    # The tensors of a checkpoint that are neither weights nor AdamW's: those named above; and AdamW's, of each parameter.
+    STATISTICS = ("losses", "grad_norm", "bad_step", "good_prefix")
+    MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class TrainingState:
         """All tensors of a checkpoint, by PART.NAME."""
         moments = {name: self.optimizer.state[parameter] for name, parameter in self.encoder.named_parameters()}
         parts = {
-            "figures": {name: getattr(self, name) for name in self.FIGURES},
+            "figures": {name: getattr(self, name) for name in self.STATISTICS},
             "encoder": self.encoder.state_dict(),
             "best": self.best_weights,
             # None of them exists while fp16 has skipped every step.
@@ -146,7 +147,7 @@ class TrainingState:
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict) -> None:
-        """Restores all that a checkpoint holds but the weights, which the encoder has already, and `history` (start.py).
+        """Restores all that a checkpoint holds but the weights, which the encoder has already, and `history` (run.py).
 
         Raises KeyError, TypeError or ValueError if it is not of such a state, or holds a tensor that has no use here.
         """
@@ -156,7 +157,7 @@ class TrainingState:
         self.clock = Clock(self.progress.seconds)
         weights, parameters = self.encoder.state_dict(), dict(self.encoder.named_parameters())
         expected = {
-            "figures": {name: getattr(self, name) for name in self.FIGURES},
+            "figures": {name: getattr(self, name) for name in self.STATISTICS},
             "encoder": weights,
             "best": weights,
             "step": {name: torch.zeros(()) for name in parameters},
@@ -172,7 +173,7 @@ class TrainingState:
                 raise ValueError(
                     f"the checkpoint's {part} is {_shapes_and_dtypes(found)}, not {_shapes_and_dtypes(expected[part])}"
                 )
-        for name in self.FIGURES:
+        for name in self.STATISTICS:
             setattr(self, name, parts["figures"][name].to(self.losses.device))
         self.best_weights = parts["best"]
         if any(parts[key] for key in self.MOMENTS):

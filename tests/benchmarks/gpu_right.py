@@ -19,10 +19,10 @@ from prefix_tuning.cli import parse_train_config, train_command
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.devices import PRECISIONS
-from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.model.batch import IGNORED, pack
 from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training.checkpoints import find_checkpoints
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig

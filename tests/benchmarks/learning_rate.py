@@ -19,7 +19,7 @@ import torch
 
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.files.names import CONFIG_FILE
-from prefix_tuning.training.report import read_metrics
+from prefix_tuning.training.output import read_metrics
 from prefix_tuning.training.run import train
 
 RATES = ["found", "1e-4", "3.2e-4", "1e-3", "3.2e-3", "1e-2", "3.2e-2", "1e-1"]

@@ -11,7 +11,10 @@ labels need a font that has them, Debian's fonts-noto-cjk for one.
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # helpers.py
 
 STEPS = (0, 10, 25, 50, 100, 200, 300, 400, 500)  # and the last: the prefix is scored after them
 HELD_OUT = 800  # rows
@@ -19,32 +22,27 @@ DEMO = Path(__file__).resolve().parents[2] / "prefix_tuning" / "demo"
 
 
 def draw_training(path: Path) -> None:
-    import torch
-    from datasets import concatenate_datasets
+    from helpers import beginning
     from peft import PrefixTuningConfig, get_peft_model
     from speed import peft_trainer
     from transformers import TrainerCallback
 
     from prefix_tuning import bundled
     from prefix_tuning.study.scoring import batches_of, score, spaced
-    from prefix_tuning.training.inputs import read_inputs
     from prefix_tuning.training.loop import optimizer_step
     from prefix_tuning.training.settings import TrainConfig
-    from prefix_tuning.training.start import begin
 
     demo = bundled.SETTINGS | {"eval_dataset": "bundled:short-eval", "shuffle": False}
-    epochs = range(int(demo.pop("num_train_epochs")))
+    epochs = int(demo.pop("num_train_epochs"))
     config = TrainConfig(**demo, num_train_epochs=1)
-    inputs = read_inputs(config, torch.float32, torch.device("cpu"))
-    rows = concatenate_datasets([inputs.train_set.shuffle(seed=epoch) for epoch in epochs])
-    held_out = batches_of(spaced(inputs.eval_set, HELD_OUT), inputs.max_tokens)
-    state, steps = begin(config, inputs._replace(train_set=rows), resumed=None)
+    base, tokenizer, eval_set, state, steps = beginning(config, shuffled_epochs=epochs)
+    held_out = batches_of(spaced(eval_set, HELD_OUT), steps.max_tokens)
     encoder, initial = state.encoder, {name: weight.clone() for name, weight in state.encoder.state_dict().items()}
     curves = {}
 
     def measure(name: str, step: int) -> None:
         if step in (*STEPS, steps.total):
-            scored = score(inputs.base, held_out, encoder.bake() if step else None)
+            scored = score(base, held_out, encoder.bake() if step else None)
             curves.setdefault(name, []).append((step, *scored))
             print(
                 f"{name:16s} step {step:3d}: held-out loss {scored.loss:.4f}, exact match {scored.exact_match:.1%}",
@@ -53,7 +51,7 @@ def draw_training(path: Path) -> None:
 
     measure("ours", 0)
     for step in steps:
-        state.advance(step, *optimizer_step(inputs.base, state, step))
+        state.advance(step, *optimizer_step(base, state, step))
         measure("ours", state.progress.step)
 
     class Measure(TrainerCallback):
@@ -62,14 +60,14 @@ def draw_training(path: Path) -> None:
             measure("PEFT + Trainer", state.global_step)
 
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens, prefix_projection=True)
-    wrapped = get_peft_model(inputs.base, prefix)
+    wrapped = get_peft_model(base, prefix)
     theirs = wrapped.prompt_encoder["default"]
     theirs.load_state_dict(initial)
     measure("PEFT + Trainer", 0)
     peft_trainer(
         wrapped,
-        inputs.tokenizer,
-        rows,
+        tokenizer,
+        steps.train_set,
         [Measure()],
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.training.report import read_metrics
+from prefix_tuning.training.output import read_metrics
 from prefix_tuning.training.run import train
 
 TEXTS = {"bare": "请直接回答下面的问题。", "template": "Human: 法国的首都是哪里？\n\nAssistant: 巴黎</s>"}

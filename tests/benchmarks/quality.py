@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # helpers.py
+
 EPOCHS, EVAL_STEPS, GOAL = 3, 20, 0.9
 CONTESTANTS = ("peft", "ours", "ours bf16")
 
@@ -49,31 +51,26 @@ class Clock:
 
 def worker(name: str) -> None:
     import torch
-    from datasets import concatenate_datasets
+    from helpers import beginning
 
     from prefix_tuning import bundled
+    from prefix_tuning.evaluation import Evaluator
     from prefix_tuning.training.checkpoints import Checkpoints
-    from prefix_tuning.training.evaluator import Evaluator
-    from prefix_tuning.training.inputs import read_inputs
     from prefix_tuning.training.loop import fit
     from prefix_tuning.training.metrics import Metrics
     from prefix_tuning.training.settings import TrainConfig
-    from prefix_tuning.training.start import begin
 
     config = TrainConfig(
         **bundled.SETTINGS | {"num_train_epochs": 1, "eval_dataset": "bundled:short-eval", "shuffle": False}
     )
     dtype = torch.bfloat16 if name == "ours bf16" else torch.float32
-    inputs = read_inputs(config, dtype, torch.device("cpu"))
-    rows = concatenate_datasets([inputs.train_set.shuffle(seed=epoch) for epoch in range(EPOCHS)])
-    state, steps = begin(config, inputs._replace(train_set=rows), resumed=None)
-    base, tokenizer = inputs.base, inputs.tokenizer
+    base, tokenizer, eval_set, state, steps = beginning(config, dtype, EPOCHS)
     clock = Clock(
         Evaluator(
             base,
             tokenizer,
-            inputs.eval_set,
-            inputs.max_tokens,
+            eval_set,
+            steps.max_tokens,
             steps.total,
             EVAL_STEPS,
             wants_answers=True,
@@ -84,7 +81,7 @@ def worker(name: str) -> None:
             metrics = Metrics(Path(folder), config.logging_steps, steps)
             fit(base, state, steps, metrics, clock, Checkpoints(Path(folder), {}, None))
         else:
-            run_peft(config, base, tokenizer, state.encoder, rows, clock)
+            run_peft(config, base, tokenizer, state.encoder, steps.train_set, clock)
     print(json.dumps(clock.curve))
 
 

@@ -74,8 +74,8 @@ def train_ours(model, encoder, data, rows_per_step: int, total: int) -> list[flo
     """Runs so many steps of train.py's loop, with its metrics, on a tokenised dataset. Returns the losses that it logs."""
     from prefix_tuning.base_model.sharding import is_sharded
     from prefix_tuning.devices import suggested_max_tokens
+    from prefix_tuning.evaluation import Evaluator
     from prefix_tuning.training.checkpoints import Checkpoints
-    from prefix_tuning.training.evaluator import Evaluator
     from prefix_tuning.training.loop import fit
     from prefix_tuning.training.metrics import Metrics
     from prefix_tuning.training.state import TrainingState, make_optimizer, make_schedule

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.checkpoint_format import (
+from prefix_tuning.training.checkpoints import (
     checkpoint_path,
     find_checkpoints,
     load_checkpoint,

@@ -95,7 +95,7 @@ SAVE = """
 import sys
 from pathlib import Path
 import torch
-from prefix_tuning.files.checkpoint_format import save_checkpoint
+from prefix_tuning.training.checkpoints import save_checkpoint
 from prefix_tuning.files.prefixes import save_adapter, save_encoder
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 torch.manual_seed(0)

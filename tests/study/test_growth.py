@@ -5,12 +5,12 @@ from helpers import run_quietly
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import tokenize
-from prefix_tuning.files.checkpoint_format import find_checkpoints, load_checkpoint
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.study import growth as module
 from prefix_tuning.study.growth import growth, saved_step, singular_values
 from prefix_tuning.study.scoring import batches_of
 from prefix_tuning.study.shares import attention_shares
+from prefix_tuning.training.checkpoints import find_checkpoints, load_checkpoint
 
 
 def test_every_checkpoint_is_a_stage_and_the_last_is_the_prefix(settings, tmp_path, monkeypatch):

@@ -7,10 +7,9 @@ from helpers import metrics_without_timings, prefix_config, random_bloom, traini
 from safetensors.torch import load_file
 
 from prefix_tuning import bundled, distributed
-from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import CARD_FILE, ENCODER_FILE
 from prefix_tuning.model.encoder import PrefixEncoder
-from prefix_tuning.training.checkpoints import Checkpoints
+from prefix_tuning.training.checkpoints import Checkpoints, find_checkpoints
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -52,7 +51,7 @@ def test_a_rank_names_a_checkpoint_that_was_written(tmp_path, monkeypatch):
     state, checkpoints = training_state(PrefixEncoder(prefix_config(random_bloom()))), Checkpoints(tmp_path, {}, None)
     for step in (3, 5):
         state.progress.step = step
-        with pytest.raises(MemoryError), checkpoints.saved_if_left(state, None):
+        with pytest.raises(MemoryError), checkpoints.checkpoint_on_error(state, None):
             raise MemoryError
         assert checkpoints.newest == (None if step == 3 else tmp_path / "checkpoint-4.safetensors")
         state.progress.step += 1

@@ -15,13 +15,13 @@ from helpers import (
     random_prefix,
 )
 
+from prefix_tuning import evaluation
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import prompt_of, tokenize
 from prefix_tuning.errors import UserError
+from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
-from prefix_tuning.training import evaluator
-from prefix_tuning.training.evaluator import Evaluator
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -100,7 +100,11 @@ def test_a_signal_during_the_answers_of_an_evaluation_saves_at_once(small_pass_s
 def test_memory_that_runs_out_during_an_evaluation_loses_nothing(small_pass_settings, tmp_path, monkeypatch):
     small_pass_settings |= {"save_steps": 0, "max_steps": 12}  # so that an interval of evaluations ends with the run
     train(TrainConfig(**small_pass_settings))
-    stopped, real, evaluations = small_pass_settings | {"output_dir": str(tmp_path / "stopped")}, evaluator.evaluate_loss, []
+    stopped, real, evaluations = (
+        small_pass_settings | {"output_dir": str(tmp_path / "stopped")},
+        evaluation.evaluate_loss,
+        [],
+    )
 
     def run_out(*arguments):
         evaluations.append(None)
@@ -108,7 +112,7 @@ def test_memory_that_runs_out_during_an_evaluation_loses_nothing(small_pass_sett
             raise MemoryError
         return real(*arguments)
 
-    monkeypatch.setattr(evaluator, "evaluate_loss", run_out)
+    monkeypatch.setattr(evaluation, "evaluate_loss", run_out)
     with pytest.raises(UserError, match=r"ran out of memory; .*checkpoint-12\.safetensors is intact, resume with"):
         train(TrainConfig(**stopped))
     # The prefix of the last step is saved before it is evaluated.

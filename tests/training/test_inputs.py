@@ -4,34 +4,36 @@ import pytest
 from helpers import assert_same_run, write_jsonl
 
 from prefix_tuning.data.readers import load_rows
+from prefix_tuning.data.splits import load_splits, number_held_out
 from prefix_tuning.errors import UserError
-from prefix_tuning.training.inputs import load_splits, number_held_out
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
 
 def test_eval_fraction_holds_rows_out(quick_settings):
-    train_rows, held_out = load_splits(TrainConfig(**quick_settings | {"eval_fraction": 0.25}))
+    train_rows, held_out = load_splits(quick_settings["dataset"], None, 0.25, None, seed=1)
     assert (len(train_rows), len(held_out)) == (30, 10)
     everything = load_rows(quick_settings["dataset"], ("train",)).to_list()
     assert sorted(train_rows.to_list() + held_out.to_list(), key=str) == sorted(everything, key=str)
-    again, _ = load_splits(TrainConfig(**quick_settings | {"eval_fraction": 0.25}))
+    again, _ = load_splits(quick_settings["dataset"], None, 0.25, None, seed=1)
     assert again.to_list() == train_rows.to_list()
+    other, _ = load_splits(quick_settings["dataset"], None, 0.25, None, seed=2)
+    assert other.to_list() != train_rows.to_list()
     with pytest.raises(UserError, match="leaves one side empty"):
-        load_splits(TrainConfig(**quick_settings | {"eval_fraction": 0.001}))
+        load_splits(quick_settings["dataset"], None, 0.001, None, seed=1)
 
 
 @pytest.mark.parametrize("rows, held_out", [(39, 0), (40, 2), (1000, 50), (4000, 200), (100_000, 200)])
-def test_a_twentieth_is_held_out_by_default_and_none_of_few_rows(quick_settings, rows, held_out):
-    config = TrainConfig(**quick_settings | {"eval_fraction": None})
-    assert number_held_out(config, rows) == held_out
-    assert number_held_out(TrainConfig(**quick_settings | {"eval_fraction": 0.0}), rows) == 0
+def test_a_twentieth_is_held_out_by_default_and_none_of_few_rows(rows, held_out):
+    assert number_held_out("rows.jsonl", rows, None, "") == held_out
+    assert number_held_out("rows.jsonl", rows, 0.0, "") == 0
 
 
-def test_a_flag_that_needs_held_out_rows_and_too_few_rows_to_hold_some_out(quick_settings):
-    config = TrainConfig(**quick_settings | {"eval_fraction": None, "eval_steps": 2, "save_best": True})
+def test_a_flag_that_needs_held_out_rows_and_too_few_rows_to_hold_some_out(quick_settings, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", *[{"instruction": "法国？", "output": "巴黎"}] * 39)
+    config = TrainConfig(**quick_settings | {"dataset": rows, "eval_fraction": None, "eval_steps": 2, "save_best": True})
     with pytest.raises(UserError, match=r"39 rows are too few .* or leave out --eval_steps, --save_best$"):
-        number_held_out(config, 39)
+        train(config)
 
 
 def test_rows_without_labels_are_counted_and_all_of_them_are_an_error(quick_settings, capsys):

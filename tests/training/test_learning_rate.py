@@ -6,17 +6,15 @@ import math
 
 import pytest
 import torch
-from helpers import LATEST, metrics_of, metrics_without_timings
+from helpers import LATEST, beginning, metrics_of, metrics_without_timings
 
 from prefix_tuning.files.names import PLOT_FILE, SEARCH_FILE
 from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.training import learning_rate
-from prefix_tuning.training.inputs import read_inputs
 from prefix_tuning.training.learning_rate import find_learning_rate, first_place, rate_at, valley, walk_downhill
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import begin
 
 
 @pytest.fixture
@@ -131,8 +129,8 @@ def searched(searching, monkeypatch):
 
         monkeypatch.setattr(learning_rate, "optimizer_step", step)
         config = TrainConfig(**searching | {"max_steps": total})
-        inputs = read_inputs(config, torch.float32, torch.device("cpu"))
-        return find_learning_rate(inputs.base, *begin(config, inputs, None)), taken
+        begun = beginning(config)
+        return find_learning_rate(begun.base, begun.state, begun.steps), taken
 
     return search
 

@@ -23,7 +23,7 @@ from prefix_tuning.cli import parse_train_config
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_FILE, CARD_FILE, PLOT_FILE, SEARCH_FILE
 from prefix_tuning.model.encoder import flatten
-from prefix_tuning.training.report import create_repository, plot_curves, plot_search, what_was_learnt, write_card
+from prefix_tuning.training.output import create_repository, plot_curves, plot_search, what_was_learnt, write_card
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 

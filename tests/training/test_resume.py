@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 
 from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
-from prefix_tuning.files.checkpoint_format import find_checkpoints
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, ENCODER_FILE, METRICS_FILE
-from prefix_tuning.training import resume
+from prefix_tuning.training.checkpoints import SAME, find_checkpoints
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -46,7 +45,7 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(small_pass_setti
         ({"prefix_from": small_pass_settings["output_dir"]}, "--prefix_from unset"),
     ]
     changes += [({"eval_dataset": str(rows), "eval_fraction": 0.0}, "another --eval_dataset")]
-    assert {name for change, _ in changes for name in change} - {"eval_dataset"} == set(resume.SAME)
+    assert {name for change, _ in changes for name in change} - {"eval_dataset"} == set(SAME)
     for change, said in changes:
         with pytest.raises(UserError, match=f"was made with .*{said}.*; resume with the same"):
             train(TrainConfig(**small_pass_settings | LATEST | change))

@@ -54,10 +54,9 @@ from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
 from prefix_tuning.training.metrics import Metrics
-from prefix_tuning.training.report import read_metrics, what_was_learnt
-from prefix_tuning.training.run import train
+from prefix_tuning.training.output import read_metrics, what_was_learnt
+from prefix_tuning.training.run import memory_hint, train
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import memory_hint
 
 
 class Retrace(TrainerCallback):
@@ -150,7 +149,7 @@ def test_the_base_keeps_every_bit(quick_settings, monkeypatch):
         bases.append(load_base(*args))
         return bases[0]
 
-    monkeypatch.setattr("prefix_tuning.training.inputs.load_base", remember)
+    monkeypatch.setattr("prefix_tuning.training.run.load_base", remember)
     train(
         TrainConfig(
             **quick_settings | {"eval_dataset": quick_settings["dataset"], "eval_exact_match": True, "eval_steps": 2}

@@ -11,9 +11,9 @@ from prefix_tuning.files.names import ADAPTER_FILE
 from prefix_tuning.files.prefixes import load_prefix, recorded_history
 from prefix_tuning.model.bloom import cached_pairs, prefix_cache
 from prefix_tuning.model.encoder import PrefixConfig
-from prefix_tuning.training.run import train
+from prefix_tuning.training.run import count_steps, prefix_config_of, train
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import count_steps, prefix_config_of, text_prefix
+from prefix_tuning.training.start import text_prefix
 from prefix_tuning.training.state import Progress
 
 

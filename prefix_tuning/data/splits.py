@@ -1,0 +1,46 @@
+"""Training and held-out rows: which rows are read, and which of them are held out."""
+
+import torch
+from datasets import Dataset
+
+from prefix_tuning.data.columns import parse_columns
+from prefix_tuning.data.readers import load_rows
+from prefix_tuning.errors import UserError
+from prefix_tuning.settings import DEFAULT_HELD_OUT, FEWEST_TO_SPLIT, MOST_HELD_OUT
+
+
+def load_splits(
+    dataset: str, eval_dataset: str | None, eval_fraction: float | None, columns: str | None, seed: int, needing: str = ""
+) -> tuple[Dataset, Dataset | None]:
+    """The training rows, and the held-out rows if there are to be any: those of eval_dataset, or a share of `dataset`.
+
+    The arguments are train.py's flags of these names. seed: decides which rows are held out. needing: the flags that have
+    no effect without held-out rows, as they were given. Raises UserError for rows that cannot be read or divided so.
+    """
+    given = parse_columns(columns)
+    rows = load_rows(dataset, ("train",), given)
+    if eval_dataset:
+        return rows, load_rows(eval_dataset, ("validation", "test", "train"), given)
+    held_out = number_held_out(dataset, len(rows), eval_fraction, needing)
+    if not held_out:
+        return rows, None
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    chosen, others = (part.sort().values.numpy() for part in (order[:held_out], order[held_out:]))
+    return rows.select(others), rows.select(chosen)
+
+
+def number_held_out(dataset: str, rows: int, eval_fraction: float | None, needing: str) -> int:
+    """The number of held-out rows. Raises UserError if `needing` needs some and there are none, or if none is left to
+    train on.
+    """
+    if eval_fraction is None:
+        if rows >= FEWEST_TO_SPLIT:
+            return min(round(DEFAULT_HELD_OUT * rows), MOST_HELD_OUT)
+        if needing:
+            reason = f"{rows} rows are too few to hold some out by default"
+            raise UserError(f"{dataset}: {reason}; give --eval_dataset or --eval_fraction, or leave out {needing}")
+        return 0
+    held_out = round(rows * eval_fraction)
+    if eval_fraction and not 0 < held_out < rows:
+        raise UserError(f"--eval_fraction {eval_fraction} of {rows} rows leaves one side empty")
+    return held_out
