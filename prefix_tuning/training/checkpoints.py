@@ -164,7 +164,7 @@ class Checkpoints:
             if state.progress.step:
                 self._write(state, metrics)
             if isinstance(error, Interrupted):
-                # Until it is written: torchrun stops all processes when the first one ends.
+                # All wait until it is written: torchrun stops all processes when the first one ends.
                 distributed.barrier()
             raise
 
@@ -201,7 +201,7 @@ class Resumed(NamedTuple):
 
 
 def started_by(job: str | None, output_dir: Path) -> bool:
-    """Whether the run in this folder was started by this same torchrun, before a failure."""
+    """Whether this torchrun job started the run in this folder, before a failure made it start its processes again."""
     try:
         recorded = json.loads((output_dir / CONFIG_FILE).read_text("utf-8"))["ran_with"]["job"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -243,14 +243,15 @@ def find_resumed(output_dir: Path, where: str | None, overwrite: bool) -> Resume
 def refuse_to_replace(folder: Path, where: str | None) -> None:
     """Raises UserError if a folder holds a prefix, checkpoints other than damaged ones, trainable weights, or a README.md.
 
-    where: --resume_from_checkpoint, which has found none in this folder.
+    where: --resume_from_checkpoint, for which this folder holds no checkpoint.
     """
     if (folder / ADAPTER_CONFIG_FILE).exists():
         raise UserError(f"{folder} holds a prefix already; add --overwrite_output_dir or name another --output_dir")
     if find_checkpoints(folder) and where != "latest":
         hint = "resume it with --resume_from_checkpoint latest, or start anew with --overwrite_output_dir"
         raise UserError(f"{folder} holds checkpoints of a run that did not finish; {hint}")
-    if (folder / ENCODER_FILE).exists():  # alone, as somebody may keep what --prefix_from reads
+    # Somebody may keep only what --prefix_from reads.
+    if (folder / ENCODER_FILE).exists():
         hint = "add --overwrite_output_dir or name another --output_dir"
         raise UserError(f"{folder} holds trainable weights ({ENCODER_FILE}), which new ones would replace; {hint}")
     if (folder / CARD_FILE).exists():

@@ -26,16 +26,23 @@ from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.state import TrainingState
 from prefix_tuning.training.steps import Steps
 
-SHARE = 0.1  # of the run's steps, for all trials together, and
-MOST_TRIALS = 8  # so many share them, 3 to 5 as a rule;
-FEWEST_STEPS = 8  # but a trial has at least these, where the run itself has
-HORIZON = 0.25  # the exponent above
-LOWEST, HIGHEST = 1e-6, 10.0  # rates
+# All trials together take at most this share of the run's steps.
+SHARE = 0.1
+# At most this many trials are made; most searches make 3 to 5.
+MOST_TRIALS = 8
+# A trial has at least this many steps, unless the run itself is shorter.
+FEWEST_STEPS = 8
+# The exponent of the number of steps, explained above.
+HORIZON = 0.25
+LOWEST_RATE, HIGHEST_RATE = 1e-6, 10.0
 
 
 @dataclass
 class Search:
-    """What was tried and found. rates, losses: of the trials, in their order. steps: of each. seconds: of all."""
+    """The trials, in their order, and the rate that was found.
+
+    losses: mean training loss in nats at the end of each trial. steps: of one trial. seconds: of all trials together.
+    """
 
     rates: list[float]
     losses: list[float]
@@ -55,72 +62,77 @@ class Search:
 
 
 def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Search | None:
-    """Finds the peak learning rate of the run that `state` and `steps` begin, if it has none yet and is to train, and says
-    so. Nothing else of the state changes. All ranks call this together and find the same. Raises UserError if no loss is
-    finite at any rate.
+    """Finds the peak learning rate of the run, prints it and sets it in `state`. Nothing else of the state changes.
 
-    A run of one step takes the first guess: the only loss of such a trial is that before its update, whatever the rate.
+    Returns None, and makes no trial, if the rate is known already or there is no step to train. All ranks call this together
+    and find the same rate. Raises UserError if no loss is finite at any rate.
+
+    A run of one step takes the first guess. Its only loss is computed before its only update, so trials could not differ.
     """
     if state.progress.peak_learning_rate is not None or steps.total == 0:
         return None
     if steps.total == 1:
-        state.progress.peak_learning_rate = guess = rate_at(first_place(state.encoder.config))
+        state.progress.peak_learning_rate = guess = rate_at(first_guess(state.encoder.config))
         print(f"learning rate {guess:.1e}, guessed by the width of the encoder: one step is too few for trials")
         return None
     print("looking for a learning rate")
     begun = time.perf_counter()
     length = max(min(FEWEST_STEPS, steps.total), int(SHARE * steps.total / MOST_TRIALS))
     losses = walk_downhill(
-        lambda place: trial(base, state, steps, rate_at(place), length), first_place(state.encoder.config)
+        lambda index: trial(base, state, steps, rate_at(index), length), first_guess(state.encoder.config)
     )
     if min(losses.values()) == math.inf:
-        tried = ", ".join(f"{rate_at(place):.1e}" for place in losses)
+        tried = ", ".join(f"{rate_at(index):.1e}" for index in losses)
         raise UserError(f"no loss was finite at any of the rates {tried}; try --precision fp32, or give --learning_rate")
     found = 10 ** (valley(losses) / 2) * (length / steps.total) ** HORIZON
-    rates, taken = [rate_at(place) for place in losses], float(f"{found:.1e}")
+    rates, taken = [rate_at(index) for index in losses], float(f"{found:.1e}")
     search = Search(rates, [*losses.values()], length, taken, time.perf_counter() - begun)
     state.progress.peak_learning_rate = search.rate
     print(search)
     return search
 
 
-def rate_at(place: int) -> float:
-    """The rate so many half decades above 1, to two digits."""
-    return float(f"{10 ** (place / 2):.1e}")
+def rate_at(index: int) -> float:
+    """10 ** (index / 2), rounded to two digits: the rates of the grid are half a decade apart."""
+    return float(f"{10 ** (index / 2):.1e}")
 
 
-def first_place(config: PrefixConfig) -> int:
-    """Where to begin. Adam moves each weight by about the rate, and a number of the prefix is a sum over as many weights as
-    the encoder is wide; without a projection it is one weight.
+def first_guess(config: PrefixConfig) -> int:
+    """The index of the rate to begin with.
+
+    Adam moves each weight by about the learning rate. A number of the prefix is a sum over as many weights as the encoder is
+    wide, so a wide encoder wants a low rate. Without a projection each number is one weight.
     """
     guess = 2 / config.encoder_hidden_size if config.prefix_projection else 0.3
     return round(2 * math.log10(guess))
 
 
-def walk_downhill(loss_at: Callable[[int], float], place: int) -> dict[int, float]:
-    """The losses of the places that were tried, in their order: from `place` on, those downhill and the first uphill."""
-    losses = {place: loss_at(place)}
+def walk_downhill(loss_at: Callable[[int], float], index: int) -> dict[int, float]:
+    """The losses that were tried, by index, in their order: from `index` on, as long as they fall, to both sides."""
+    losses = {index: loss_at(index)}
     for way in (-1, 1):
-        while len(losses) < MOST_TRIALS and LOWEST < rate_at(place + way) < HIGHEST and place + way not in losses:
-            losses[place + way] = loss_at(place + way)
-            if not losses[place + way] < losses[place]:
+        while (
+            len(losses) < MOST_TRIALS and LOWEST_RATE < rate_at(index + way) < HIGHEST_RATE and index + way not in losses
+        ):
+            losses[index + way] = loss_at(index + way)
+            if not losses[index + way] < losses[index]:
                 break
-            place += way
+            index += way
     return losses
 
 
 def valley(losses: dict[int, float]) -> float:
-    """The lowest point of a parabola through the lowest loss and those on its sides, at most half a place from it."""
-    place = min(losses, key=lambda place: losses[place])
-    left, middle, right = (losses.get(place + side, math.inf) for side in (-1, 0, 1))
+    """The lowest point of a parabola through the lowest loss and its two neighbours, at most half an index from it."""
+    lowest = min(losses, key=lambda index: losses[index])
+    left, middle, right = (losses.get(lowest + side, math.inf) for side in (-1, 0, 1))
     curvature = left - 2 * middle + right
     if not (math.isfinite(curvature) and curvature > 0):
-        return place
-    return place + (left - right) / (2 * curvature)
+        return lowest
+    return lowest + (left - right) / (2 * curvature)
 
 
 def trial(base: Bloom, state: TrainingState, steps: Steps, rate: float, length: int) -> float:
-    """Trains a copy of the encoder for so many steps. Returns the mean loss in nats of the last quarter of them."""
+    """Trains a copy of the encoder for `length` steps. Returns the mean loss in nats of the last quarter of them."""
     copied = copy.deepcopy(state)
     copied.progress.peak_learning_rate, copied.schedule = rate, lambda updates: 1 - updates / length
     losses = [optimizer_step(base, copied, step)[1] for step in replace(steps, total=length)]

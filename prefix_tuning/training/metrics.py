@@ -32,7 +32,8 @@ class TrainingBar(tqdm):
             steps.total,
             initial=steps.done,
             unit="step",
-            smoothing=0,  # then the rate is steps by `elapsed`
+            # The rate is then steps divided by `elapsed`.
+            smoothing=0,
             disable=not distributed.is_main(),
         )
 
@@ -92,7 +93,8 @@ class Metrics:
         progress, seconds = state.progress, state.clock.seconds()
         steps = progress.step - progress.logged_step
         loss, grad_norm = torch.stack((state.losses / steps, state.grad_norm)).tolist()
-        taken = max(seconds - progress.logged_seconds, 1e-9)  # a stop of the process may set the clock back
+        # A stop of the process may set the clock back.
+        taken = max(seconds - progress.logged_seconds, 1e-9)
         speed, seconds_per_step = (progress.tokens - progress.logged_tokens) / taken, taken / steps
         epoch = progress.epoch + math.ceil(progress.row / progress.rows_per_step) / self.steps.per_epoch
         self.write(
@@ -105,8 +107,8 @@ class Metrics:
                 "tokens_per_second": round(speed, 1),
             }
         )
-        first = progress.logged_step <= self.steps.done  # line since the start
-        if first and progress.step < self.steps.total and not ended:
+        first_line = progress.logged_step <= self.steps.done
+        if first_line and progress.step < self.steps.total and not ended:
             left = seconds_per_step * (self.steps.total - progress.step)
             tqdm.write(f"about {duration(left)} of training left, at {speed:,.0f} tokens/s")
         if self.bar is not None:
@@ -124,7 +126,7 @@ class Metrics:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Inside, an error of the system becomes a UserError. name: what is written."""
+    """Inside, an error of the system becomes a UserError. name: the file or folder that is written."""
     try:
         yield
     except OSError as error:

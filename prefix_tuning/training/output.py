@@ -41,11 +41,13 @@ _CARD = Path(__file__).with_name("model_card.md")
 
 
 def describe_run(settings: dict, prefix_config: PrefixConfig, dtype: torch.dtype, device: torch.device) -> dict:
-    """All that is needed to repeat a run, without any path of this machine. settings: by name, those of the command and
-    what the run made of them.
+    """All that is needed to repeat a run, without any path of this machine.
+
+    settings: by name, the command's settings and what the run derived from them.
     """
     settings = settings | {name: portable_name(settings[name]) for name in PATH_SETTINGS if settings[name] is not None}
-    if settings["prefix_from"]:  # the shape is that of the earlier run
+    # An earlier run fixes the shape.
+    if settings["prefix_from"]:
         shape = dataclasses.asdict(prefix_config)
         settings |= {"prefix_init": None, **{name: shape[name] for name in settings if name in shape}}
     return {
@@ -84,7 +86,7 @@ def save_output(output_dir: Path, state: TrainingState, fingerprint: dict) -> No
         try:
             save_encoder(output_dir, encoder, fingerprint)
         except UserError as error:
-            # The prefix has a two-hundredth of its encoder's size at bloom-1b4-zh's shape, and may fit where that does not.
+            # The prefix is 200 times smaller than its encoder at bloom-1b4-zh's shape, so it may still fit on the disk.
             if (output_dir / ENCODER_FILE).exists():
                 raise
             save_adapter(output_dir, *adapter)
@@ -96,9 +98,9 @@ def save_good_prefix(output_dir: Path, prefix: torch.Tensor, state: TrainingStat
     """Writes the last good prefix of a run whose loss is no longer finite. All ranks call this together."""
     if distributed.is_main():
         save_adapter(output_dir, prefix, state.encoder.config, fingerprint, state.history)
-        # An earlier run's: the weights of this one are not finite.
+        # An earlier run's weights must not stay beside it, and this run's are not finite.
         (output_dir / ENCODER_FILE).unlink(missing_ok=True)
-    # Until it is saved: torchrun stops all processes when the first one ends.
+    # All wait until it is saved: torchrun stops all processes when the first one ends.
     distributed.barrier()
 
 
@@ -129,7 +131,8 @@ def write_card(folder: Path) -> None:
     summary = records[-1]
     base, shape = settings["model_name_or_path"], settings["prefix_config"]
     held_out = settings["eval_dataset"] or (f"{settings['eval_rows']:,} others" if settings["eval_rows"] else None)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)  # neither bundled nor in a folder
+    # Neither bundled nor in a folder.
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
     text = _CARD.read_text("utf-8").format(
         base_model=f"base_model: {base}\n" if on_hub else "",
         base=base.removeprefix(LOCAL),
@@ -181,7 +184,7 @@ def _intervals(records: list[dict]) -> list[dict]:
 
 
 def _evaluations(records: list[dict], save_best: bool) -> list[dict]:
-    """Of the records of metrics.jsonl about held-out rows, those of the frozen base and of the prefix that was saved."""
+    """The records of metrics.jsonl about held-out rows: the frozen base's, then the saved prefix's."""
     evaluations = [record for record in records if record.get("eval_loss") is not None]
     frozen = [record for record in evaluations if record.get("frozen_base")]
     tuned = [record for record in evaluations if not record.get("frozen_base")]
@@ -189,11 +192,12 @@ def _evaluations(records: list[dict], save_best: bool) -> list[dict]:
 
 
 def what_was_learnt(records: list[dict], save_best: bool) -> str:
-    """One line about a finished run: its losses before and after, and if less than 1% of them went, what to try.
+    """One line about a finished run: its losses before and after, and what to try if they fell by less than 1 %.
 
-    records: those of metrics.jsonl.
+    records: the lines of metrics.jsonl.
     """
-    pairs = []  # of losses, before and after
+    # Each with a loss before and a loss after.
+    pairs = []
     if len(losses := [record["loss"] for record in _intervals(records)]) > 1:
         pairs.append(("training loss", losses[0], losses[-1]))
     if len(evaluations := _evaluations(records, save_best)) > 1:

@@ -200,7 +200,8 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
 def _check_output_dir(output_dir: str) -> None:
     """Raises UserError if this process cannot read and write the folder, or cannot make it."""
     folder = Path(output_dir).absolute()
-    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # a link that leads nowhere, too
+    # lexists: a link that leads nowhere is found, too.
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir():
         kind = "a link to no folder" if existing.is_symlink() else "a file"
         raise UserError(f"--output_dir {output_dir}: {existing.name} is {kind}; name a folder")

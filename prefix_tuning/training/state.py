@@ -1,7 +1,7 @@
 """All that changes while a run is training, and how it becomes a checkpoint and is restored.
 
 Whatever the next steps depend on is here and in every checkpoint (`tensors` and `numbers` below), so a resumed run
-continues with the same bits: weights, AdamW's moments, the loss scale, the place in the order of the rows, the sums of
+continues with the same bits: weights, AdamW's moments, the loss scale, the position in the order of the rows, the sums of
 the current interval of metrics.jsonl, the best weights. The order of the rows depends on seed and epoch only (steps.py),
 the learning rate on the number of updates, and nothing else is random: `forward_packed` applies no dropout.
 """
@@ -33,17 +33,22 @@ class Progress:
     """The numbers of a run so far. Raises ValueError if one has the wrong type."""
 
     step: int = 0
-    updates: int = 0  # of the weights: steps, without those that fp16 skipped
-    epoch: int = 0  # of the next row to train on,
-    row: int = 0  # and its place in the order of that epoch
+    # Updates of the weights: all steps but those that fp16 skipped.
+    updates: int = 0
+    # The next row to train on: its epoch, and its index in the order of that epoch.
+    epoch: int = 0
+    row: int = 0
     rows_per_step: int = 0
-    seconds: float = 0.0  # of training, without evaluating and saving
+    # Of training, without evaluating and saving.
+    seconds: float = 0.0
     tokens: int = 0
-    logged_step: int = 0  # the same three at the last line of metrics.jsonl
+    # step, seconds and tokens at the last line of metrics.jsonl.
+    logged_step: int = 0
     logged_seconds: float = 0.0
     logged_tokens: int = 0
-    learning_rate: float = 0.0  # of the last step
-    peak_learning_rate: float | None = None  # None: not yet known (learning_rate.py finds it)
+    # Of the last step; and the highest of the run, None as long as it is not known (learning_rate.py finds it).
+    learning_rate: float = 0.0
+    peak_learning_rate: float | None = None
     evaluated_step: int = -1
     best_step: int = -1
     best_loss: float | None = None
@@ -58,8 +63,9 @@ class Progress:
 class TrainingState:
     """The encoder, what trains it, and the figures of the run so far.
 
-    schedule: the share of the peak learning rate after so many updates. loss_scaling: for fp16, whose small gradients would
-    become zero. history: whether rows that the weights were trained on had history, before this run too; None: not known.
+    schedule: the share of the peak learning rate, by the number of updates. loss_scaling: for fp16, where small gradients
+    would become zero. history: whether any row that the weights were trained on, also before this run, had history; None:
+    not known.
 
     Tensors on the device, so that the loop need not wait for it: `losses`, the sum of the losses since the last line of
     metrics.jsonl; `grad_norm`, of the last step before clipping; `bad_step`, the first step whose loss or gradient was not
@@ -82,7 +88,8 @@ class TrainingState:
         self.progress, self.clock = Progress(), Clock()
         self.good_prefix = encoder.bake()
         device = self.good_prefix.device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)  # where it is off, its methods are no-ops
+        # Where it is off, its methods are no-ops.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
         self.losses, self.grad_norm = torch.zeros((), device=device), torch.zeros((), device=device)
         self.bad_step = torch.full((), math.inf, device=device)
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -90,12 +97,12 @@ class TrainingState:
         self.history: bool | None = None
 
     def learning_rate(self) -> float:
-        """That of the next update."""
+        """The learning rate of the next update."""
         assert self.progress.peak_learning_rate is not None
         return self.progress.peak_learning_rate * self.schedule(self.progress.updates)
 
     def advance(self, step: Step, prefix: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Records a step that is done, and what `optimizer_step` returned of it."""
+        """Records a step that is done. prefix, loss, grad_norm: what `optimizer_step` returned."""
         self.clock.lap()
         progress = self.progress
         progress.step, progress.epoch, progress.row = step.number, step.next_epoch, step.next_row
@@ -187,15 +194,16 @@ def _shapes_and_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 
 
 class Clock:
-    """Counts seconds while it is `running` and not `stopped`, from those of an earlier part of the run on.
+    """Counts seconds while it is `running` and not `stopped`. It starts at the seconds of the earlier part of a resumed run.
 
-    A lap is the time of a step. If the process was stopped during one, by Ctrl-Z or SIGSTOP, nobody knows for how long. Such
-    a lap counts at most as much as the longest one before it.
+    A lap is the time of a step. If the process was stopped during one, by Ctrl-Z or SIGSTOP, nobody knows for how long, so
+    such a lap counts at most as much as the longest one before it.
     """
 
     def __init__(self, seconds: float = 0.0):
         self._seconds = seconds
-        self._since: float | None = None  # when the lap began; None: it does not run
+        # When the lap began; None: the clock does not run.
+        self._since: float | None = None
         self._longest = 0.0
         self._stood_still = False
 
@@ -245,12 +253,14 @@ def make_optimizer(encoder: PrefixEncoder, weight_decay: float) -> torch.optim.A
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
+    # One kernel for all parameters, where torch has it.
+    fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
 def make_schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
     """The learning rate as a share of its peak, by the updates that are done. name: one of transformers' `get_scheduler`."""
-    unused = torch.optim.SGD([torch.zeros(())], lr=1.0)  # only the scheduler's lambda is used
+    # Only the scheduler's lambda is used, and not the optimizer that it asks for.
+    unused = torch.optim.SGD([torch.zeros(())], lr=1.0)
     (share,) = get_scheduler(name, unused, warmup_steps, total_steps).lr_lambdas
     return share

@@ -20,24 +20,28 @@ from prefix_tuning.model.batch import EMPTY_BATCH, Batch, count_labels, pack
 class Step(NamedTuple):
     """One optimizer step: this rank's batches, and what all ranks have agreed on."""
 
-    number: int  # from 1
+    # From 1.
+    number: int
     batches: list[Batch]
-    labels: int  # of all ranks; the loss of the step is the mean over them
-    tokens: int  # of all ranks
-    next_epoch: int  # where the step after this one begins: its epoch,
-    next_row: int  # and the place of its first row in the order of that epoch
+    # Of all ranks. The loss of the step is the mean over all labels.
+    labels: int
+    tokens: int
+    # Where the next step begins: its epoch, and the index of its first row in the order of that epoch.
+    next_epoch: int
+    next_row: int
 
 
 @dataclass
 class Steps:
-    """The steps of a run after step `done`. The next one starts at position `row` in the order of `epoch`.
+    """The steps of a run after step `done`. The next one starts at index `row` in the order of `epoch`.
 
-    train_set: the tokenised rows. seed: decides the order of the rows, a new one for each epoch; None: as they are.
-    max_tokens: of one forward pass. equal_passes: all ranks run equally many passes, as a sharded base wants it.
+    train_set: the tokenised rows. seed: decides the order of the rows, a new one for each epoch; None: the order of the
+    dataset. rows_per_step: of all ranks. max_tokens: of one forward pass. equal_passes: all ranks run equally many passes,
+    because a sharded base is gathered by all of them in each pass.
     """
 
     train_set: Dataset
-    rows_per_step: int  # of all ranks
+    rows_per_step: int
     total: int
     max_tokens: int
     seed: int | None = None
@@ -51,8 +55,8 @@ class Steps:
         return math.ceil(len(self.train_set) / self.rows_per_step)
 
     def __iter__(self) -> Iterator[Step]:
-        """All ranks iterate together: before each step they exchange four numbers. Ends early, in all of them before the
-        same step, once one was sent a signal.
+        """All ranks iterate together, and exchange four numbers before each step. If one of them was sent a signal, the
+        iteration ends early, before the same step in all of them.
         """
         for number, (indices, next_epoch, next_row) in enumerate(self._order(), start=self.done + 1):
             examples = take(self.train_set, distributed.share(indices))
@@ -70,7 +74,8 @@ class Steps:
         """The row numbers of each step that is left, and where the next step begins. An epoch's last step may have fewer."""
         rows, left, row = len(self.train_set), self.total - self.done, self.row
         for epoch in itertools.count(self.epoch):
-            order = torch.arange(rows)  # a tensor: as a list, ten million numbers take 400 MB
+            # A tensor: as a list, ten million numbers take 400 MB.
+            order = torch.arange(rows)
             if self.seed is not None:
                 order = torch.randperm(rows, generator=torch.Generator().manual_seed(self.seed + epoch))
             for start in range(row, rows, self.rows_per_step):

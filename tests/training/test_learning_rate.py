@@ -11,7 +11,7 @@ from helpers import LATEST, beginning, metrics_of, metrics_without_timings
 from prefix_tuning.files.names import PLOT_FILE, SEARCH_FILE
 from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.training import learning_rate
-from prefix_tuning.training.learning_rate import find_learning_rate, first_place, rate_at, valley, walk_downhill
+from prefix_tuning.training.learning_rate import find_learning_rate, first_guess, rate_at, valley, walk_downhill
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
@@ -39,8 +39,8 @@ def test_the_valley_lies_between_places_where_the_losses_say_so():
 def test_rates_are_half_a_decade_apart_and_the_first_guess_is_by_the_encoders_width():
     assert [rate_at(place) for place in (-5, -4, -1, 0, 1)] == [3.2e-3, 1e-2, 0.32, 1.0, 3.2]
     for width, rate in ((64, 3.2e-2), (192, 1e-2), (2048, 1e-3)):
-        assert rate_at(first_place(PrefixConfig(10, 2, 2, 8, width, True))) == rate
-    assert rate_at(first_place(PrefixConfig(10, 2, 2, 8, 8, False))) == 0.32
+        assert rate_at(first_guess(PrefixConfig(10, 2, 2, 8, width, True))) == rate
+    assert rate_at(first_guess(PrefixConfig(10, 2, 2, 8, 8, False))) == 0.32
 
 
 def test_a_search_leaves_the_run_as_it_was_and_finds_the_same_again(searching, monkeypatch):
