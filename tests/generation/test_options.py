@@ -76,12 +76,7 @@ NEUTRAL |= {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0}
 
 @pytest.mark.parametrize("name, neutral", NEUTRAL.items())
 def test_padding_matters_where_an_end_pads_and_tokens_are_looked_for(name, neutral):
-    for value, pad, matters in (
-        (neutral, 2, False),
-        (neutral + 1, 2, True),
-        (neutral + 2, 2, True),
-        (neutral + 1, 3, False),
-    ):
+    for value, pad, matters in ((neutral, 2, False), (neutral + 1, 2, True), (neutral + 1, 3, False)):
         assert depends_on_padding(GenerationConfig(eos_token_id=[7, 2], **{name: value}), pad) == matters
 
 

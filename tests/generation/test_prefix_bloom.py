@@ -293,18 +293,18 @@ def test_a_static_cache_needs_room_for_prefix_text_and_answer_alone(random_model
     ids, options = torch.tensor([[5, 6, 7]]), GREEDY | {"min_new_tokens": 12}
     expected = random_model.generate(ids, **options)
     enough = 5 + 3 + 12 - 1  # the last token is never put into it
-    for room in (1, enough - 1, enough):
-        cache = StaticCache(random_model.config, max_cache_len=room)
-        if room == enough:
-            assert torch.equal(random_model.generate(ids, past_key_values=cache, **options), expected)
-        else:
-            with pytest.raises(ValueError, match=f"have room for {room} tokens; prefix, text and answer need {enough}"):
-                random_model.generate(ids, past_key_values=cache, **options)
+
+    def cache_of(room):
+        return StaticCache(random_model.config, max_cache_len=room)
+
+    assert torch.equal(random_model.generate(ids, past_key_values=cache_of(enough), **options), expected)
+    for room in (1, enough - 1):
+        with pytest.raises(ValueError, match=f"have room for {room} tokens; prefix, text and answer need {enough}"):
+            random_model.generate(ids, past_key_values=cache_of(room), **options)
     with torch.no_grad():
         logits = random_model(ids).logits
-        for room in (8, 9):
-            cache = StaticCache(random_model.config, max_cache_len=room)
-            assert torch.allclose(random_model(ids, past_key_values=cache).logits, logits, atol=1e-4)
+        for room in (8, 9):  # a pass needs prefix and text
+            assert torch.allclose(random_model(ids, past_key_values=cache_of(room)).logits, logits, atol=1e-4)
 
 
 def test_a_cache_without_a_prefix_is_for_the_base(tuned_model, base, tokenizer):
@@ -672,9 +672,8 @@ def test_generate_takes_by_position_what_transformers_takes(random_model, base, 
     with pytest.raises(ValueError, match="assistant_model does not go with a prefix"):
         random_model.generate(inputs, settings, None, None, None, None, base)
     most = len(inspect.signature(BloomForCausalLM.generate).parameters) - 2  # without self and the options
-    assert torch.equal(
-        random_model.generate(inputs, settings, *[None] * (most - 2)), random_model.generate(inputs, settings)
-    )
+    nothing_more = random_model.generate(inputs, settings, *[None] * (most - 2))
+    assert torch.equal(nothing_more, random_model.generate(inputs, settings))
     with pytest.raises(TypeError, match=f"generate takes {most} arguments by position, not {most + 1}"):
         random_model.generate(inputs, settings, *[None] * (most - 1))
 
