@@ -240,7 +240,7 @@ def test_whether_the_conversation_is_read_depends_on_each_prefix(tuned, talker, 
     assert [prompt for (prompt,) in read if len(prompt) > 1] == [talk, alone, talk]  # base, short, talker
 
 
-def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, capsys):
+def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, monkeypatch, capsys):
     chat = open_chat("--history", "--prefix", tuned["short"])
     chat.answer(FRANCE)
     kept = dict(chat.answerer.options)
@@ -250,10 +250,12 @@ def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, capsy
 
     chat.answerer.options = kept | {"stopping_criteria": [interrupt]}
     chat.command("/compare")  # the base answers first, so Ctrl-C comes before the answer of the prefix in use
-    capsys.readouterr()
-    chat.answer("3加5等于多少？")
-    out, err = capsys.readouterr()
-    assert out.startswith("base   ") and out.endswith("\n") and err.endswith("stopped\n")
+    pipe = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", io.TextIOWrapper(pipe, encoding="utf-8"))
+        chat.answer("3加5等于多少？")
+        line = pipe.getvalue().decode()  # what has come without another flush
+    assert line.startswith("base   ") and line.endswith("\n") and capsys.readouterr().err.endswith("stopped\n")
     assert chat.history == [FRANCE, "巴黎"]  # not once more the answer to the question before
     chat.command("/compare")
     chat.answerer.options = kept | {"max_new_tokens": 1, "forced_eos_token_id": tokenizer.eos_token_id}
