@@ -90,8 +90,7 @@ TESTS = {
     ],
     "inference.run": [
         "tests/inference/test_ask.py tests/inference/test_score.py",
-        "tests/inference/test_run.py tests/inference/test_settings.py"
-        " -k another|share|stdin|decoding|counted|conversation",
+        "tests/inference/test_run.py tests/inference/test_settings.py -k another|share|stdin|decoding|counted|conversation",
     ],
     "inference.score": ["tests/inference/test_score.py"],
     "inference.settings": ["tests/inference/test_settings.py tests/test_settings.py"],
