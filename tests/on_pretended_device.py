@@ -116,6 +116,9 @@ def test_answers_with_prefixes_mixed(device, tokenizer):
         options = {"max_new_tokens": 8}
         answers.append(complete(model, tokenizer, PROMPTS + PROMPTS[:2], prefix_name=names, do_sample=False, **options))
         answers[-1] += complete(model, tokenizer, PROMPTS[:3], prefix_name="five", num_beams=2, do_sample=False, **options)
+        with torch.no_grad():
+            ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids.to(where)
+            answers[-1] += model(ids, prefix_name="nine").logits.argmax(-1).tolist()
     assert answers[0] == answers[1]
 
 

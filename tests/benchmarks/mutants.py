@@ -79,12 +79,18 @@ TESTS = {
     "generation.options": ["tests/generation/test_options.py", "tests/generation/test_prefix_bloom.py"],
     "generation.prefix_bloom": ["tests/generation/test_prefix_bloom.py", "tests/on_pretended_device.py"],
     "generation.sampling": ["tests/generation/test_sampling.py"],
-    "inference.answer_file": ["tests/inference/test_answer_file.py -k not full_disk and not killed"],
+    "inference.answer_file": [
+        "tests/inference/test_answer_file.py -k not full_disk and not killed",
+        "tests/inference/test_settings.py -k output",
+    ],
     "inference.ask": ["tests/inference/test_ask.py"],
-    "inference.chat": ["tests/inference/test_chat.py tests/inference/test_run.py -k kept_within|sees|stdin"],
+    "inference.chat": [
+        "tests/inference/test_chat.py -k not a_chat and not an_answer",
+        "tests/inference/test_run.py -k stdin",
+    ],
     "inference.run": [
         "tests/inference/test_ask.py tests/inference/test_score.py",
-        "tests/inference/test_run.py -k another|share|stdin|decoding|counted",
+        "tests/inference/test_run.py tests/inference/test_settings.py -k another|share|stdin|decoding|counted|conversation",
     ],
     "inference.score": ["tests/inference/test_score.py"],
     "inference.settings": ["tests/inference/test_settings.py tests/test_settings.py"],

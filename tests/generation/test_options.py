@@ -6,7 +6,7 @@ from helpers import GREEDY, PROMPTS
 from transformers import GenerationConfig
 
 from prefix_tuning.data.rows import prompt_of
-from prefix_tuning.generation.options import guess_mask, is_continuable, new_tokens, resolve_options
+from prefix_tuning.generation.options import depends_on_padding, guess_mask, is_continuable, new_tokens, resolve_options
 
 
 def test_settings_come_from_the_call_its_configuration_and_the_models_own(tuned_model, base, tokenizer):
@@ -68,6 +68,16 @@ def test_new_tokens_are_counted_by_themselves_or_with_the_text():
     assert new_tokens(GenerationConfig(max_new_tokens=7, max_length=50), 10) == 7
     assert new_tokens(GenerationConfig(max_length=50), 10) == 40
     assert new_tokens(GenerationConfig(), 10) == 20  # as transformers has it
+
+
+NEUTRAL = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0}
+NEUTRAL |= {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0}
+
+
+@pytest.mark.parametrize("name, neutral", NEUTRAL.items())
+def test_padding_matters_where_an_end_pads_and_tokens_are_looked_for(name, neutral):
+    for value, pad, matters in ((neutral, 2, False), (neutral + 1, 2, True), (neutral + 1, 3, False)):
+        assert depends_on_padding(GenerationConfig(eos_token_id=[7, 2], **{name: value}), pad) == matters
 
 
 def test_an_answer_is_continued_by_another_call_only_where_that_changes_nothing():

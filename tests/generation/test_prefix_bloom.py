@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 import logging
 import pickle
@@ -235,6 +236,13 @@ def test_forward_is_pefts(base, tmp_path, tokenizer):
     assert torch.allclose(alone.logits[real], plain.logits[real], atol=1e-4)
 
 
+def test_forward_takes_embeddings_in_place_of_ids(random_model):
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad():
+        embeds = random_model.transformer.word_embeddings(ids)
+        assert torch.equal(random_model(inputs_embeds=embeds).logits, random_model(ids).logits)
+
+
 def test_it_continues_from_past_key_values(random_model, tokenizer):
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     whole = random_model.generate(
@@ -279,8 +287,24 @@ def test_an_empty_cache_gets_the_prefix(tuned_model, tokenizer):
     beams = GREEDY | {"num_beams": 3}
     with_cache = tuned_model.generate(**inputs, past_key_values=DynamicCache(), **beams)
     assert torch.equal(with_cache, tuned_model.generate(**inputs, **beams))
-    with pytest.raises(ValueError, match="have room for 20 tokens; prefix, text and answer need"):
-        tuned_model.generate(**inputs, past_key_values=StaticCache(tuned_model.config, max_cache_len=20), **GREEDY)
+
+
+def test_a_static_cache_needs_room_for_prefix_text_and_answer_alone(random_model):
+    ids, options = torch.tensor([[5, 6, 7]]), GREEDY | {"min_new_tokens": 12}
+    expected = random_model.generate(ids, **options)
+    enough = 5 + 3 + 12 - 1  # the last token is never put into it
+
+    def cache_of(room):
+        return StaticCache(random_model.config, max_cache_len=room)
+
+    assert torch.equal(random_model.generate(ids, past_key_values=cache_of(enough), **options), expected)
+    for room in (1, enough - 1):
+        with pytest.raises(ValueError, match=f"have room for {room} tokens; prefix, text and answer need {enough}"):
+            random_model.generate(ids, past_key_values=cache_of(room), **options)
+    with torch.no_grad():
+        logits = random_model(ids).logits
+        for room in (8, 9):  # a pass needs prefix and text
+            assert torch.allclose(random_model(ids, past_key_values=cache_of(room)).logits, logits, atol=1e-4)
 
 
 def test_a_cache_without_a_prefix_is_for_the_base(tuned_model, base, tokenizer):
@@ -297,8 +321,16 @@ def test_a_cache_without_a_prefix_is_for_the_base(tuned_model, base, tokenizer):
         plain = base(new, past_key_values=copy.deepcopy(said.past_key_values)).logits
         ours = tuned_model(new, past_key_values=copy.deepcopy(said.past_key_values), prefix_name="base").logits
     assert torch.allclose(ours, plain, atol=1e-4)
-    ours = tuned_model.generate(text, past_key_values=copy.deepcopy(said.past_key_values), prefix_name="base", **GREEDY)
-    assert torch.equal(ours, base.generate(text, past_key_values=said.past_key_values, **GREEDY))
+    options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
+    ours = tuned_model.generate(text, past_key_values=copy.deepcopy(said.past_key_values), prefix_name="base", **options)
+    theirs = base.generate(text, past_key_values=said.past_key_values, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.allclose(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-4)
+    cache, beams = DynamicCache(), GREEDY | {"num_beams": 2}
+    with torch.no_grad():
+        base(text[:, :-1].expand(2, -1), past_key_values=cache)  # two rows for two beams
+    ours = tuned_model.generate(text, past_key_values=cache, prefix_name="base", **beams)
+    assert torch.equal(ours, base.generate(text, **beams))
 
 
 def test_a_chat_continues_in_one_cache_as_transformers_users_write_it(tuned_model, tokenizer):
@@ -639,8 +671,11 @@ def test_generate_takes_by_position_what_transformers_takes(random_model, base, 
     assert torch.equal(output, base.generate(inputs, settings, [never_end], stop)) and output.shape[1] == inputs.shape[1] + 5
     with pytest.raises(ValueError, match="assistant_model does not go with a prefix"):
         random_model.generate(inputs, settings, None, None, None, None, base)
-    with pytest.raises(TypeError, match=r"generate takes \d+ arguments by position, not 22"):
-        random_model.generate(inputs, settings, *[None] * 20)
+    most = len(inspect.signature(BloomForCausalLM.generate).parameters) - 2  # without self and the options
+    nothing_more = random_model.generate(inputs, settings, *[None] * (most - 2))
+    assert torch.equal(nothing_more, random_model.generate(inputs, settings))
+    with pytest.raises(TypeError, match=f"generate takes {most} arguments by position, not {most + 1}"):
+        random_model.generate(inputs, settings, *[None] * (most - 1))
 
 
 def test_an_attached_prefix_is_a_copy_in_its_own_precision(base):

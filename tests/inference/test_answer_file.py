@@ -1,5 +1,6 @@
 import datetime
 import json
+import locale
 import re
 import signal
 
@@ -7,9 +8,10 @@ import pytest
 from forks import Fork
 from helpers import FRANCE, questions, refuses, run_infer, wait_until, write_rows
 
-from prefix_tuning.data.rows import read_questions
-from prefix_tuning.errors import UserError
-from prefix_tuning.inference.answer_file import rows_done
+from prefix_tuning.data.rows import parts_of, read_questions
+from prefix_tuning.errors import Interrupted, UserError
+from prefix_tuning.inference.answer_file import answer_file, rows_done
+from prefix_tuning.inference.ask import Answerer
 
 
 def read_lines(path):
@@ -102,6 +104,29 @@ def test_a_killed_run_can_be_resumed(tmp_path, prefixes):
     run_infer(*flags[:-4], "--max_new_tokens", 16, "--resume")
     found = read_lines(output)
     assert [row["id"] for row in found] == list(range(600))
+
+
+def test_each_line_is_written_at_once_in_utf8_and_ctrl_c_counts_them(tmp_path, tuned_model, tokenizer):
+    """In a locale whose own encoding is ASCII."""
+    output, written = tmp_path / "answers.jsonl", []
+    options = {"num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 1}
+    rows = [({"instruction": FRANCE, "id": number}, parts_of(FRANCE), "short") for number in range(5)]
+
+    def interrupt(*_):
+        written.append(output.read_bytes().count(b"\n"))
+        if len(written) == 4:
+            raise KeyboardInterrupt
+
+    hook, before = tuned_model.lm_head.register_forward_pre_hook(interrupt), locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        with pytest.raises(Interrupted, match="stopped after 3 of 5 rows; continue with --resume"):
+            answer_file(Answerer(tuned_model, tokenizer, options, seed=0), lambda: iter(rows), output, 1, len(rows))
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+        hook.remove()
+    assert written == [0, 1, 2, 3]
+    assert output.read_text("utf-8") == as_lines(*(row | {"response": "巴黎"} for row, *_ in rows[:3]), ensure_ascii=False)
 
 
 def test_resuming_another_input_is_refused(tmp_path, prefixes):

@@ -5,24 +5,19 @@ import pytest
 from helpers import FRANCE, GREEDY, complete, refuses, run_infer, write_rows
 
 from prefix_tuning import PrefixBloom, load_prefix
-from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.data.rows import prompt_of
-from prefix_tuning.errors import UserError
 from prefix_tuning.inference.ask import Answerer
-from prefix_tuning.inference.run import infer
 from prefix_tuning.text import display_width
 
 
-def test_max_length_counts_the_question_and_max_new_tokens_does_not(trained, tokenizer, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    question = "法国的首都是哪里？"
-    prompt = len(tokenizer(f"Human: {question}\n\nAssistant: ").input_ids)
-    infer(parse_infer_config([question, "--max_new_tokens", "1"]))
-    one = capsys.readouterr().out
-    infer(parse_infer_config([question, "--max_length", str(prompt + 1)]))
-    assert capsys.readouterr().out == one
-    with pytest.raises(UserError, match="leaves no room"):
-        infer(parse_infer_config([question, "--max_length", str(prompt)]))
+def test_max_length_counts_the_question_and_max_new_tokens_does_not(tuned, tokenizer, capsys):
+    flags, prompt = [FRANCE, "--prefix", tuned["sentence"]], len(tokenizer(prompt_of(FRANCE)).input_ids)
+    answers = []
+    for more in ([], ["--max_new_tokens", 3], ["--max_length", prompt + 3]):
+        run_infer(*flags, *more)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1] == answers[2]
+    refuses(f"--max_length {prompt} leaves no room", *flags, "--max_length", prompt)
 
 
 def test_a_base_that_returns_dicts_and_ends_at_strings_answers(base, tuned, tokenizer, mixed, capsys):

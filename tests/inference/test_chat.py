@@ -240,7 +240,7 @@ def test_whether_the_conversation_is_read_depends_on_each_prefix(tuned, talker, 
     assert [prompt for (prompt,) in read if len(prompt) > 1] == [talk, alone, talk]  # base, short, talker
 
 
-def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, capsys):
+def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, monkeypatch, capsys):
     chat = open_chat("--history", "--prefix", tuned["short"])
     chat.answer(FRANCE)
     kept = dict(chat.answerer.options)
@@ -250,13 +250,38 @@ def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, capsy
 
     chat.answerer.options = kept | {"stopping_criteria": [interrupt]}
     chat.command("/compare")  # the base answers first, so Ctrl-C comes before the answer of the prefix in use
-    chat.answer("3加5等于多少？")
+    pipe = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", io.TextIOWrapper(pipe, encoding="utf-8"))
+        chat.answer("3加5等于多少？")
+        line = pipe.getvalue().decode()  # what has come without another flush
+    assert line.startswith("base   ") and line.endswith("\n") and capsys.readouterr().err.endswith("stopped\n")
     assert chat.history == [FRANCE, "巴黎"]  # not once more the answer to the question before
     chat.command("/compare")
     chat.answerer.options = kept | {"max_new_tokens": 1, "forced_eos_token_id": tokenizer.eos_token_id}
     capsys.readouterr()
     chat.answer("3加5等于多少？")
     assert capsys.readouterr().out == "\n" and chat.history == [FRANCE, "巴黎"]
+
+
+class Keys(io.StringIO):
+    """What is typed, line by line; Ctrl-C drops a line that ends in ^C."""
+
+    def readline(self, *_):
+        line = super().readline()
+        if line.endswith("^C\n"):
+            raise KeyboardInterrupt
+        return line
+
+
+def test_the_prompt_and_the_shell_begin_a_new_line_after_ctrl_c_and_ctrl_d(monkeypatch, capsys, tuned):
+    chat = open_chat("--history", "--prefix", tuned["short"])
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", Keys(f"half a question^C\n{FRANCE}\n"))
+    chat.run()
+    out, err = capsys.readouterr()
+    assert out == "巴黎\n" and err.endswith("/help lists the commands\n\n\n")
+    assert chat.history == [FRANCE, "巴黎"]
 
 
 def test_a_question_that_begins_with_a_slash_can_be_asked(monkeypatch, capsys, tuned):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ def test_scores_are_the_evaluations(tmp_path, tuned, prefixes, tokenizer, capsys
     ]
     source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "scores.json"
     run_infer("--score", source, *prefixes, "--output", output, "--precision", "fp32")
-    header, *lines, total = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert all(re.search(rf"\r{name}: 100%.* 9/9 .*row/s", err) for name in ("base", "short", "sentence"))
+    header, *lines, total = out.splitlines()
     assert header.split() == [
         "row",
         "labels",

@@ -59,6 +59,7 @@ TASKS = {
     "--resume": "input",
     "--batch_size 2": "input",
     "--compare": "question chat",
+    "--history": "chat",
     "--max_new_tokens 5": "question chat input",
     "--max_length 99": "question chat",
     "--do_sample": "question chat input",
@@ -140,6 +141,12 @@ def test_a_question_that_begins_with_a_dash_goes_behind_two(flags):
 def test_a_path_whose_links_lead_in_a_circle_is_refused(flags, tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     refuses("circle: Too many levels of symbolic links; name another", *flags.format(tmp_path / "circle").split())
+
+
+def test_flags_in_utf8_are_read_as_such_where_python_takes_them_for_ascii():
+    columns, question = (text.encode().decode("ascii", "surrogateescape") for text in ("instruction=问题", "你好"))
+    assert InferConfig(score="a.jsonl", columns=columns).columns == "instruction=问题"
+    assert InferConfig(question=question).question == "你好"
 
 
 def test_a_conversation_is_kept_for_all_on_request_only(tuned):
