@@ -37,7 +37,7 @@ DEMO_FLAGS = " ".join(f"--{name} {value}" for name, value in bundled.SETTINGS.it
 TRAIN_HELP = (
     f"Tune a prefix for a frozen Bloom. With no model and no dataset named, the bundled demo runs, with {DEMO_FLAGS}"
 )
-# What --help shows first.
+# The flags that --help shows first.
 MOST_USED_IN_TRAINING = (
     "dataset",
     "model_name_or_path",
@@ -66,7 +66,7 @@ MOST_USED_IN_STUDY = ("prefix", "dataset", "output", "rows", "question")
 PREFIX_HELP = "A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be repeated"
 PREFIX_DEFAULT = "(default: ./chatbot)."
 PREFIX_FLAG: dict[str, Any] = {"action": "append", "default": argparse.SUPPRESS, "metavar": "[NAME=]DIR"}
-# --prefix_from fixes these: the encoder that it loads has them already.
+# --prefix_from fixes these, because the encoder that it loads already has them.
 PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
 
 
@@ -172,9 +172,9 @@ def _open_streams(stdout_is_answers: bool) -> None:
 
 
 def parse_train_config(argv: list[str]) -> TrainConfig:
-    """The settings that train.py's command line gives. Raises UserError for those that make no sense.
+    """The settings of train.py's command line. Raises UserError for settings that make no sense.
 
-    If model and dataset are bundled ones, the demo's settings replace the defaults, and are printed.
+    If model and dataset are bundled, the demo's settings replace the defaults, and are printed.
     """
     from prefix_tuning.parser import Parser
 
@@ -206,7 +206,7 @@ def _train(argv: list[str]) -> Callable[[], object]:
 
 
 def parse_infer_config(argv: list[str]) -> InferConfig:
-    """The settings that infer.py's command line gives. Raises UserError for those that make no sense."""
+    """The settings of infer.py's command line. Raises UserError for settings that make no sense."""
     from prefix_tuning.parser import Parser
 
     groups = (AskArguments, SharedBaseArguments, DecodingArguments)
@@ -215,7 +215,7 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
         "question",
         nargs="?",
         default=argparse.SUPPRESS,
-        help="The question, in quotes. One that begins with - goes behind --.",
+        help="The question, in quotes. A question that begins with - goes after --.",
     )
     help = f"{PREFIX_HELP}; the first answers where none is named {PREFIX_DEFAULT}"
     parser.add_argument("--prefix", help=help, **PREFIX_FLAG)

@@ -1,21 +1,22 @@
-"""stdout and stderr where they are only for people to look at."""
+"""stdout and stderr, if only people look at them."""
 
 from contextlib import suppress
 from typing import TextIO
 
 
 class Screen:
-    """A text stream on which what cannot be written is dropped, and is no error. All else is left to `stream`.
+    """A text stream that drops output which cannot be written, without an error. In all else it is `stream`.
 
-    Its reader may have ended (`| head`; with `2>&1 | tee log`, Ctrl-C ends tee too), its terminal may be closed, or a log
-    file's disk full. None of that may end a run that has trained for hours.
+    Without it, a run that has trained for hours would end with its log: because the disk is full, the terminal is closed, or
+    the reader has ended (`| head`; with `2>&1 | tee log`, Ctrl-C ends tee too).
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # ValueError: the stream is closed, or cannot encode the text
+        # ValueError: the stream is closed, or cannot encode the text.
+        with suppress(OSError, ValueError):
             self._stream.write(text)
         return len(text)
 

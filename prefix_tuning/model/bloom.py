@@ -30,9 +30,9 @@ Nothing runs under autocast; each tensor has one dtype. With a base in bf16:
 A base in fp16 runs on CUDA only, as in bf16, and its losses are scaled (training/loop.py).
 
 Another family of models, for example with rotary positions and grouped heads, needs a `forward_packed` and a bias of its own
-(attention.py), its own way to layers and embeddings (`packed_hidden`, and base_model/), and the number
-of key-value heads wherever a prefix gets its shape from the base's configuration (`PrefixConfig.of`, `empty_prefix`,
-base_model/identity.py). The encoder, the loop and the file formats stay.
+(attention.py), its own way to layers and embeddings (`packed_hidden`, and base_model/), and the number of key-value heads
+wherever a prefix gets its shape from the base's configuration (`PrefixConfig.of`, `empty_prefix`, base_model/identity.py).
+The encoder, the loop and the file formats stay.
 """
 
 from collections.abc import Callable
