@@ -7,7 +7,6 @@ imported when the flags have been checked. So --help and mistakes in flags are a
 import argparse
 import codecs
 import dataclasses
-import io
 import os
 import shlex
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 from prefix_tuning import bundled
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.inference.settings import AskArguments, DecodingArguments, InferConfig
-from prefix_tuning.screen import Screen
+from prefix_tuning.screen import Answers, Screen
 from prefix_tuning.settings import SharedBaseArguments
 from prefix_tuning.study.claims.settings import ClaimsConfig
 from prefix_tuning.study.settings import StudyArguments, StudyBaseArguments, StudyConfig
@@ -130,28 +129,6 @@ def _default_sigint() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-class _Stdout(io.TextIOWrapper):
-    """stdout whose errors are UserErrors, for a full disk say; BrokenPipeError, for a closed pipe, stays what it is."""
-
-    def write(self, text: str) -> int:
-        with self._checked():
-            return super().write(text)
-
-    def flush(self) -> None:
-        with self._checked():
-            super().flush()
-
-    @contextmanager
-    def _checked(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # Python flushes the rest at exit; it would fail again
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise UserError(f"stdout cannot be written: {error.strerror}") from error
-
-
 def _open_streams(stdout_is_answers: bool) -> None:
     """Makes stdin, stdout and stderr usable. Closed ones become /dev/null; ASCII, Python's choice without a locale, becomes
     UTF-8; bytes that cannot be decoded and characters that cannot be encoded become a ?. stderr becomes a Screen, and stdout
@@ -161,13 +138,8 @@ def _open_streams(stdout_is_answers: bool) -> None:
         if stream is None:  # closed by the caller
             stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 (stays open)
         stream.reconfigure(encoding="utf-8" if codecs.lookup(stream.encoding).name == "ascii" else None, errors="replace")
-        if name == "stdout" and stdout_is_answers:
-            options = {
-                option: getattr(stream, option) for option in ("encoding", "errors", "line_buffering", "write_through")
-            }
-            stream = _Stdout(stream.detach(), **options)
-        elif name != "stdin":
-            stream = Screen(stream)
+        if name != "stdin":
+            stream = Answers(stream) if name == "stdout" and stdout_is_answers else Screen(stream)
         setattr(sys, name, stream)
 
 
