@@ -38,29 +38,12 @@ TRAIN_HELP = (
 )
 # The flags that --help shows first.
 MOST_USED_IN_TRAINING = (
-    "dataset",
-    "model_name_or_path",
-    "output_dir",
-    "eval_dataset",
-    "learning_rate",
-    "num_train_epochs",
-    "num_virtual_tokens",
-    "per_device_train_batch_size",
-    "max_length",
-    "resume_from_checkpoint",
-)
+    "dataset", "model_name_or_path", "output_dir", "eval_dataset", "learning_rate", "num_train_epochs", "num_virtual_tokens",
+    "per_device_train_batch_size", "max_length", "resume_from_checkpoint",
+)  # fmt: skip
 MOST_USED_IN_INFERENCE = (
-    "question",
-    "prefix",
-    "compare",
-    "chat",
-    "input",
-    "output",
-    "score",
-    "model_name_or_path",
-    "max_new_tokens",
-    "do_sample",
-)
+    "question", "prefix", "compare", "chat", "input", "output", "score", "model_name_or_path", "max_new_tokens", "do_sample",
+)  # fmt: skip
 MOST_USED_IN_STUDY = ("prefix", "dataset", "output", "rows", "question")
 PREFIX_HELP = "A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be repeated"
 PREFIX_DEFAULT = "(default: ./chatbot)."

@@ -62,8 +62,7 @@ OLDER_THAN_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_C
 def has_bf16_units(device: torch.device) -> bool:
     """Whether torch multiplies bfloat16 matrices in hardware, and so faster than float32. Known for CUDA and x86 CPUs."""
     if device.type == "cuda":
-        # Ampere or later.
-        return torch.cuda.get_device_properties(device).major >= 8
+        return torch.cuda.get_device_properties(device).major >= 8  # Ampere or later
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     if device.type != "cpu" or limit.upper() in OLDER_THAN_BF16:
         return False
@@ -81,8 +80,7 @@ def make_reproducible(device: torch.device) -> None:
     """Makes the same seed give the same bits on CUDA, where torch has deterministic kernels. Resets its memory peak, too."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        # cuBLAS reads this variable before its first matmul.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first matmul
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -139,6 +137,5 @@ def peak_memory_mb(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) // 2**20
     if sys.platform == "win32":
         return None
-    # macOS counts bytes, Linux KiB.
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

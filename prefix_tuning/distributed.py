@@ -26,10 +26,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# Seconds that torchrun gets to kill this process after a peer has died.
-GRACE = 5
-# For one exchange. It is long, because one process may prepare many rows while the others wait.
-TIMEOUT = datetime.timedelta(hours=3)
+GRACE = 5  # seconds that torchrun gets to kill this process after a peer has died
+TIMEOUT = datetime.timedelta(hours=3)  # for one exchange: one process may prepare many rows while the others wait
 
 
 def rank() -> int:
@@ -51,33 +49,26 @@ def note(line: str) -> None:
 
 
 def torchrun_job() -> str | None:
-    """A name for this torchrun, the same after it restarts its processes; None without torchrun.
+    """A name for this torchrun, the same after it has restarted its processes; None without torchrun.
 
-    It tells a restart from a new run: without it, a run that torchrun restarts would be refused, because its folder holds
-    its own checkpoints.
+    Without it, a run that torchrun restarts would be refused, because its folder already holds its own checkpoints.
     """
-    # The folder of torchrun's logs: .../JOB/attempt_N/LOCAL_RANK/error.json
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in the folder of its logs: .../JOB/attempt_N/LOCAL_RANK/error.json
     return Path(file).parents[2].name if file else None
 
 
-# Shared by the processes of this run, once they are connected.
-_store: dist.Store | None = None
+_store: dist.Store | None = None  # shared by the processes of this run, once they are connected
 
 
 def first_to_say(message: str) -> bool:
-    """Whether no other process has had this message since torchrun (re)started them.
-
-    Without it, 8 processes would print the same mistake 8 times.
-    """
+    """Whether no other process has had this message since torchrun (re)started them. Otherwise 8 would print it 8 times."""
     global _store
     # Before the processes are connected, torchrun may have a store that outlives them.
     if _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     try:
         return _store is None or _store.add(f"{os.environ['TORCHELASTIC_RESTART_COUNT']}: {message}", 1) == 1
-    # The store was in main, and main has ended.
-    except dist.DistError:
+    except dist.DistError:  # the store was in main, and main has ended
         return True
 
 

@@ -47,8 +47,7 @@ class HelpFormatter(argparse.HelpFormatter):
         if not action.option_strings:
             return action.dest
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
-        # A switch.
-        if action.nargs == "?":
+        if action.nargs == "?":  # a switch
             value = "{true,false}" if action.default else ""
         return f"{action.option_strings[0]} {value}".strip()
 
@@ -59,8 +58,7 @@ class HelpFormatter(argparse.HelpFormatter):
         default, text = action.default, action.help or ""
         if not any(default is nothing for nothing in (None, False, argparse.SUPPRESS)):
             text += f" (default: {'true' if default is True else default})"
-        # argparse formats the text with %.
-        return text.replace("%", "%%")
+        return text.replace("%", "%%")  # because argparse formats it with %
 
 
 class Parser(HfArgumentParser):
@@ -77,8 +75,7 @@ class Parser(HfArgumentParser):
         )
         self.add_argument("--debug", action="store_true", help="Show where in the program an error was raised.")
         for action in self._actions:
-            # HfArgumentParser adds such a --no_X to a switch X that is on by default.
-            if action.const is False:
+            if action.const is False:  # the --no_X that HfArgumentParser adds to a switch X that is on by default
                 action.help = action.default = argparse.SUPPRESS
         self.most_used = most_used
 
@@ -89,8 +86,7 @@ class Parser(HfArgumentParser):
         formatter.add_text(self.description)
         flags = {action.dest: action for action in self._actions if action.help != argparse.SUPPRESS}
         groups = [("most used", [flags.pop(name) for name in self.most_used])]
-        # argparse's own two groups, with --help and --debug, come last.
-        in_groups = [*self._action_groups[2:], *self._action_groups[:2]]
+        in_groups = [*self._action_groups[2:], *self._action_groups[:2]]  # argparse's own, with --help and --debug, last
         groups += [(group.title or "", [x for x in group._group_actions if x.dest in flags]) for group in in_groups]
         for title, actions in groups:
             formatter.start_section(title)
@@ -104,8 +100,7 @@ class Parser(HfArgumentParser):
     def parse(self, argv: list[str]) -> tuple[dict[str, Any], set[str]]:
         """Returns the values of all flags by name, and the names of the flags that are on the command line."""
         question: list[str] = []
-        # The argument after -- is the question, even if it begins with -. Flags may follow it.
-        if "--" in argv:
+        if "--" in argv:  # the next argument is the question, even if it begins with -; flags may follow it
             dashes = argv.index("--")
             question, argv = argv[dashes : dashes + 2], argv[:dashes] + argv[dashes + 2 :]
         # A bare `--compare` before a question must not take the question for its value.

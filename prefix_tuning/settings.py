@@ -76,8 +76,7 @@ def check_flags(settings: Any, **words: str) -> None:
         value, rules = getattr(settings, field.name), field.metadata.get("rules", Rules())
         least, most, needs = rules.at_least, rules.at_most, rules.needs
         if value is not None and least is not None and not least <= value <= most:
-            # Decimal writes 0.00001 where str writes 1e-05.
-            bounds = f"at least {Decimal(str(least)):f}"
+            bounds = f"at least {Decimal(str(least)):f}"  # Decimal writes 0.00001 where str writes 1e-05
             bounds += f" and at most {most}" if most < sys.float_info.max else ""
             raise UserError(f"--{field.name} must be {bounds}, not {value}")
         if value is not None and rules.is_path:

@@ -16,8 +16,7 @@ from prefix_tuning.generation.options import depends_on_padding, is_continuable,
 from prefix_tuning.generation.prefix_bloom import Names, PrefixBloom
 from prefix_tuning.generation.sampling import row_draws
 
-# A batch of at most 4 rows is not shrunk: another call of `generate` would cost more than it saves.
-FEW_ROWS = 4
+FEW_ROWS = 4  # such a batch is not shrunk: another call of `generate` would cost more than it saves
 
 
 class Prompt(NamedTuple):
@@ -71,8 +70,7 @@ def batches_of(prompts: Iterable[Prompt], batch_size: int, max_tokens: int) -> l
     its own.
     """
     batches: list[list[Prompt]] = []
-    # Tokens of the longest prompt in the last batch.
-    longest = 0
+    longest = 0  # tokens of the longest prompt in the last batch
     for prompt in sorted(prompts, key=lambda prompt: (prompt.prefix_name, len(prompt.ids))):
         longest = max(longest, len(prompt.ids))
         if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * longest > max_tokens:

@@ -10,8 +10,7 @@ from transformers import GenerationConfig
 
 from prefix_tuning.base_model.special_tokens import ends_of
 
-# transformers' own default, where neither max_new_tokens nor max_length is set.
-_DEFAULT_NEW_TOKENS = 20
+_DEFAULT_NEW_TOKENS = 20  # transformers' own, where neither max_new_tokens nor max_length is set
 
 _RULED_OUT = ("inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "prefill_chunk_size")
 
@@ -46,8 +45,7 @@ def resolve_options(own: GenerationConfig, given: GenerationConfig | None, optio
     for name, value in vars(own).items():
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)
-    # A guidance_scale of 1 has no effect.
-    if settings.guidance_scale == 1:
+    if settings.guidance_scale == 1:  # it has no effect
         settings.guidance_scale = None
     return settings, options
 

@@ -38,8 +38,7 @@ from prefix_tuning.generation.cache import CACHE, PrefixedCache, has_prefixes, i
 from prefix_tuning.generation.options import check_options, copies_of_a_row, guess_mask, new_tokens, resolve_options
 from prefix_tuning.model.bloom import Bloom, add_packed_forward, empty_prefix, prefix_cache
 
-# The name of the base without a prefix.
-BASE = "base"
+BASE = "base"  # the name of the base without a prefix
 # Names of prefixes: one for all rows, or one for each; None: the prefix in use.
 Names = str | list[str] | None
 
@@ -91,18 +90,15 @@ class PrefixBloom(Bloom):
         # A prefix needs a cache. `generate` below chooses its kind.
         self.config.use_cache = self.generation_config.use_cache = True
         self.generation_config.cache_implementation = None
-        # Each keeps the dtype in which it was attached.
-        self.prefixes: dict[str, torch.Tensor] = {}
-        # By prefix, the record that its files hold of its base.
-        self.trained_on: dict[str, dict[str, Any]] = {}
+        self.prefixes: dict[str, torch.Tensor] = {}  # in the dtypes in which they were attached
+        self.trained_on: dict[str, dict[str, Any]] = {}  # for each prefix, the record of its base in its files
         self.active = BASE
         self.base_fingerprint = fingerprint(base, tokenizer)
         if tokenizer is not None:
             align_special_tokens(self.generation_config, tokenizer, base.name_or_path or "the base")
         add_packed_forward(self)
         for block in self.transformer.h:
-            # Bloom's GELU, in one kernel instead of eight.
-            block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))
+            block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))  # as in PackedBlock, one kernel
         self.lm_head.register_forward_pre_hook(_as_contiguous)
 
     @property
@@ -131,8 +127,7 @@ class PrefixBloom(Bloom):
             add_end(self.generation_config, end, f"{name}: the tokenizer of its training")
         if not self.prefixes:
             self.active = name
-        # A copy, because the caller may go on training the tensor.
-        self.prefixes[name] = tensor.detach().to(self.device, copy=True)
+        self.prefixes[name] = tensor.detach().to(self.device, copy=True)  # the caller may go on training the tensor
         self.trained_on[name] = trained_on
 
     def detach(self, name: str) -> None:
@@ -219,8 +214,7 @@ class PrefixBloom(Bloom):
         """
         prefixes = self._prefixes_of(prefix_name, len(attention_mask))
         cache, mask = prefix_cache([tensor for tensor in prefixes for _ in range(copies)], cache)
-        # For calls that continue from this cache.
-        set_prefix_mask(cache, mask)
+        set_prefix_mask(cache, mask)  # for calls that continue from this cache
         return torch.cat((mask[::copies], attention_mask), dim=1), cache
 
     def _lacks_prefix(self, cache: Cache | None, prefix_name: Names, rows: int) -> bool:
@@ -381,8 +375,7 @@ class PrefixBloom(Bloom):
         prefix_mask: (R, P); None: attention_mask has the prefix's part already.
         """
         if prefix_mask is not None:
-            # transformers drops a mask of ones.
-            if attention_mask is None:
+            if attention_mask is None:  # transformers drops a mask of ones
                 attention_mask = torch.ones_like(input_ids)
             attention_mask = torch.cat((prefix_mask, attention_mask), dim=1)
             # transformers would subtract the length of the cache, which counts the prefix, from the length of the text.

@@ -30,8 +30,8 @@ There is one slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a 
 kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, little
 work on the masked future, and only inputs and outputs are kept for the backward pass.
 
-All of it runs in `attention_dtype`: for a base in bf16, that is bfloat16 on CUDA and float32 on a CPU. The prefix arrives
-in float32 and is cast here, before `torch.cat`.
+All of it runs in `attention_dtype`: for a base in bf16, bfloat16 on CUDA and float32 on a CPU. The prefix arrives in float32
+and is cast here, before `torch.cat`.
 """
 
 from collections.abc import Iterator
@@ -47,10 +47,8 @@ from prefix_tuning.model.batch import Batch
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# Queries per kernel: smaller chunks skip more masked keys, larger ones launch fewer kernels.
-QUERY_CHUNK = 128
-# Tokens: a CPU takes longer to launch the kernels of a shorter row than to run them (tests/benchmarks).
-SHORT_ROW = 48
+QUERY_CHUNK = 128  # queries per kernel: smaller chunks skip more masked keys, larger ones launch fewer kernels
+SHORT_ROW = 48  # tokens: a CPU takes longer to launch the kernels of a shorter row than to run them (tests/benchmarks)
 
 
 def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -71,14 +69,12 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
     distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative before it
     slopes = alibi_slopes(num_heads).to(like.device, torch.promote_types(like.dtype, torch.float32))[:, None, None]
     bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(attention_dtype(like.dtype, like.device))
-    # SDPA on a CPU uses a slow kernel for a 3-D mask; the batch axis avoids it.
-    return bias.unsqueeze(0)
+    return bias.unsqueeze(0)  # the batch axis avoids the slow kernel that SDPA uses for a 3-D mask on a CPU
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
     """slope_h of the formula above: (H,), float32."""
-    # transformers' tensor is slope * position: at position 1, it is the slope.
-    return build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]
+    return build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]  # slope * position, at position 1
 
 
 # Row lengths differ from batch to batch, so it would be compiled anew for each.
@@ -179,8 +175,7 @@ def _query_chunks(
         key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
         for begin in range(first, length, QUERY_CHUNK):
             end = min(begin + QUERY_CHUNK, length)
-            # Keys: the whole prefix, and the row up to the last query.
-            visible = prefix_length + end
+            visible = prefix_length + end  # the keys of the whole prefix, and of the row up to the last query
             yield (
                 slice(start + begin, start + end),
                 slice(start, start + end),

@@ -79,8 +79,7 @@ class Batch:
             label_positions=F.pad(self.label_positions, (0, labels)),
             labels=F.pad(self.labels, (0, labels)),
             lengths=lengths,
-            # The index of a first label, where there is none, is the length of the row.
-            first_labels=self.first_labels + row,
+            first_labels=self.first_labels + row,  # the length of the new row: it has no label
             slots=_slots(lengths),
         )
 

@@ -71,8 +71,7 @@ class PackedBlock(BloomBlock):
 
         normed = self.post_attention_layernorm(hidden)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden
-        # Bloom's GELU, in one kernel instead of eight.
-        inner = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")
+        inner = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")  # Bloom's GELU, in one kernel instead of eight
         return mlp.dense_4h_to_h(inner) + residual
 
 

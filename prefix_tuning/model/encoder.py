@@ -138,8 +138,7 @@ class PrefixEncoder(nn.Module):
     @classmethod
     def from_weights(cls, config: PrefixConfig, weights: dict[str, torch.Tensor]) -> "PrefixEncoder":
         """The encoder with these weights, a `state_dict`, which it does not copy. Raises RuntimeError if they do not fit."""
-        # On the meta device, nothing is allocated.
-        with torch.device("meta"):
+        with torch.device("meta"):  # nothing is allocated there
             encoder = cls(config)
         encoder.text_prefix = weights.get("text_prefix")
         encoder.load_state_dict(weights, assign=True)
@@ -147,8 +146,7 @@ class PrefixEncoder(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """Returns the prefix (L, 2, H, P, D), float32, differentiable in the parameters."""
-        # All virtual tokens in order, so no index is needed.
-        flat = self.embedding.weight
+        flat = self.embedding.weight  # all virtual tokens in order, so no index is needed
         if self.config.prefix_projection:
             flat = self.transform(flat)
         if self.text_prefix is not None:
