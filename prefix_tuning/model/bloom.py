@@ -119,6 +119,11 @@ def add_packed_forward(model: BloomForCausalLM) -> None:
             block.__class__ = PackedBlock
 
 
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The logits of hidden (N, E) by the head's weight (V, E): (N, V), at least float32."""
+    return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
 class FrozenHeadLoss(torch.autograd.Function):
     """Cross-entropy of hidden (N, E) @ weight (V, E).T against labels (N,), for each label.
 
@@ -146,7 +151,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden, dtype=losses.dtype) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
             part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
-            log_probabilities = F.linear(hidden[part], weight).to(losses.dtype).log_softmax(-1)
+            log_probabilities = head_logits(hidden[part], weight).log_softmax(-1)
             label = labels[part].unsqueeze(1)
             losses[part] = -log_probabilities.gather(1, label).squeeze(1)
             if grad is not None:

@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 
-from prefix_tuning.model.attention import as_grid
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedBlock
 
@@ -39,7 +38,9 @@ def attend_openly(
     """`attend` as a textbook writes it: (T, H, D). watch: is called with the weights, (R, H, S, P + S); those of each query
     sum to 1, and what stands where a shorter row has no token is of no meaning.
     """
-    query, key, value = as_grid(qkv, prefix, batch)
+    query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (R, H, S, D)
+    prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1).expand(-1, batch.rows, -1, -1, -1)
+    key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
     weights = (query @ key.mT / math.sqrt(query.shape[-1]) + bias).softmax(dim=-1)
     watch(weights)
     return batch.from_grid((weights @ value).transpose(1, 2))
@@ -49,6 +50,6 @@ def watching(base: Bloom, watch: Callable[[int, torch.Tensor], None]) -> Abstrac
     """Inside, `watch(layer, weights)` is called for each layer of each forward pass. weights: see `attend_openly`."""
 
     def attend_in(layer: int) -> Callable[..., torch.Tensor]:
-        return lambda qkv, prefix, batch, bias, _: attend_openly(qkv, prefix, batch, bias, partial(watch, layer))
+        return lambda qkv, prefix, batch, bias, only_labels: attend_openly(qkv, prefix, batch, bias, partial(watch, layer))
 
     return attending(base, attend_in)
