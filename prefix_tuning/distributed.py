@@ -61,7 +61,7 @@ _store: dist.Store | None = None  # shared by the processes of this run, once th
 
 
 def first_to_say(message: str) -> bool:
-    """Whether no other process has had this message since torchrun (re)started them. Otherwise 8 would print it 8 times."""
+    """Whether this is the first process with this message since torchrun (re)started them. Otherwise 8 print it 8 times."""
     global _store
     # Before the processes are connected, torchrun may have a store that outlives them.
     if _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -16,7 +16,7 @@ from prefix_tuning.generation.options import depends_on_padding, is_continuable,
 from prefix_tuning.generation.prefix_bloom import Names, PrefixBloom
 from prefix_tuning.generation.sampling import row_draws
 
-FEW_ROWS = 4  # such a batch is not shrunk: another call of `generate` would cost more than it saves
+FEW_ROWS = 4  # a batch of at most 4 rows is not shrunk: another call of `generate` would cost more than it saves
 
 
 class Prompt(NamedTuple):

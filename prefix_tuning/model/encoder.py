@@ -40,10 +40,10 @@ else. For the same reason it runs once per optimizer step and not once per row (
 Why is it never run under autocast? Its parameters and the prefix are float32, whatever the dtype of the base: the prefix is
 cast where attention reads it (attention.py). Under autocast to bf16, `encoder()` would return a bf16 prefix. Then
 
-- a step would hardly change the prefix: the Linear layers round each weight to 8 significant bits. Near 0.02 those are
-  1.2e-4 apart, but Adam moves a weight by about the learning rate, say 5e-5;
-- the gradients of all rows of a step would be summed in bf16 too, because the leaf and its gradient have the dtype of the
-  prefix (training/loop.py). The 257th of equal summands no longer changes such a sum;
+- a step would hardly show in the prefix: the Linear layers round each weight to bf16, whose numbers are 1.2e-4 apart around
+  0.02, but Adam moves a weight by about the learning rate, for example 5e-5;
+- the gradients of all rows of a step would be summed in bf16 too, because they have the dtype of the prefix
+  (training/loop.py). The 257th of equal summands no longer changes such a sum;
 - `bake`, outside of autocast, would save another prefix than the one that was trained.
 
 Sources: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", https://arxiv.org/abs/2101.00190;
