@@ -14,7 +14,7 @@ __all__ = ["PrefixBloom", "UserError", "load_prefix"]
 
 
 def __getattr__(name: str):
-    """Imports what is asked for when it is: `--help` need not wait for torch."""
+    """Imports a name when it is first used, so that `--help` need not wait for torch."""
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,7 @@
 """Names for what ships with the package: a mini Bloom that knows 3,203 facts, and questions about them.
 
-The names are the same on any machine: `bundled:mini-bloom` is the model; `bundled:short` and `bundled:sentence` are training
-questions, answered briefly or by a whole sentence; `bundled:short-eval` and `bundled:sentence-eval` ask about facts that no
-training question is about. demo/build.py makes all of them.
+`bundled:mini-bloom` is the model. `bundled:short` and `bundled:sentence` are training questions with brief answers or whole
+sentences; `bundled:short-eval` and `bundled:sentence-eval` ask about other facts. demo/build.py makes all of them.
 """
 
 from pathlib import Path
@@ -19,7 +18,7 @@ _PATHS = {
     "bundled:sentence-eval": _DEMO / "data" / "sentence-eval.jsonl",
 }
 
-# The defaults of train.py where model and dataset are bundled. tests/benchmarks/README.md has the measurements behind them.
+# The defaults of train.py where model and dataset are bundled; tests/benchmarks/README.md shows how they were measured.
 SETTINGS = {
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
@@ -36,5 +35,5 @@ def resolve(name: str) -> str:
 
 
 def name_of(path: Path) -> str | None:
-    """The bundled name of a path, the inverse of `resolve`; None if it is no bundled one."""
-    return next((name for name, place in _PATHS.items() if place.resolve() == path), None)
+    """The bundled name of a path, the inverse of `resolve`; None for any other path."""
+    return next((name for name, bundled in _PATHS.items() if bundled.resolve() == path), None)

@@ -7,7 +7,6 @@ imported when the flags have been checked. So --help and mistakes in flags are a
 import argparse
 import codecs
 import dataclasses
-import io
 import os
 import shlex
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 from prefix_tuning import bundled
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.inference.settings import AskArguments, DecodingArguments, InferConfig
-from prefix_tuning.screen import Screen
+from prefix_tuning.screen import Answers, Screen
 from prefix_tuning.settings import SharedBaseArguments
 from prefix_tuning.study.claims.settings import ClaimsConfig
 from prefix_tuning.study.settings import StudyArguments, StudyBaseArguments, StudyConfig
@@ -37,36 +36,19 @@ DEMO_FLAGS = " ".join(f"--{name} {value}" for name, value in bundled.SETTINGS.it
 TRAIN_HELP = (
     f"Tune a prefix for a frozen Bloom. With no model and no dataset named, the bundled demo runs, with {DEMO_FLAGS}"
 )
-# What --help shows first.
+# The flags that --help shows first.
 MOST_USED_IN_TRAINING = (
-    "dataset",
-    "model_name_or_path",
-    "output_dir",
-    "eval_dataset",
-    "learning_rate",
-    "num_train_epochs",
-    "num_virtual_tokens",
-    "per_device_train_batch_size",
-    "max_length",
-    "resume_from_checkpoint",
-)
+    "dataset", "model_name_or_path", "output_dir", "eval_dataset", "learning_rate", "num_train_epochs", "num_virtual_tokens",
+    "per_device_train_batch_size", "max_length", "resume_from_checkpoint",
+)  # fmt: skip
 MOST_USED_IN_INFERENCE = (
-    "question",
-    "prefix",
-    "compare",
-    "chat",
-    "input",
-    "output",
-    "score",
-    "model_name_or_path",
-    "max_new_tokens",
-    "do_sample",
-)
+    "question", "prefix", "compare", "chat", "input", "output", "score", "model_name_or_path", "max_new_tokens", "do_sample",
+)  # fmt: skip
 MOST_USED_IN_STUDY = ("prefix", "dataset", "output", "rows", "question")
 PREFIX_HELP = "A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be repeated"
 PREFIX_DEFAULT = "(default: ./chatbot)."
 PREFIX_FLAG: dict[str, Any] = {"action": "append", "default": argparse.SUPPRESS, "metavar": "[NAME=]DIR"}
-# --prefix_from fixes these: the encoder that it loads has them already.
+# --prefix_from fixes these, because the encoder that it loads already has them.
 PREFIX_SHAPE = {field.name for field in dataclasses.fields(PrefixArguments)} - {"prefix_from"}
 
 
@@ -130,28 +112,6 @@ def _default_sigint() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-class _Stdout(io.TextIOWrapper):
-    """stdout whose errors are UserErrors, for a full disk say; BrokenPipeError, for a closed pipe, stays what it is."""
-
-    def write(self, text: str) -> int:
-        with self._checked():
-            return super().write(text)
-
-    def flush(self) -> None:
-        with self._checked():
-            super().flush()
-
-    @contextmanager
-    def _checked(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # Python flushes the rest at exit; it would fail again
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise UserError(f"stdout cannot be written: {error.strerror}") from error
-
-
 def _open_streams(stdout_is_answers: bool) -> None:
     """Makes stdin, stdout and stderr usable. Closed ones become /dev/null; ASCII, Python's choice without a locale, becomes
     UTF-8; bytes that cannot be decoded and characters that cannot be encoded become a ?. stderr becomes a Screen, and stdout
@@ -161,20 +121,15 @@ def _open_streams(stdout_is_answers: bool) -> None:
         if stream is None:  # closed by the caller
             stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 (stays open)
         stream.reconfigure(encoding="utf-8" if codecs.lookup(stream.encoding).name == "ascii" else None, errors="replace")
-        if name == "stdout" and stdout_is_answers:
-            options = {
-                option: getattr(stream, option) for option in ("encoding", "errors", "line_buffering", "write_through")
-            }
-            stream = _Stdout(stream.detach(), **options)
-        elif name != "stdin":
-            stream = Screen(stream)
+        if name != "stdin":
+            stream = Answers(stream) if name == "stdout" and stdout_is_answers else Screen(stream)
         setattr(sys, name, stream)
 
 
 def parse_train_config(argv: list[str]) -> TrainConfig:
-    """The settings that train.py's command line gives. Raises UserError for those that make no sense.
+    """The settings of train.py's command line. Raises UserError for settings that make no sense.
 
-    If model and dataset are bundled ones, the demo's settings replace the defaults, and are printed.
+    If model and dataset are bundled, the demo's settings replace the defaults, and are printed.
     """
     from prefix_tuning.parser import Parser
 
@@ -206,7 +161,7 @@ def _train(argv: list[str]) -> Callable[[], object]:
 
 
 def parse_infer_config(argv: list[str]) -> InferConfig:
-    """The settings that infer.py's command line gives. Raises UserError for those that make no sense."""
+    """The settings of infer.py's command line. Raises UserError for settings that make no sense."""
     from prefix_tuning.parser import Parser
 
     groups = (AskArguments, SharedBaseArguments, DecodingArguments)
@@ -215,7 +170,7 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
         "question",
         nargs="?",
         default=argparse.SUPPRESS,
-        help="The question, in quotes. One that begins with - goes behind --.",
+        help="The question, in quotes. A question that begins with - goes after --.",
     )
     help = f"{PREFIX_HELP}; the first answers where none is named {PREFIX_DEFAULT}"
     parser.add_argument("--prefix", help=help, **PREFIX_FLAG)

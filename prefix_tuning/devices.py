@@ -1,4 +1,4 @@
-"""Where and how the base is computed: device, precision, and the memory of a forward pass."""
+"""Where and how the base runs: device, dtype, and the memory of a forward pass."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ if sys.platform != "win32":
 def resolve_device(name: str) -> torch.device:
     """The device for a --device flag. Raises UserError if this machine has no such device.
 
-    auto: CUDA; else mps, for a process alone; else the CPU. Each process of a machine takes a CUDA device of its own.
+    auto: CUDA; else mps, for a single process; else the CPU. Each process of a machine takes its own CUDA device.
     """
     several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
     if name == "auto":
@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not available here: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is none that this program runs on; use cpu, cuda or mps")
+        raise UserError(f"--device {name} is not supported; use cpu, cuda or mps")
     return device
 
 
@@ -41,10 +41,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The compute type for a --precision flag: the one place where it is decided. Raises UserError for fp16 off CUDA.
+    """The base's dtype for a --precision flag. Raises UserError for fp16 off CUDA.
 
-    auto: bfloat16 where the device multiplies it in hardware; else float16 on CUDA, float32 elsewhere. A resumed run on the
-    same machine decides alike.
+    auto: bfloat16 where the device multiplies it in hardware; else float16 on CUDA, float32 elsewhere.
     """
     if precision == "auto":
         if has_bf16_units(device):
@@ -55,15 +54,15 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-# oneDNN multiplies torch's matrices on x86 CPUs. Where a variable limits it to one of these, it does not touch bf16 units.
+# oneDNN multiplies torch's matrices on x86 CPUs. If an environment variable limits it to one of these instruction sets, it
+# does not use bf16 units.
 OLDER_THAN_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether torch multiplies bfloat16 matrices faster than float32 ones there. Known of CUDA and of x86 CPUs."""
+    """Whether torch multiplies bfloat16 matrices in hardware, and so faster than float32. Known for CUDA and x86 CPUs."""
     if device.type == "cuda":
-        # Ampere or later
-        return torch.cuda.get_device_properties(device).major >= 8
+        return torch.cuda.get_device_properties(device).major >= 8  # Ampere or later
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     if device.type != "cpu" or limit.upper() in OLDER_THAN_BF16:
         return False
@@ -72,60 +71,58 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def describe_dtype(dtype: torch.dtype, precision: str, device: torch.device) -> str:
-    """What a run computes in, and if that was chosen by --precision auto, why."""
+    """The dtype and device of a run as text, with the reason if --precision auto has chosen the dtype."""
     reason = ", which has bfloat16 units" if dtype == torch.bfloat16 else ", where torch uses no bfloat16 units"
     return f"{dtype} on {device}{reason if precision == 'auto' and device.type != 'mps' else ''}"
 
 
 def make_reproducible(device: torch.device) -> None:
-    """On CUDA, the same seed gives the same bits, as far as torch has deterministic kernels. Its memory peak counts from
-    here.
-    """
+    """Makes the same seed give the same bits on CUDA, where torch has deterministic kernels. Resets its memory peak, too."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this variable before its first matmul
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first matmul
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def activation_bytes_per_token(model: BloomForCausalLM) -> int:
-    """Bytes that a forward pass keeps per token for its backward pass.
+    """Bytes per token that a forward pass keeps for its backward pass.
 
-    A layer keeps about ten numbers per token and hidden unit: the input of the GELU (four), the inputs of the two layer
-    norms, and in the dtype of attention query, key, value and result. Not counted: the bias and a slice of logits, once per
-    pass.
+    A layer keeps about 10 numbers per token and hidden unit: 4 for the input of the GELU, 2 for the inputs of the layer
+    norms, and in the dtype of attention 4 for query, key, value and result. Not counted: the bias and a slice of logits,
+    once per pass.
     """
     in_attention = attention_dtype(model.dtype, model.device)
     return (6 * model.dtype.itemsize + 4 * in_attention.itemsize) * model.config.hidden_size * model.config.n_layer
 
 
 def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
-    """Tokens of one forward pass that suit the device and the model (tests/benchmarks/README.md).
+    """Number of tokens per forward pass that suits device and model (tests/benchmarks/README.md).
 
-    What a pass keeps for its backward pass stays within half a GiB on a CPU, where more than 640 tokens gain little;
-    elsewhere within two GiB, or eight if every pass `gathers` the weights of the base from other processes.
+    The activations that a pass keeps stay within 512 MiB on a CPU, where more than 640 tokens gain little; elsewhere within
+    2 GiB, or 8 GiB if every pass `gathers` the weights of the base from other processes.
     """
     on_cpu = model.device.type == "cpu"
-    budget = 29 if on_cpu else 33 if gathers else 31
-    fitting = max(1, 2**budget // activation_bytes_per_token(model))
+    budget = 2**29 if on_cpu else 2**33 if gathers else 2**31
+    fitting = max(1, budget // activation_bytes_per_token(model))
     return min(640, fitting) if on_cpu else fitting
 
 
 def prompt_tokens(max_tokens: int) -> int:
-    """How many tokens of prompts take about the memory that `max_tokens` take in training: of the ten numbers per token,
-    hidden unit and layer that `activation_bytes_per_token` counts, a batch of prompts keeps two, its keys and values.
+    """Number of prompt tokens that take about as much memory as `max_tokens` in training: of the 10 numbers that
+    `activation_bytes_per_token` counts, generation keeps 2, the key and the value.
     """
     return 5 * max_tokens
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, of a device or of the machine."""
-    classes = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, classes) or "can't allocate memory" in str(error)  # of a CPU, a plain RuntimeError
+    """Whether the device or the machine ran out of memory."""
+    # For a CPU, torch raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 @contextmanager
 def out_of_memory_explained(device: torch.device, hint: Callable[[], str]) -> Iterator[None]:
-    """Turns running out of memory into a UserError that ends in a hint, what to change."""
+    """Turns running out of memory into a UserError, which ends with a hint at what to change."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -135,10 +132,10 @@ def out_of_memory_explained(device: torch.device, hint: Callable[[], str]) -> It
 
 
 def peak_memory_mb(device: torch.device) -> int | None:
-    """Peak of the allocated device memory on CUDA, of the process's memory elsewhere; None where the system hides it."""
+    """Peak in MiB of the allocated memory on CUDA, and of the process's memory elsewhere; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     if sys.platform == "win32":
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

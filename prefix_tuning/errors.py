@@ -14,5 +14,5 @@ class Interrupted(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of the message of a library's error, or its class where it has no message."""
+    """The first line of a library's error message, or the name of its class where there is no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

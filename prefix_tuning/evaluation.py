@@ -1,4 +1,4 @@
-"""How good is a prefix: held-out loss, perplexity, exact match; and when a training run asks for them."""
+"""How good a prefix is: held-out loss, perplexity and exact match, and when a training run measures them."""
 
 import functools
 import itertools
@@ -22,11 +22,11 @@ from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.text import shorten
 
 SORTED_ROWS = 1024  # rows that are sorted by length together
-# Tokens of a reply beyond those of the expected answer: the same text may be other tokens, and a reply that goes on behind a
-# space or a new line must not look like one that ends there.
+# A reply may be this many tokens longer than the expected answer: the same text may have other tokens, and a reply that goes
+# on after a space or a new line must not look like one that ends there.
 SPARE_TOKENS = 8
 SHOWN_ANSWERS = 5
-# Tokens of the longest expected answer that is shown: longer ones take minutes on a CPU, and do not fit on a line.
+# Tokens: longer answers are not shown, because they take minutes on a CPU and do not fit on a line.
 LONGEST_SHOWN = 64
 
 
@@ -34,36 +34,36 @@ LONGEST_SHOWN = 64
 def row_losses(
     model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> Iterator[tuple[float, int]]:
-    """Of every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number.
+    """For every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number.
 
-    All ranks call this together, each for its own rows. It ends early, in all of them, once one was sent a signal.
+    All ranks call this together, each for its own rows. It ends early, in all of them, if one of them gets a signal.
     """
     found: dict[int, tuple[float, int]] = {}
     following = 0  # the row to yield next
-    for places, batch in _passes_of_all_ranks(_passes(tokenized, max_tokens)):
+    for rows, batch in _passes_of_all_ranks(_passes(tokenized, max_tokens)):
         losses = model.label_losses(batch.to(model.device), prefix).double().cpu()
-        counts = [count for _, count in places]
-        for (place, count), part in zip(places, losses.split(counts), strict=True):
-            found[place] = part.sum().item(), count
+        counts = [count for _, count in rows]
+        for (row, count), part in zip(rows, losses.split(counts), strict=True):
+            found[row] = part.sum().item(), count
         while following in found:
             yield found.pop(following)
             following += 1
 
 
 def _passes(tokenized: Dataset, max_tokens: int) -> Iterator[tuple[list[tuple[int, int]], Batch]]:
-    """The rows, packed; with each batch, the place and the number of labels of each of its rows."""
+    """The rows, packed: the index and the number of labels of each row of a batch, and the batch."""
     for start in range(0, len(tokenized), SORTED_ROWS):
         examples = take(tokenized, list(range(start, min(start + SORTED_ROWS, len(tokenized)))))
-        order = iter(sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids)))  # as `pack` does
+        order = iter(sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids)))  # as `pack` sorts them
         for batch in pack(examples, max_tokens):
             rows = list(itertools.islice(order, batch.rows))
             yield [(start + row, count_labels([examples[row]])) for row in rows], batch
 
 
 def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple[list, Batch]]:
-    """The passes, and empty ones until no rank has any left, as a sharded base is gathered by all ranks in each pass.
+    """The passes of this rank, and then empty ones until no rank has any left: all ranks gather a sharded base in each pass.
 
-    An all-reduce before each pass asks for that, and for signals: if a rank was sent one, this ends in all of them.
+    An all-reduce before each pass tells who has passes left, and who has got a signal: then this ends in all ranks.
     """
     while True:
         following = next(passes, None)
@@ -74,9 +74,9 @@ def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple
 
 
 def evaluate_loss(model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> dict[str, float]:
-    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset; processes share the rows.
+    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset. The ranks share its rows.
 
-    Raises Interrupted in all of them, after the current pass, if one was sent a signal.
+    Raises Interrupted in all ranks, after the current pass, if one of them gets a signal.
     """
     own = tokenized.select(distributed.share(range(len(tokenized))))
     losses, labels = 0.0, 0
@@ -88,12 +88,12 @@ def evaluate_loss(model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None,
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or the largest of those that a float can hold."""
-    return math.exp(min(loss, 700))  # e ** 710 overflows
+    """exp(loss); above 700, where a float would soon overflow, exp(700)."""
+    return math.exp(min(loss, 700))
 
 
 class Turn(NamedTuple):
-    """The last turn of a row as token ids: the turns before it, its prompt, and of its answer what --max_length leaves."""
+    """The last turn of a row as token ids: the turns before it, its prompt, and its answer, which --max_length may cut."""
 
     history: list[int]
     prompt: list[int]
@@ -119,9 +119,9 @@ def answer_turns(
 ) -> list[str]:
     """Greedy answers to the prompts of these turns, each with its history in front.
 
-    Each reply may be a few tokens longer than the expected answer; if --max_length has cut that, just as long. max_tokens:
-    of a training pass. Processes share the turns, and all get all answers. Raises Interrupted in all of them, after the
-    current batch, if one was sent a signal.
+    A reply may be SPARE_TOKENS longer than the expected answer, but no longer if --max_length has cut that. max_tokens:
+    tokens of a training pass. The ranks share the turns, and all get all answers. Raises Interrupted in all ranks, after the
+    current batch, if one of them gets a signal.
     """
     own = distributed.share(turns)
     limits = [len(turn.answer) + SPARE_TOKENS * (turn.answer[-1] == tokenizer.eos_token_id) for turn in own]
@@ -147,12 +147,12 @@ def answer_turns(
 
 
 def expected_answers(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> list[str]:
-    """The answers that the rows have, as far as --max_length keeps them."""
+    """The answers in the rows, as far as --max_length keeps them."""
     return tokenizer.batch_decode([turn.answer for turn in turns], skip_special_tokens=True)
 
 
 def exact_match(answers: list[str], expected: list[str]) -> float:
-    """Share of answers that equal the expected ones, surrounding white space aside."""
+    """Share of answers that equal the expected ones, apart from surrounding white space."""
     return sum(answer.strip() == other.strip() for answer, other in zip(answers, expected, strict=True)) / len(expected)
 
 
@@ -160,9 +160,9 @@ def exact_match(answers: list[str], expected: list[str]) -> float:
 class Evaluator:
     """Measures a prefix on the held-out rows and prints the figures; after the run, shows answers to a few of them.
 
-    tokenized: the held-out rows; None: there are none, and no evaluation is ever due. every: steps between evaluations;
-    None: one at the end of each epoch. wants_answers: also answer the questions. patience: evaluations without a lower loss
-    that end the run; None: none do. keep_best: the weights with the lowest loss are kept.
+    tokenized: the held-out rows; None: no evaluation is ever due. every: steps between evaluations; None: one at the end of
+    each epoch. wants_answers: also answer the questions. patience: the run ends after this many evaluations without a lower
+    loss; None: it does not. keep_best: the weights with the lowest loss are kept.
     """
 
     base: Bloom
@@ -185,7 +185,7 @@ class Evaluator:
         return interval_ends and 0 < progress.step < self.total_steps and self.pending(state)
 
     def pending(self, state) -> bool:
-        """Whether there are held-out rows on which the prefix was not evaluated at this step."""
+        """Whether there are held-out rows, and the prefix of this step is not yet evaluated on them."""
         return self.tokenized is not None and state.progress.evaluated_step != state.progress.step
 
     def out_of_patience(self, state) -> bool:
@@ -215,8 +215,8 @@ class Evaluator:
 
     @functools.cached_property
     def _prefixed(self) -> PrefixBloom:
-        """The base with room for the prefix. It decodes as it is told, whatever the base's own generation_config says: a
-        repetition_penalty, say, would keep an answer from being the likeliest one.
+        """The base with room for the prefix. It ignores most of the base's own generation_config, because a
+        repetition_penalty in there, for example, would keep an answer from being the likeliest one.
         """
         model = PrefixBloom(self.base, self.tokenizer)
         own = model.generation_config
@@ -226,8 +226,8 @@ class Evaluator:
         return model
 
     def show_answers(self, prefix: torch.Tensor) -> None:
-        """Prints the first held-out questions whose expected answers are short, with those of the frozen base and of the
-        prefix. All ranks call this together.
+        """Prints the first held-out questions with short expected answers, and how the frozen base and the prefix answer
+        them. All ranks call this together.
         """
         short = (turn for turn in self._turns() if len(turn.answer) <= LONGEST_SHOWN)
         turns = list(itertools.islice(short, SHOWN_ANSWERS))

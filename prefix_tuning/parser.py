@@ -11,8 +11,8 @@ from transformers import HfArgumentParser
 from prefix_tuning.errors import UserError
 from prefix_tuning.text import as_text
 
-# Flags of similar programs, each after the one of ours that does the same. Where a command lacks the first such flag, the
-# next one is meant: --train_file is --dataset in train.py, and --input in infer.py.
+# Our flags, each with the names of the same flag in similar programs. A name may stand for several of ours; the first that
+# the command has is suggested: for --train_file, that is --dataset in train.py and --input in infer.py.
 FLAGS_ELSEWHERE = {
     "learning_rate": "lr",
     "dataset": "train_file train_data train_path data data_file data_path dataset_name dataset_path input input_file",
@@ -41,7 +41,7 @@ FLAGS_ELSEWHERE = {
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """One spelling of each flag (--no-x and --x-y work, too), and its default where that says more than "off"."""
+    """Shows one spelling of each flag (--no-x and --x-y work too), and its default unless that is "off"."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -58,12 +58,14 @@ class HelpFormatter(argparse.HelpFormatter):
         default, text = action.default, action.help or ""
         if not any(default is nothing for nothing in (None, False, argparse.SUPPRESS)):
             text += f" (default: {'true' if default is True else default})"
-        return text.replace("%", "%%")  # argparse formats it
+        return text.replace("%", "%%")  # because argparse formats it with %
 
 
 class Parser(HfArgumentParser):
-    """A parser whose errors are UserErrors. groups: dataclasses of `settings.flag`, one per group of flags in --help.
-    most_used: names of flags that --help shows before these groups, in this order.
+    """A parser whose errors are UserErrors.
+
+    groups: dataclasses of `settings.flag`, one per group of flags in --help. most_used: names of flags that --help shows
+    before these groups, in this order.
     """
 
     def __init__(self, groups: tuple[type[Any], ...], most_used: tuple[str, ...], **options: Any):
@@ -78,13 +80,13 @@ class Parser(HfArgumentParser):
         self.most_used = most_used
 
     def format_help(self) -> str:
-        """The help, the most used flags in a group of their own at the top."""
+        """The help, with the most used flags in a group at the top."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
         flags = {action.dest: action for action in self._actions if action.help != argparse.SUPPRESS}
         groups = [("most used", [flags.pop(name) for name in self.most_used])]
-        in_groups = [*self._action_groups[2:], *self._action_groups[:2]]  # argparse's own two, for --help and --debug, last
+        in_groups = [*self._action_groups[2:], *self._action_groups[:2]]  # argparse's own, with --help and --debug, last
         groups += [(group.title or "", [x for x in group._group_actions if x.dest in flags]) for group in in_groups]
         for title, actions in groups:
             formatter.start_section(title)
@@ -96,11 +98,11 @@ class Parser(HfArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def parse(self, argv: list[str]) -> tuple[dict[str, Any], set[str]]:
-        """Returns the value of every flag by name, and the names of those that the command line gives."""
+        """Returns the values of all flags by name, and the names of the flags that are on the command line."""
         question: list[str] = []
-        if "--" in argv:  # what follows is the question, even if it begins with -; flags may come behind it
-            place = argv.index("--")
-            question, argv = argv[place : place + 2], argv[:place] + argv[place + 2 :]
+        if "--" in argv:  # the next argument is the question, even if it begins with -; flags may follow it
+            dashes = argv.index("--")
+            question, argv = argv[dashes : dashes + 2], argv[:dashes] + argv[dashes + 2 :]
         # A bare `--compare` before a question must not take the question for its value.
         switches = {name for action in self._actions if action.nargs == "?" for name in action.option_strings}
         argv = [
@@ -129,12 +131,12 @@ class Parser(HfArgumentParser):
         close = [known[name] for name in names or difflib.get_close_matches(given, known, n=1)]
         hint = f", did you mean {close[0]}?" if close else ""
         if not hint and any(action.dest == "question" for action in self._actions):
-            hint = "; a question is one argument, in quotes, and goes behind -- if it begins with -"
+            hint = "; a question is one argument, in quotes, and goes after -- if it begins with -"
         self.error(f"unknown argument {argument}{hint}")
 
 
 def _with_help_only(group: Any) -> Any:
-    """The dataclass with `help` as its only metadata: HfArgumentParser passes all of it on to argparse's `add_argument`."""
+    """The dataclass with `help` as its only metadata, because HfArgumentParser gives all metadata to `add_argument`."""
     fields = [
         (field.name, field.type, dataclasses.field(default=field.default, metadata={"help": field.metadata["help"]}))
         for field in dataclasses.fields(group)

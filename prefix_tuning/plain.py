@@ -3,9 +3,9 @@
     python -m prefix_tuning.plain                          tunes a prefix on the bundled demo, about a minute on a CPU
     python -m prefix_tuning.plain ROWS.jsonl BASE          on your rows and your Bloom, by folder or by hub name
 
-Everything is here, in the order in which it happens, but for the network that emits the prefix: model/encoder.py explains
-it, and is the next thing to read. train.py does the same, faster and safer; tests hold both to the same losses, gradient
-norms and answers. The README says which lines of this page it does otherwise, and what that gains.
+Everything is here, in the order in which it happens, except the network that emits the prefix: model/encoder.py explains
+it, so read that next. train.py does the same, faster and safer; tests hold both to the same losses, gradient norms and
+answers. The README lists the lines of this page that train.py replaces, and what each replacement gains.
 """
 
 import json
@@ -24,12 +24,12 @@ DEMO = Path(__file__).parent / "demo"
 NUM_VIRTUAL_TOKENS = 16
 MAX_LENGTH = 256  # tokens of a row, prompt and answer together
 EPOCHS = 1
-ACCUMULATION = 8  # rows of an optimizer step, each a forward and backward pass of its own
+ACCUMULATION = 8  # rows per optimizer step; each has its own forward and backward pass
 LEARNING_RATE = 5e-3
 MAX_GRAD_NORM = 1.0
 SEED = 42
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PRECISION = torch.float32  # of the frozen base; torch.bfloat16 or torch.float16 on a GPU. The encoder stays float32.
+PRECISION = torch.float32  # of the frozen base; on a GPU also torch.bfloat16 or torch.float16. The encoder stays float32.
 OUTPUT = "prefix.safetensors"
 
 
@@ -42,8 +42,8 @@ def prompt_of(row: dict) -> str:
 
 
 def tokenize(row: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels of a row, each (1, T), int64. cross_entropy ignores the label -100, which prompt positions have:
-    only the answer is learned. It ends with EOS, else the model would never learn to stop.
+    """Token ids and labels of a row, each (1, T), int64. Prompt positions get the label -100, which cross_entropy ignores:
+    only the answer is learned. The answer ends with EOS, otherwise the model would never learn to stop.
     """
     prompt = tokenizer(prompt_of(row), split_special_tokens=True).input_ids
     answer = [*tokenizer(row["output"], split_special_tokens=True).input_ids, tokenizer.eos_token_id]
@@ -55,8 +55,8 @@ def tokenize(row: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def as_past_key_values(prefix: torch.Tensor, base: BloomForCausalLM) -> DynamicCache:
-    """A prefix (layers, 2, heads, P, head_dim) as the cached keys and values of P tokens that the model has read before."""
-    cache = DynamicCache()  # a forward pass appends to it, so each needs a new one
+    """A prefix (layers, 2, heads, P, head_dim) as the cached keys and values of P tokens that the model has already read."""
+    cache = DynamicCache()  # each forward pass needs a new one, because it appends to it
     for layer, (key, value) in enumerate(prefix.to(base.dtype)):  # here the prefix gets the precision of the base
         cache.update(key.unsqueeze(0), value.unsqueeze(0), layer)  # (1, heads, P, head_dim)
     return cache
@@ -64,11 +64,11 @@ def as_past_key_values(prefix: torch.Tensor, base: BloomForCausalLM) -> DynamicC
 
 def loss_of(base: BloomForCausalLM, prefix: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats, summed over the labels of one row, differentiable in the prefix."""
-    # Each layer concatenates the cached keys and values with those of the text, and every token attends to all P of them.
-    # Bloom's ALiBi counts cached tokens too, so the text starts at position P. The argument's name was past_key_values until
-    # transformers 5.24, and is `cache` since.
+    # Each layer puts the cached keys and values in front of the text's, and every token attends to all P of them. Bloom sees
+    # positions only as distances (ALiBi). Those within the text stay the same; only the prefix is nearer or farther.
+    # The cache is given by position, because transformers 5.24 renamed the argument from past_key_values to cache.
     logits = base(ids, as_past_key_values(prefix, base)).logits
-    logits = logits.to(prefix.dtype)  # the loss in the encoder's float32, also where the base is bf16 or fp16
+    logits = logits.to(prefix.dtype)  # the loss is float32, as the encoder is, also where the base is bf16 or fp16
     return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")  # position i predicts token i + 1
 
 
@@ -76,16 +76,15 @@ def loss_of(base: BloomForCausalLM, prefix: torch.Tensor, ids: torch.Tensor, lab
 
 
 def new_encoder(base: BloomForCausalLM) -> PrefixEncoder:
-    shape, width = base.config, base.config.hidden_size  # the encoder's hidden layer is as wide as the base's
-    return PrefixEncoder(PrefixConfig(NUM_VIRTUAL_TOKENS, shape.n_layer, shape.n_head, width, width, prefix_projection=True))
+    return PrefixEncoder(PrefixConfig.of(base.config, NUM_VIRTUAL_TOKENS))
 
 
 def train(base: BloomForCausalLM, encoder: PrefixEncoder, examples: list) -> list[tuple[float, float]]:
     """Trains the encoder in place. Returns loss and gradient norm of each step; the loss is the mean over its labels."""
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=LEARNING_RATE, weight_decay=0.0)  # nothing of the base
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     total_steps = EPOCHS * math.ceil(len(examples) / ACCUMULATION)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=total_steps)
-    scaler = torch.amp.GradScaler(DEVICE, enabled=base.dtype == torch.float16)  # else its methods are no-ops
+    scaler = torch.amp.GradScaler(DEVICE, enabled=base.dtype == torch.float16)  # otherwise a no-op
     history = []
     for epoch in range(EPOCHS):
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED + epoch))
@@ -100,7 +99,8 @@ def train(base: BloomForCausalLM, encoder: PrefixEncoder, examples: list) -> lis
             scaler.unscale_(optimizer)  # fp16: undo the loss scale before clipping
             grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), MAX_GRAD_NORM).item()
             scale = scaler.get_scale()
-            scaler.step(optimizer)  # fp16: skipped if a gradient overflowed, which lowers the scale
+            # fp16: if a gradient overflowed, the scaler skips this step and lowers the scale.
+            scaler.step(optimizer)
             scaler.update()
             if scaler.get_scale() >= scale:
                 scheduler.step()
@@ -116,7 +116,7 @@ def train(base: BloomForCausalLM, encoder: PrefixEncoder, examples: list) -> lis
 
 @torch.no_grad()
 def answer(base: BloomForCausalLM, tokenizer, row: dict, prefix: torch.Tensor | None = None) -> str:
-    """The greedy answer to a row's question after the prefix, or without one that of the frozen base alone."""
+    """The greedy answer to a row's question: with the prefix in front, or, without one, by the frozen base alone."""
     new = tokenizer(prompt_of(row), return_tensors="pt", split_special_tokens=True).input_ids.to(base.device)
     cache = DynamicCache() if prefix is None else as_past_key_values(prefix, base)
     reply: list[int] = []
@@ -138,7 +138,7 @@ def main(rows_file: str = str(DEMO / "data" / "short.jsonl"), base_name: str = s
     encoder = new_encoder(base)
     print(f"{len(examples):,} rows, {sum(p.numel() for p in encoder.parameters()):,} trainable parameters")
     train(base, encoder.to(DEVICE), examples)
-    # The encoder's input never changes, so its output is one constant tensor: nothing else has to be kept.
+    # The encoder's input never changes, so its output is one constant tensor. That is all there is to save.
     save_file({"prefix": encoder.bake().contiguous()}, OUTPUT)
     prefix = load_file(OUTPUT, device=DEVICE)["prefix"]
     for row in held_out:

@@ -1,6 +1,6 @@
-"""What the flags of the commands have in common. Imports no torch, so that --help and mistakes in flags are quick.
+"""The parts that the flags of all commands share. It imports no torch, so that --help and mistakes in flags are quick.
 
-The settings of a command are dataclasses, of which parser.py makes flags. A field says all that holds for its setting:
+The settings of a command are dataclasses, and parser.py makes flags of them. Each field says everything about its setting:
 
     seed: int = same_flag(42, "Decides the initial weights ...", at_least=0, at_most=MAX_SEED)
 """
@@ -16,34 +16,37 @@ from typing import Any, Literal, NamedTuple
 from prefix_tuning.errors import UserError
 
 MAX_LENGTH = 256  # tokens per row in training, so also the longest text that a prefix has seen
-MAX_SEED = 2**62  # torch takes 64-bit seeds; the rest is room for counting up from one
-# Without --eval_dataset and --eval_fraction: the share of the rows that is held out, the most rows, and the fewest rows of
-# which any are held out.
+MAX_SEED = 2**62  # torch takes 64-bit seeds, and epochs count up from the seed
+# Without --eval_dataset and --eval_fraction, 5 % of the rows are held out, at most 200, and none of fewer than 40.
 DEFAULT_HELD_OUT, MOST_HELD_OUT, FEWEST_TO_SPLIT = 0.05, 200, 40
 
-
-# The flag --columns of every command. Its values: data/columns.py.
+# The help of --columns, which data/columns.py reads.
 COLUMNS_HELP = (
     "The columns to read, where they are not recognised: instruction=NAME,output=NAME; also input=NAME, history=NAME and "
-    "system=NAME; or messages=NAME for talks. What is left empty, as in context=, is not read."
+    "system=NAME; or messages=NAME for conversations. An empty name, as in context=, leaves a column out."
 )
 
 
 class Needs(NamedTuple):
-    """What a flag has no effect without: at least one of these `settings`. If none is on, `message` follows its name."""
+    """A flag has no effect unless at least one of these `settings` is on. If none is, `message` follows the flag's name."""
 
     settings: tuple[str, ...]
     message: str
 
 
 class Rules(NamedTuple):
-    """What holds for a setting, beside its type."""
+    """The rules for a setting.
 
-    at_least: float | None = None  # the bounds of a number, included; without a lower bound, nothing is checked
-    at_most: float = sys.float_info.max  # so by default, infinity and NaN are refused
-    needs: Needs | None = None  # for a value other than the default
-    is_path: bool = False  # of a file or folder; many may also be names on the hub
-    on_resume: str | None = None  # what a resumed training does with it: same, content or new, as explained below
+    at_least, at_most: inclusive bounds of a number. Without at_least, nothing is checked; with it, infinity and NaN are
+    refused. needs: is checked if the value is not the default. is_path: it names a file or folder, or something on the hub.
+    on_resume: same, content or new, as explained below.
+    """
+
+    at_least: float | None = None
+    at_most: float = sys.float_info.max
+    needs: Needs | None = None
+    is_path: bool = False
+    on_resume: str | None = None
 
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
@@ -51,23 +54,23 @@ def flag(default: Any, help: str, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "rules": Rules(**rules)})
 
 
-# A resumed training refuses another value, which would change the remaining steps or the meaning of their figures.
+# A resumed training refuses another value, because that would change the remaining steps, or the meaning of their figures.
 same_flag = partial(flag, on_resume="same")
-# It compares what is named, a base or rows: the name may change, what it names may not.
+# The setting names a base or rows. A resumed training takes another name, but refuses another base or other rows.
 content_flag = partial(flag, on_resume="content")
-# It takes the new command line's value: how long to train, what to report and save, ways to compute the same numbers.
+# A resumed training takes the new value: how long to train, what to report and save, other ways to the same numbers.
 new_flag = partial(flag, on_resume="new")
 
 
 def names_on_resume(settings: type[Any], rule: str) -> tuple[str, ...]:
-    """The names of the settings to which a resumed training applies this rule: same, content or new."""
+    """The names of the settings with this rule for a resumed training: same, content or new."""
     return tuple(field.name for field in dataclasses.fields(settings) if field.metadata["rules"].on_resume == rule)
 
 
 def check_flags(settings: Any, **words: str) -> None:
-    """Raises UserError for the first setting that is out of its bounds, is no usable path, or lacks what it needs.
+    """Raises UserError for the first setting that is out of its bounds, is no usable path, or lacks another that it needs.
 
-    words: what replaces the {names} in the messages of `Needs`.
+    words: replace the {names} in the messages of `Needs`.
     """
     for field in dataclasses.fields(settings):
         value, rules = getattr(settings, field.name), field.metadata.get("rules", Rules())
@@ -83,8 +86,8 @@ def check_flags(settings: Any, **words: str) -> None:
 
 
 def check_path(flag: str, path: str) -> None:
-    """Raises UserError for a path of which the system cannot even say whether there is something: its name is too long, its
-    links lead in a circle, or a folder on the way cannot be entered.
+    """Raises UserError for a path that the system cannot look up: its name is too long, its links lead in a circle, or a
+    folder on the way cannot be entered. A path at which there is nothing is no error here.
     """
     try:
         os.stat(path)
@@ -101,12 +104,12 @@ class BaseArguments:
     _argument_group_name = "base"
 
     model_name_or_path: str | None = content_flag(
-        None, "The base, if it is not at the name that the prefix records.", is_path=True
+        None, "The base, if it is no longer where the prefix's files say.", is_path=True
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = same_flag(
         "auto",
         "Compute type of the base. auto: bf16 on CUDA or a CPU that has units for it, else fp16 on CUDA, fp32 elsewhere. In "
-        "training, encoder and optimizer are always fp32, and with fp16 the loss is scaled.",
+        "training, encoder and optimizer are always fp32, and fp16 scales the loss.",
     )
     device: str = new_flag("auto", "auto (CUDA, else Apple's mps, else CPU), or a torch device such as cuda:1.")
     force: bool = new_flag(
@@ -121,11 +124,11 @@ class SharedBaseArguments(BaseArguments):
     shard_base: bool = new_flag(
         False,
         "Split the weights of the base over the processes that torchrun starts, and gather them layer by layer: for a base "
-        "that is larger than one device. The result stays the same. Reads safetensors only.",
+        "that is larger than one device. The results stay the same. Reads safetensors only.",
     )
     shard_degree: int | None = new_flag(
         None,
-        "With --shard_base: how many processes share one copy of the base. Default: all. On several machines, those of one "
-        "if the base fits there: then gathering stays off the network.",
+        "With --shard_base: the number of processes that share one copy of the base. Default: all. On several machines, "
+        "give the number of processes per machine if the base fits on one: then gathering does not use the network.",
         needs=Needs(("shard_base",), "goes with --shard_base; add that flag"),
     )

@@ -1,8 +1,7 @@
-"""Signals that ask a run to stop: recorded at once, acted on where the run can be saved.
+"""Signals that ask a run to stop. They are recorded at once, and the run stops where it can be saved.
 
-The handler of SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) only stores the signal's number. Steps and
-evaluations read it at each step and each forward pass, `generate` at each token, and all processes agree to stop at the
-same one.
+The handler of SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) only stores the signal's number. Training reads
+it at each step, evaluation at each forward pass, `generate` at each token. All ranks stop at the same step or pass.
 """
 
 import os
@@ -21,25 +20,25 @@ _heard = 0
 
 
 def heard() -> int:
-    """The number of the signal that this process got while `listening`; 0 if there was none."""
+    """The number of the signal that this process has got while `listening`; 0 if there was none."""
     return _heard
 
 
 @contextmanager
 def listening(announcement: str) -> Iterator[None]:
-    """Inside, a signal is recorded and main prints `announcement`; the same one again ends the process at once.
+    """A context in which a signal is recorded and main prints `announcement`. The same signal again ends the process.
 
-    Not so where one event sends it twice: then later signals are ignored. Slurm sends one to torchrun and to its processes,
-    and torchrun forwards its own. When a terminal is closed, its shell sends SIGHUP, and the system another as that ends.
-    A signal that was ignored before, as in a shell's background job or by nohup, stays ignored. Only the main thread can
-    have handlers; in another this is a no-op.
+    But where one event sends a signal twice, later signals are ignored: Slurm sends one to torchrun and to its processes,
+    and torchrun forwards its own; when a terminal is closed, its shell sends SIGHUP, and so does the system when the shell
+    ends. A signal that was ignored before, by nohup or in a shell's background job, stays ignored. Only the main thread can
+    have handlers; in another thread this is a no-op.
     """
     global _heard
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def note(number: int, frame) -> None:
+    def record(number: int, frame) -> None:
         global _heard
         comes_twice = distributed.torchrun_job() or number in _HANGUPS
         if not comes_twice:
@@ -50,11 +49,13 @@ def listening(announcement: str) -> Iterator[None]:
         if distributed.is_main():
             hint = "" if comes_twice else " (once more: it stops at once)"
             text = f"\n{signal.Signals(number).name}: {announcement}{hint}\n"
-            with suppress(OSError):  # the signal may have ended stderr's reader too
-                os.write(2, text.encode())  # print is not reentrant, and this may have interrupted one
+            # os.write, because the signal may have interrupted a print, which is not reentrant. OSError, because the signal
+            # may have ended the reader of stderr too.
+            with suppress(OSError):
+                os.write(2, text.encode())
 
     heeded = [number for number in _SIGNALS | _HANGUPS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in heeded}
+    before = {number: signal.signal(number, record) for number in heeded}
     try:
         yield
     finally:
@@ -65,9 +66,9 @@ def listening(announcement: str) -> Iterator[None]:
 
 @contextmanager
 def when_continued(action: Callable[[], None]) -> Iterator[None]:
-    """Inside, `action` is called when the process goes on after it was stopped by Ctrl-Z or SIGSTOP. Windows has neither.
+    """A context in which `action` is called when the process goes on after Ctrl-Z or SIGSTOP.
 
-    Only the main thread can have handlers; in another this is a no-op.
+    A no-op on Windows, which has neither, and outside the main thread, which alone can have handlers.
     """
     if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield
@@ -80,6 +81,6 @@ def when_continued(action: Callable[[], None]) -> Iterator[None]:
 
 
 def stop_if_heard() -> None:
-    """Raises Interrupted in all processes if one of them got a signal. All call this together: it is an all-reduce."""
+    """Raises Interrupted in all ranks if one of them has got a signal. All ranks call this together: it is an all-reduce."""
     if number := distributed.max_over_ranks(_heard):
         raise Interrupted(f"{signal.Signals(number).name}: stopped", number)

@@ -65,7 +65,7 @@ def test_help_shows_the_default_of_prefix_once(capsys):
     with pytest.raises(SystemExit):
         parse_infer_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert text.count("named (default: ./chatbot).") == 1 and "goes behind --. --prefix [NAME=]DIR " in text
+    assert text.count("named (default: ./chatbot).") == 1 and "goes after --. --prefix [NAME=]DIR " in text
 
 
 def test_ctrl_c_while_modules_are_imported_ends_the_program_quietly(tmp_path):

@@ -132,12 +132,12 @@ def test_a_question_that_begins_with_a_dash_goes_behind_two():
     for argv in (("--", "-5加3？", "--pond"), ("--pond", "--", "-5加3？")):
         values, _ = parse(*argv, question=True)
         assert (values["question"], values["pond"]) == ("-5加3？", True)
-    with pytest.raises(UserError, match="goes behind -- if it begins with -"):
+    with pytest.raises(UserError, match="goes after -- if it begins with -"):
         parse("-5加3？", question=True)
 
 
 def test_an_argument_that_is_no_utf_8_is_named():
-    with pytest.raises(UserError, match="--output_dir holds bytes that are no UTF-8 text"):
+    with pytest.raises(UserError, match="--output_dir is not encoded in UTF-8"):
         parse_train_config(["--output_dir", "a\udcff"])
-    with pytest.raises(UserError, match="the question holds bytes"):
+    with pytest.raises(UserError, match="the question is not encoded in UTF-8"):
         parse_infer_config(["a\udcff"])

@@ -54,7 +54,7 @@ def test_a_text_has_no_halves_of_characters():
 def test_an_argument_that_python_took_for_ascii_is_utf_8():
     assert as_text("巴黎\n", "--x") == "巴黎\n"
     assert as_text("巴黎".encode().decode("ascii", "surrogateescape"), "--x") == "巴黎"
-    with pytest.raises(UserError, match="--x holds bytes that are no UTF-8 text"):
+    with pytest.raises(UserError, match="--x is not encoded in UTF-8"):
         as_text("a\udcff", "--x")
 
 

@@ -1,4 +1,4 @@
-"""Many prompts: which of them are answered together, and how one such batch is answered."""
+"""Many prompts: how they are put into batches, and how a batch is answered."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain, groupby, repeat
@@ -16,13 +16,13 @@ from prefix_tuning.generation.options import depends_on_padding, is_continuable,
 from prefix_tuning.generation.prefix_bloom import Names, PrefixBloom
 from prefix_tuning.generation.sampling import row_draws
 
-FEW_ROWS = 4  # smaller batches are not shrunk further: another call of `generate` would cost more than it saves
+FEW_ROWS = 4  # a batch of at most 4 rows is not shrunk: another call of `generate` would cost more than it saves
 
 
 class Prompt(NamedTuple):
-    """A tokenised prompt. What is drawn for it depends on its number and the seed, so not on the prompts beside it.
+    """A tokenised prompt. With do_sample, its answer depends on its number and the seed, not on the prompts beside it.
 
-    limit: the most tokens of its own reply; None: as many as max_new_tokens says.
+    limit: the largest number of tokens of its reply; None: max_new_tokens.
     """
 
     ids: list[int]
@@ -43,9 +43,9 @@ def complete(
 ) -> list[str]:
     """The completion of each prompt, in their order; of several sequences per prompt, the first.
 
-    prompts: token ids. max_tokens: of the prompts of a batch; None: `tokens_at_once`. limits: the most tokens of each reply,
-    instead of one max_new_tokens. options: those of `complete_batch`. After a signal the remaining answers are cut short or
-    empty, which the caller has to check. Raises ValueError for unknown names of prefixes.
+    prompts: token ids. max_tokens: tokens of all prompts of a batch, padding included; None: `tokens_at_once`. limits: the
+    largest number of tokens of each reply, instead of one max_new_tokens. options: see `complete_batch`. After a signal, the
+    remaining answers are cut short or empty, and the caller has to check for it. Raises ValueError for unknown prefixes.
     """
     names = model.names_of(prefix_name, len(prompts))
     answers = [""] * len(prompts)
@@ -59,18 +59,18 @@ def complete(
 
 
 def tokens_at_once(model: PrefixBloom) -> int:
-    """How many tokens of prompts suit a batch, padding included, by device and model."""
+    """The number of tokens of a batch of prompts, padding included, that suits device and model."""
     return prompt_tokens(suggested_max_tokens(model, gathers=is_sharded(model)))
 
 
 def batches_of(prompts: Iterable[Prompt], batch_size: int, max_tokens: int) -> list[list[Prompt]]:
     """Prompts in batches of at most `batch_size` rows and `max_tokens` tokens, padding included.
 
-    They are sorted by prefix and number of tokens, so that there is little padding. A prompt that is longer than that is a
-    batch of its own.
+    They are sorted by prefix and number of tokens, so that there is little padding. A prompt with more tokens is a batch of
+    its own.
     """
     batches: list[list[Prompt]] = []
-    longest = 0  # prompt of the last batch
+    longest = 0  # tokens of the longest prompt in the last batch
     for prompt in sorted(prompts, key=lambda prompt: (prompt.prefix_name, len(prompt.ids))):
         longest = max(longest, len(prompt.ids))
         if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * longest > max_tokens:
@@ -90,8 +90,7 @@ def complete_batch(
 ) -> list[list[str]]:
     """The completions of each prompt: num_return_sequences of them, without special tokens.
 
-    seed: what is drawn for a prompt with do_sample depends on this and on its number alone. options: those of transformers'
-    `generate`.
+    seed: with do_sample, an answer depends on it and on the prompt's number alone. options: as for transformers' `generate`.
     """
     limits = [prompt.limit for prompt in batch if prompt.limit is not None]
     if limits:
@@ -129,9 +128,9 @@ def _replies_of_shrinking_batch(
 ) -> list[list[int]]:
     """The new ids of each row. Rows that have ended leave the batch as soon as they are half of it.
 
-    The others continue from their part of `cache`, which holds their prefixes: the same texts, but the short answers do not
-    cost as much as the longest. settings: `is_continuable`. keys: as for `row_draws`. limits: the most tokens of each reply,
-    or none.
+    The others continue from their part of `cache`, which holds their prefixes. The answers stay the same, but short ones no
+    longer cost as much as the longest. settings: `is_continuable`. keys: see `row_draws`. limits: the largest number of
+    tokens of each reply; empty: max_new_tokens.
     """
     ids, mask = inputs.input_ids, inputs.attention_mask
     tokens, left = ids.shape[1], settings.max_new_tokens
@@ -156,7 +155,7 @@ def _replies_of_shrinking_batch(
 
 
 class _SignalHeard(StoppingCriteria):
-    """Stops all rows once the process has received a signal."""
+    """Stops all rows after the process has received a signal."""
 
     def __call__(self, input_ids, scores, **options):
         return torch.full((len(input_ids),), signals.heard() > 0, device=input_ids.device)
@@ -165,7 +164,7 @@ class _SignalHeard(StoppingCriteria):
 class _HalfEnded(StoppingCriteria):
     """Stops a batch as soon as half of its rows have ended.
 
-    start: where the replies begin in input_ids. limits: the most tokens of each reply, (rows,), int64.
+    start: index in input_ids at which the replies begin. limits: (rows,), int64, the largest number of tokens of each reply.
     """
 
     def __init__(self, start: int, ends: list[int], limits: torch.Tensor):

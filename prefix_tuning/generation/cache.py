@@ -1,7 +1,7 @@
 """Caches that begin with prefixes.
 
-Prefixes of different lengths are padded to one, so a mask says which of the first tokens in a cache are real. transformers
-changes the rows of a cache in place, for beams as an example, and the mask has to follow.
+Prefixes of different lengths are padded to one length, so a mask says which of the first tokens in a cache are real.
+transformers changes the rows of a cache in place, for example for beams, and the mask has to follow.
 """
 
 import inspect
@@ -10,8 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from transformers import BloomForCausalLM, Cache, DynamicCache, StaticCache
 
-# transformers' name for the argument of a forward pass and of `generate` that holds past keys and values: "cache" since
-# 5.24, "past_key_values" before.
+# transformers' name for the argument with past keys and values: "cache" since 5.24, "past_key_values" before.
 CACHE = "cache" if "cache" in inspect.signature(BloomForCausalLM.forward).parameters else "past_key_values"
 
 
@@ -41,7 +40,7 @@ class PrefixedCache(Cache):
             self.prefix_mask = self.prefix_mask.repeat_interleave(repeats, dim=0)
 
     def crop(self, *arguments, **options):
-        """transformers' own. Raises ValueError if a part of the prefixes is gone afterwards."""
+        """transformers' `crop`. Raises ValueError if it has removed a part of the prefixes."""
         super().crop(*arguments, **options)
         if self.prefix_mask is not None and self.get_seq_length() < self.prefix_mask.shape[1]:
             raise ValueError("`crop` has cut into the prefix; `reset` empties a cache, and the next call fills it anew")
@@ -68,11 +67,11 @@ def is_supported(cache: Cache) -> bool:
 
 
 def set_prefix_mask(cache: Cache, prefix_mask: torch.Tensor) -> None:
-    """Makes a cache that `is_supported` a PrefixedCache, in place, as its owner will go on with this object."""
+    """Makes a cache that `is_supported` a PrefixedCache: in place, because its owner goes on with this object."""
     cache.__class__ = _KINDS.get(type(cache), type(cache))
     cache.prefix_mask = prefix_mask  # type: ignore[attr-defined]
 
 
 def has_prefixes(cache: Cache) -> TypeGuard[PrefixedCache]:
-    """Whether a cache begins with prefixes; those of the base alone have no tokens."""
+    """Whether a cache begins with prefixes. Without a token, as for the base alone, they count too."""
     return isinstance(cache, PrefixedCache) and cache.prefix_mask is not None

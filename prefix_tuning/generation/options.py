@@ -1,6 +1,6 @@
-"""The options of one call of `generate`: resolved as transformers does it, and what follows from them.
+"""The options of one call of `generate`: they are resolved as in transformers, and here is what follows from them.
 
-They come from three places: the call itself, the GenerationConfig that it is given, and the model's own generation_config.
+Options come from the call itself, from the GenerationConfig that it is given, and from the model's own generation_config.
 """
 
 import copy
@@ -14,9 +14,9 @@ _DEFAULT_NEW_TOKENS = 20  # transformers' own, where neither max_new_tokens nor 
 
 _RULED_OUT = ("inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "prefill_chunk_size")
 
-# With these, a call of `generate` that continues an earlier one returns what a single call would have returned: they depend
-# on the scores of the next token or on the whole text. All others start anew with each call (min_new_tokens), need another
-# cache (beams), or are not known here.
+# With these alone, a call of `generate` that continues an earlier one returns what a single call would have returned: they
+# depend on the scores of the next token or on the whole text. Without this list, users of other options would get wrong
+# answers: min_new_tokens, for example, would be counted anew in each call.
 _CONTINUABLE = {
     "do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "renormalize_logits", "remove_invalid_values", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
@@ -25,7 +25,8 @@ _CONTINUABLE = {
     "transformers_version",
 }  # fmt: skip
 
-# These look for tokens in the text so far, where some releases of transformers see the padding too; and what has no effect.
+# These look for tokens in the text so far, and some releases of transformers take padding for text. Each has the value with
+# which it has no effect.
 _LOOK_FOR_TOKENS = {
     "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
 }  # fmt: skip
@@ -34,8 +35,8 @@ _LOOK_FOR_TOKENS = {
 def resolve_options(own: GenerationConfig, given: GenerationConfig | None, options: dict) -> tuple[GenerationConfig, dict]:
     """The settings of a call: from its `options`, else from the configuration `given` to it, else from the model's `own`.
 
-    Returns a new GenerationConfig, and those options that are none of its settings. Raises ValueError where the model's own
-    names a kind of cache: `generate` would create that one beside the cache that holds the prefix.
+    Returns a new GenerationConfig, and the options that are no settings. Raises ValueError where the model's own names a
+    kind of cache: `generate` would create such a cache beside the one that holds the prefix.
     """
     if own.cache_implementation:
         raise ValueError("give cache_implementation to `generate`, not to the model's generation_config")
@@ -44,13 +45,13 @@ def resolve_options(own: GenerationConfig, given: GenerationConfig | None, optio
     for name, value in vars(own).items():
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)
-    if settings.guidance_scale == 1:  # has no effect
+    if settings.guidance_scale == 1:  # it has no effect
         settings.guidance_scale = None
     return settings, options
 
 
 def check_options(settings: GenerationConfig, options: dict) -> None:
-    """Raises ValueError for what does not work with a prefix, which needs input_ids and a cache that can hold it."""
+    """Raises ValueError for options that do not work with a prefix. It needs input_ids, and a cache that can hold it."""
     for name in _RULED_OUT:
         if options.get(name) is not None or getattr(settings, name, None) is not None:
             raise ValueError(f"{name} does not go with a prefix")
@@ -61,8 +62,9 @@ def check_options(settings: GenerationConfig, options: dict) -> None:
 
 
 def guess_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
-    """The attention mask where none is given, as transformers guesses it: padding is what has pad_token_id, unless that is
-    an end token too. Takes and returns (rows, tokens), int64."""
+    """The attention mask where none is given, as transformers guesses it: tokens with pad_token_id are padding, unless that
+    is an end token too. Takes and returns (rows, tokens), int64.
+    """
     pad = settings.pad_token_id
     if pad is None or pad in ends_of(settings):
         return torch.ones_like(input_ids)
@@ -70,27 +72,27 @@ def guess_mask(input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Ten
 
 
 def depends_on_padding(settings: GenerationConfig, pad: int) -> bool:
-    """Whether an answer would be another one if its prompt were padded, with token `pad`, in a batch with longer ones.
+    """Whether an answer would change if its prompt were padded, with token `pad`, in a batch with longer ones.
 
-    Where padding is an end token, what makes tokens of the text likelier or less likely does so to the end. min_length
-    counts padding as text.
+    min_length counts padding as text. And where padding is an end token, a penalty on tokens of the text falls on the end of
+    the answer too.
     """
     looks = any(getattr(settings, name, None) not in (None, neutral) for name, neutral in _LOOK_FOR_TOKENS.items())
     return bool(settings.min_length) or (looks and pad in ends_of(settings))
 
 
 def new_tokens(settings: GenerationConfig, tokens: int) -> int:
-    """How many new tokens a text of `tokens` may get."""
+    """The largest number of new tokens after a text of `tokens`."""
     return settings.max_new_tokens or (settings.max_length or tokens + _DEFAULT_NEW_TOKENS) - tokens
 
 
 def copies_of_a_row(settings: GenerationConfig) -> int:
-    """How often `generate` repeats each row, as beams or sequences."""
+    """How often `generate` repeats each row, for beams or for several sequences."""
     return max(settings.num_beams or 1, settings.num_return_sequences or 1)
 
 
 def is_continuable(settings: GenerationConfig, options: dict) -> bool:
-    """Whether several calls of `generate`, each continuing the one before, return what a single call would."""
+    """Whether several calls of `generate`, each of which continues the one before, return what a single call would."""
     given = {name for name, value in (vars(settings) | options).items() if value is not None and name[0] != "_"}
     given -= {name for name in ("num_beams", "num_return_sequences") if getattr(settings, name) == 1}
     return settings.max_new_tokens is not None and given <= _CONTINUABLE

@@ -1,4 +1,8 @@
-"""Sampling that can be repeated: what is drawn for a row depends on the row's key, and on no other row of its batch."""
+"""Sampling that can be repeated: the draws for a row depend on the row's key, and on no other row of its batch.
+
+With torch's one generator, `infer.py --do_sample` would give other answers after --resume, in another batch size or with
+another number of processes.
+"""
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
@@ -9,17 +13,18 @@ from transformers import GenerationConfig
 
 
 def row_draws(settings: GenerationConfig, keys: list[tuple[int, int]], step: int = 0) -> AbstractContextManager[object]:
-    """Inside, each row that `generate` samples has random numbers of its own. A no-op where nothing is drawn.
+    """A context in which `generate` samples by per-row random generators. A no-op without do_sample.
 
-    keys: what the draws of each row depend on, a seed and a number. step: how many tokens of each row are drawn already.
+    keys: for each row, the seed and the number on which its draws depend. step: number of tokens that are already drawn.
     """
     return _RowDraws(keys, step) if settings.do_sample else nullcontext()
 
 
 class _RowDraws(TorchFunctionMode):
-    """Replaces torch.multinomial, with which `generate` samples: one generator for each row and step.
+    """Replaces torch.multinomial, with which `generate` samples: it gets one generator for each row and step.
 
-    Beams, or several sequences of a row, follow one another in the batch, and share the row's generator.
+    `generate` takes no generator, so this is the only way to give it one. Beams, or several sequences of a row, are
+    neighbours in the batch, and share the row's generator.
     """
 
     def __init__(self, keys: list[tuple[int, int]], step: int):

@@ -2,34 +2,36 @@
 
 Legend: R rows, T tokens of all rows (packed, batch.py), S tokens of the longest row, H heads, P prefix tokens, D head_dim.
 
-Prefix and text meet in two lines, `torch.cat` in `attend_padded` and in `_query_chunks`. For token i of a row, in each head:
+Prefix and text meet in the `torch.cat` of two functions, `as_grid` and `_query_chunks`. For token i of a row, in each head:
 
     scores  = q_i . [K_prefix ; K_row]^T / sqrt(D) + bias_i           (P + S)
     context = softmax(scores) @ [V_prefix ; V_row]                    (D)
 
-Queries come from the text alone: a prefix token computes nothing, it is only looked at. All P prefix tokens are visible to
-every token of the row; of the row's own tokens, those up to i are. Both share one softmax, so what the prefix gets, the
-text loses: if the prefix draws the share a of the attention, the text's part is what it would be without a prefix, times
-(1 - a).
+Queries come from the text alone: a prefix token computes nothing, it is only looked at. Token i sees all P prefix tokens,
+and the tokens of its own row up to i. Both share one softmax, so the text loses the attention that the prefix gets: if the
+prefix draws a share a of it, the text's part of the context is what it would be without a prefix, times (1 - a).
 
-ALiBi (Press et al. 2022) is all that Bloom knows of positions: a key d positions before the query is penalised by slope_h
-* d, with one slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a power of two. The prefix occupies the
-positions 0 .. P-1 and the row those from P on, so prefix token j is P + i - j positions before token i:
+Bloom knows of positions by ALiBi alone (Press et al. 2022): a key d positions before the query is penalised by slope_h * d.
+There is one slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a power of two. The prefix has the positions
+0 .. P-1, and the row starts at position P, so prefix token j is P + i - j positions before token i:
 
     bias_i = [-slope_h * (P + i), ..., -slope_h * (i + 1) | -slope_h * i, ..., -slope_h, 0, -inf, ...]    prefix | row
 
 - Steep heads (h = 1: slope 0.7 for 16 heads) cannot see a prefix from a distance: 64 tokens on, they penalise it by 45
   nats. The flattest heads (slope 0.004) see it from everywhere. Learned keys can make up for some of that.
-- With a prefix of P + 5 tokens, scores and biases between the tokens of a row do not change. Prefix token j is then
-  P + 5 + i - j positions before token i, so its penalty grows by 5 * slope_h. Attention weights change, because the new keys
-  are part of the same softmax.
+- A prefix of P + 5 tokens changes no score and no bias between the tokens of a row. Prefix token j is then P + 5 + i - j
+  positions before token i, so its penalty grows by 5 * slope_h. The attention weights do change, because the new keys are
+  part of the same softmax.
 - A model with rotary positions has no such bias: queries and keys of the row are rotated by their position P + i, prefix
-  keys are learned as they are after rotation, and the bias is the causal mask alone. With grouped heads, keys and values
-  have fewer heads than queries, and the prefix has that number as H.
+  keys are learned as they are after rotation, and the bias is the causal mask alone. With grouped heads, there are fewer
+  heads of keys and values than of queries, and H of the prefix is their number.
 
 `attend` has two forms, equal but for rounding. `attend_padded` lays the rows out as a padded grid and calls torch once: few
-kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, no work
-for most of the hidden future, and only inputs and outputs are kept for the backward pass.
+kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, little
+work on the masked future, and only inputs and outputs are kept for the backward pass.
+
+All of it runs in `attention_dtype`: for a base in bf16, bfloat16 on CUDA and float32 on a CPU. The prefix arrives in float32
+and is cast here, before `torch.cat`.
 """
 
 from collections.abc import Iterator
@@ -41,17 +43,17 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from prefix_tuning.model.batch import Batch
 
-# What scaled_dot_product_attention runs on a CPU. Called by name, because the backward pass below needs it for parts.
+# The kernels behind scaled_dot_product_attention on a CPU. AttendRows calls them on a part of the queries at a time.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-QUERY_CHUNK = 128  # queries: smaller chunks skip more masked keys, larger ones launch fewer kernels
-SHORT_ROW = 48  # tokens; for shorter rows, a CPU takes longer to launch their kernels than to run them (tests/benchmarks)
+QUERY_CHUNK = 128  # queries per kernel: smaller chunks skip more masked keys, larger ones launch fewer kernels
+SHORT_ROW = 48  # tokens: a CPU takes longer to launch the kernels of a shorter row than to run them (tests/benchmarks)
 
 
 def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a model of this dtype computes attention in. On a CPU that is float32 at least: the backward pass of torch's
-    kernel is 2 to 5 times slower in bfloat16 there.
+    """The dtype in which a model of this dtype computes attention: its own, but at least float32 on a CPU. There, the
+    backward pass of torch's kernel is 2 to 5 times slower in bfloat16.
     """
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
@@ -59,57 +61,64 @@ def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
     """The bias of the formula above: (1, H, S, P + S), on the device of `like` and in its `attention_dtype`.
 
-    Bloom itself adds slope * key position: for one query that differs by a constant, which softmax cancels. Distances are
-    smaller than absolute positions, so rounding to bfloat16 loses less. One bias serves rows of any length: padding comes
-    after the row, where the causal mask hides it.
+    transformers' Bloom adds slope * key position instead. For one query the two differ by a constant, which softmax cancels;
+    but distances are smaller than absolute positions, so rounding them to bfloat16 loses less. One bias serves rows of any
+    length: padding comes after the row, where the causal mask hides it.
     """
     keys = torch.arange(prefix_length + max_length, device=like.device)
     distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative before it
     slopes = alibi_slopes(num_heads).to(like.device, torch.promote_types(like.dtype, torch.float32))[:, None, None]
     bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(attention_dtype(like.dtype, like.device))
-    return bias.unsqueeze(0)  # SDPA on CPU uses a slow kernel for a 3-D mask; the batch axis avoids it
+    return bias.unsqueeze(0)  # the batch axis avoids the slow kernel that SDPA uses for a 3-D mask on a CPU
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
     """slope_h of the formula above: (H,), float32."""
-    return build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]  # of slope * position, at position 1
+    return build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]  # slope * position, at position 1
 
 
-@torch.compiler.disable  # row lengths differ from batch to batch: it would be compiled anew for each
-def attend(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, only_labels: bool) -> torch.Tensor:
+# Row lengths differ from batch to batch, so it would be compiled anew for each.
+@torch.compiler.disable
+def attend(
+    qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, label_positions_only: bool
+) -> torch.Tensor:
     """Attention of every row over [prefix; row]: (T, H, D).
 
-    qkv: (T, H, 3, D), as Bloom's query_key_value returns it, in bias's dtype. prefix: (2, H, P, D), key and value. bias:
-    `attention_bias`. only_labels: the result is used at label positions only; elsewhere it may hold anything.
+    qkv: (T, H, 3, D), as Bloom's query_key_value returns it, in the dtype of bias. prefix: (2, H, P, D), key and value, in
+    any dtype. bias: `attention_bias`. label_positions_only: the caller reads the result at label positions only; elsewhere
+    it may hold any finite number.
     """
     if qkv.device.type == "cpu" and len(qkv) >= SHORT_ROW * batch.rows:
-        return attend_rows(qkv, prefix, batch, bias, only_labels)
+        return attend_rows(qkv, prefix, batch, bias, label_positions_only)
     return attend_padded(qkv, prefix, batch, bias)
 
 
 def attend_padded(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor) -> torch.Tensor:
     """`attend` on all rows at once, as a grid that is padded to the longest row."""
-    query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (R, H, S, D)
-    prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1).expand(-1, batch.rows, -1, -1, -1)
-    key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)  # (R, H, P + S, D)
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    context = F.scaled_dot_product_attention(*as_grid(qkv, prefix, batch), attn_mask=bias)
     return batch.from_grid(context.transpose(1, 2))
 
 
+def as_grid(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (R, H, S, D), keys and values (R, H, P + S, D) of all rows, the prefix's keys and values in front."""
+    query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (R, H, S, D)
+    prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1).expand(-1, batch.rows, -1, -1, -1)
+    return query, torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
+
+
 def attend_rows(
-    qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, only_labels: bool
+    qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, label_positions_only: bool
 ) -> torch.Tensor:
     """`attend` row by row, long rows in chunks of queries. CPU only."""
-    first_queries = batch.first_labels if only_labels else [0] * batch.rows
+    first_queries = batch.first_labels if label_positions_only else [0] * batch.rows
     return AttendRows.apply(qkv, prefix, bias, batch.lengths, first_queries)
 
 
 class AttendRows(torch.autograd.Function):
     """Flash attention (Dao et al. 2022), chunk by chunk.
 
-    Its backward pass recomputes the softmax from queries, keys and the log of the softmax's sum, so no layer keeps a
-    matrix of (H, S, P + S) weights; the bias of that shape is one per batch. Gradients: qkv, unless it needs none, and
-    prefix.
+    Its backward pass recomputes the softmax from queries, keys and the log of the softmax's sum. So no layer keeps its
+    (H, S, P + S) weights; only the bias has that shape, once per batch. Gradients: for prefix, and for qkv if it needs one.
     """
 
     @staticmethod
@@ -130,7 +139,7 @@ class AttendRows(torch.autograd.Function):
         qkv, prefix, bias, context, *log_sums = ctx.saved_tensors
         grad_qkv, grad_prefix = torch.zeros_like(qkv), torch.zeros_like(prefix)
         prefix_length = prefix.shape[2]
-        # The first layer's qkv depends on nothing that is trained: there only the prefix needs gradients.
+        # The first layer's qkv depends on nothing that is trained. There, only the prefix needs gradients.
         into_rows = ctx.needs_input_grad[0]
         chunks = _query_chunks(qkv, prefix, bias, *ctx.rows)
         for (queries, keys, query, key, value, visible), log_sum in zip(chunks, log_sums, strict=True):
@@ -151,10 +160,13 @@ class AttendRows(torch.autograd.Function):
 def _query_chunks(
     qkv: torch.Tensor, prefix: torch.Tensor, bias: torch.Tensor, lengths: list[int], first_queries: list[int]
 ) -> Iterator[tuple]:
-    """Cuts packed rows into chunks of neighbouring queries and yields for each:
+    """Cuts packed rows into chunks of neighbouring queries. Yields for each chunk:
 
-    slices of the packed axis: of its queries, and of the row's tokens up to the last of them;
-    query, key and value, each (1, H, queries or visible keys, D), the prefix's keys and values in front; their bias.
+    - two slices of the packed axis: its queries, and the tokens of their row up to the last of them;
+    - query, key and value, each (1, H, queries or visible keys, D), the prefix's keys and values in front;
+    - their bias.
+
+    first_queries: for each row, the index of the first query in it that is needed.
     """
     prefix_length, start = prefix.shape[2], 0
     prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1)
@@ -163,7 +175,7 @@ def _query_chunks(
         key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
         for begin in range(first, length, QUERY_CHUNK):
             end = min(begin + QUERY_CHUNK, length)
-            visible = prefix_length + end  # keys: the whole prefix, and the row up to the last query
+            visible = prefix_length + end  # the keys of the whole prefix, and of the row up to the last query
             yield (
                 slice(start + begin, start + end),
                 slice(start, start + end),

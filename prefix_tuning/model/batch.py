@@ -5,8 +5,8 @@ Legend: R rows of a batch, T tokens of all its rows together, S tokens of its lo
 A batch is *packed*: its rows lie end to end in one axis of T tokens. Linear layers and layer norms treat every token alike,
 so they need no more; only attention has to know where a row begins (attention.py). transformers pads to R x S instead.
 
-Why -100? Only the answer is to be learned, not the prompt, so prompt positions carry a label that is left out of the loss.
--100 is the one that torch's cross_entropy ignores by default, and that transformers uses.
+Only the answer is to be learned, not the prompt. So prompt positions get the label -100, which torch's cross_entropy and
+transformers ignore.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100  # the label of a position that does not count
+IGNORED = -100  # the label of a position that is no part of the loss
 
 
 @dataclass
 class Example:
-    """One row as token ids. labels[i] is input_ids[i] where it is part of the answer, IGNORED where it is of the prompt."""
+    """One row as token ids. labels[i] is input_ids[i] in the answer, and IGNORED in the prompt."""
 
     input_ids: list[int]
     labels: list[int]
@@ -32,11 +32,11 @@ class Batch:
     """Rows end to end, without padding. All tensors are int64.
 
     input_ids:        (T,)
-    label_positions:  (N,) packed positions whose output predicts a label: each is one before the labelled token
+    label_positions:  (N,) the packed positions whose output predicts a label: each is one before the labelled token
     labels:           (N,) the token ids to predict there
-    lengths:          tokens of each row, R numbers
-    first_labels:     of each row, the first place in it whose output predicts a label; its length if there is none
-    slots:            (T,) the place of each token in the flattened (R, S) grid; None if no row is shorter than S
+    lengths:          R numbers, the tokens of each row
+    first_labels:     R numbers, the first index in each row whose output predicts a label; its length if there is none
+    slots:            (T,) the index of each token in the flattened (R, S) grid; None if no row is shorter than S
     """
 
     input_ids: torch.Tensor
@@ -55,7 +55,7 @@ class Batch:
         return max(self.lengths)
 
     def to(self, device: torch.device) -> "Batch":
-        """This batch on `device`. A CUDA copy from pinned memory does not wait for kernels that are still running."""
+        """This batch on `device`. A copy to CUDA starts from pinned memory, so it waits for no kernel."""
 
         def move(value):
             if not isinstance(value, torch.Tensor):
@@ -65,8 +65,11 @@ class Batch:
         return Batch(**{name: move(value) for name, value in vars(self).items()})
 
     def filled(self, multiple: int) -> "Batch":
-        """This batch, on the CPU, with T and N rounded up to a multiple: one more row of token 0, and labels at position 0,
-        whose losses follow those of the real labels.
+        """This batch, on the CPU, with filler that rounds T and N up to a multiple. None of it reaches the result:
+
+        - Filler tokens are one more row, which has no label. Attention keeps rows apart, so no other row sees it.
+        - Filler labels predict token 0 at packed position 0, which is a real token. Their losses come after the N real
+          ones, and `Bloom.label_losses` cuts them off; so their gradient is zero.
         """
         tokens, labels = -len(self.input_ids) % multiple, -len(self.labels) % multiple
         row = [tokens] if tokens else []
@@ -76,7 +79,7 @@ class Batch:
             label_positions=F.pad(self.label_positions, (0, labels)),
             labels=F.pad(self.labels, (0, labels)),
             lengths=lengths,
-            first_labels=self.first_labels + row,  # its length: it has no label
+            first_labels=self.first_labels + row,  # the length of the new row: it has no label
             slots=_slots(lengths),
         )
 
@@ -96,8 +99,7 @@ class Batch:
 def pack(examples: list[Example], max_tokens: int) -> Iterator[Batch]:
     """Packs the examples into batches of up to `max_tokens` tokens, rows of similar length together.
 
-    A row longer than `max_tokens` is a batch of its own. (Rows are cut at --max_length before, and those without a label
-    dropped: data/rows.py.)
+    A longer row is a batch of its own.
     """
     rows: list[Example] = []
     tokens = 0
@@ -132,11 +134,11 @@ def _slots(lengths: list[int]) -> torch.Tensor | None:
     return None if bool(in_row.all()) else in_row.flatten().nonzero().flatten()
 
 
-# With a sharded base, all ranks must run equally many passes: one with fewer batches adds this. It has no labels, so its
+# All ranks that share a base must run equally many passes: a rank with fewer batches adds this one. It has no labels, so its
 # loss is empty and its gradient zero.
 EMPTY_BATCH = _batch([Example([0], [IGNORED])])
 
 
 def count_labels(examples: list[Example]) -> int:
-    """How many labels are predicted. A row's first token never is: no token comes before it."""
+    """Number of labels that are predicted. A row's first token is not: no token comes before it."""
     return sum(label != IGNORED for example in examples for label in example.labels[1:])

@@ -3,23 +3,36 @@
 Legend: R rows, T tokens of all rows (packed, batch.py), N labels, L layers, H heads, P prefix tokens, D head_dim,
 E = H * D hidden size, V vocabulary.
 
-plain.py hands the prefix to transformers' own forward as `past_key_values`. That computes every position of a padded batch,
-attention included, and logits for all of them. Training a prefix needs less, so `Bloom.label_losses` runs the same weights
+plain.py gives the prefix to transformers' own forward as a cache of past keys and values. That forward computes every
+position of a padded batch, and logits for all of them. Training a prefix needs less, so `Bloom.label_losses` runs the same
+weights as follows:
 
-- over packed tokens: linear layers and layer norms see (T, E) without padding; only attention knows where rows begin;
-- after the attention of the last layer at the N label positions only: no other position's output is part of the loss, and
-  from there on no position reads another; on a CPU, that attention itself starts at a row's first label;
-- with logits at these N only, a slice of them at a time: a (N, V) matrix is often the largest tensor of all
-  (FrozenHeadLoss).
+- Tokens are packed: linear layers and layer norms see (T, E) without padding; only attention knows where rows begin.
+- After the attention of the last layer, only the N label positions are left: no other output is part of the loss, and from
+  there on no position reads another. On a CPU, that attention itself starts at a row's first label.
+- Logits exist at these N only, and for a slice of them at a time, because a (N, V) matrix is often the largest tensor of
+  all (FrozenHeadLoss).
 
-The base does not change: its parameters have requires_grad False (base_model/loading.py), the optimizer has the encoder's
-parameters only (training/state.py), and backward through this file yields a gradient for `prefix` alone. Gradients still
-pass *through* the frozen layers, since layer l + 1 reads what the prefix changed in layer l.
+The base does not change: its parameters have requires_grad False (base_model/loading.py), the optimizer gets the encoder's
+parameters only (training/state.py), and a backward pass through this file yields a gradient for `prefix` alone. Gradients
+still pass *through* the frozen layers, because layer l + 1 reads what the prefix changed in layer l.
 
-Another family of models, with rotary positions and grouped heads say, needs a `forward_packed` and a bias of its own (see
-attention.py), its own way to layers and embeddings (`packed_hidden`, base_model/layers.py and sharding.py), and the
-number of key-value heads wherever a prefix's shape is derived from the base's configuration (model/encoder.py,
-base_model/identity.py, generation/prefix_bloom.py). The encoder, the loop and the file formats stay.
+Nothing runs under autocast; each tensor has one dtype. With a base in bf16:
+
+                                              on CUDA     on a CPU
+    encoder, prefix, optimizer                float32     float32      encoder.py says why
+    hidden states, linear layers, norms       bfloat16    bfloat16     the dtype of the base
+    attention, and the prefix in it           bfloat16    float32      `attention_dtype`
+    logits                                    bfloat16    bfloat16
+    softmax of the logits, losses             float32     float32      FrozenHeadLoss
+    gradient of the prefix, over all passes   float32     float32      training/loop.py
+
+A base in fp16 runs on CUDA only, as in bf16, and its losses are scaled (training/loop.py).
+
+Another family of models, for example with rotary positions and grouped heads, needs a `forward_packed` and a bias of its own
+(attention.py), its own way to layers and embeddings (`packed_hidden`, and base_model/), and the number of key-value heads
+wherever a prefix gets its shape from the base's configuration (`PrefixConfig.of`, `empty_prefix`, base_model/identity.py).
+The encoder, the loop and the file formats stay.
 """
 
 from collections.abc import Callable
@@ -28,7 +41,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from transformers import BloomForCausalLM, Cache, DynamicCache
+from transformers import BloomConfig, BloomForCausalLM, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
@@ -39,19 +52,20 @@ from prefix_tuning.model.batch import Batch
 class PackedBlock(BloomBlock):
     """A decoder layer of Bloom that can also run over packed tokens."""
 
-    # A seam: who wants to see attention weights, or to change them, sets a function of the same arguments on a block.
+    # Override point: assign a function with the same signature to a block, for example one that shows attention weights
+    # (study/attention.py).
     attend: Callable[..., torch.Tensor] = staticmethod(attend)
 
     def forward_packed(
-        self, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, only_labels: bool
+        self, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, label_positions_only: bool
     ) -> torch.Tensor:
-        """(T, E) -> (T, E), or (N, E) if only the label positions are wanted. prefix: this layer's, (2, H, P, D)."""
+        """(T, E) -> (T, E), or (N, E) if label_positions_only. prefix: this layer's, (2, H, P, D)."""
         attention, mlp = self.self_attention, self.mlp
         normed = self.input_layernorm(hidden)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden
         qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim).to(bias.dtype)
-        context = self.attend(qkv, prefix, batch, bias, only_labels).flatten(1).to(hidden.dtype)
-        if only_labels:
+        context = self.attend(qkv, prefix, batch, bias, label_positions_only).flatten(1).to(hidden.dtype)
+        if label_positions_only:
             context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
         hidden = attention.dense(context) + residual
 
@@ -64,7 +78,7 @@ class PackedBlock(BloomBlock):
 class Bloom(BloomForCausalLM):
     """BloomForCausalLM, and its packed forward. transformers' own forward and `generate` stay as they are."""
 
-    # How a weight is read that is used outside of a layer; a base that is split over processes gathers it (sharding.py).
+    # Returns the full weight of embeddings or head; sharding replaces it with a gather (base_model/sharding.py).
     gathered: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda weight: weight)
 
     def __init__(self, config):
@@ -74,32 +88,40 @@ class Bloom(BloomForCausalLM):
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
         labels = len(batch.labels)
+        # oneDNN prepares and keeps a kernel for each shape of a bf16 matmul, so there should be few shapes.
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
-            batch = batch.filled(64)  # oneDNN prepares, and keeps, a kernel for each shape of a bf16 matmul
+            batch = batch.filled(64)
         hidden = self.packed_hidden(batch, prefix)
-        return FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), batch.labels)[:labels]
+        losses = FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), batch.labels)
+        # Filler labels come last. Without their losses, they have no gradient either.
+        return losses[:labels]
 
     def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
-        """What the head reads at the label positions: (N, E), in the model's dtype.
+        """The input of the head at the label positions: (N, E), in the model's dtype.
 
-        prefix: (L, 2, H, P, D), or None for the base alone. The same numbers as transformers' forward with the prefix as
-        past_key_values and the rows padded to one length.
+        prefix: (L, 2, H, P, D), or None for the base alone. transformers' forward gives the same numbers over padded
+        rows, with the prefix as past keys and values.
         """
-        body, shape = self.transformer, self.config
+        body, blocks = self.transformer, cast(list[PackedBlock], self.transformer.h)
         hidden = body.word_embeddings_layernorm(F.embedding(batch.input_ids, self.gathered(body.word_embeddings.weight)))
-        if prefix is None:
-            prefix = hidden.new_empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
-        bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
-        for layer, block in enumerate(cast(list[PackedBlock], body.h)):
-            hidden = block.forward_packed(hidden, batch, bias, prefix[layer], only_labels=layer == len(body.h) - 1)
+        prefix = empty_prefix(self.config).to(hidden) if prefix is None else prefix
+        bias = attention_bias(self.config.n_head, prefix.shape[3], batch.max_length, hidden)
+        for layer, block in enumerate(blocks):
+            hidden = block.forward_packed(hidden, batch, bias, prefix[layer], label_positions_only=layer == len(blocks) - 1)
         return body.ln_f(hidden)
 
 
 def add_packed_forward(model: BloomForCausalLM) -> None:
-    """Gives the layers of a Bloom their second forward. They are changed in place, weights and first forward stay."""
+    """Gives the layers of a Bloom `forward_packed`, in place. Their weights and transformers' own forward stay."""
     for block in model.transformer.h:
-        if not isinstance(block, PackedBlock):  # sharding derives a class of its own from it, which must stay
+        # Sharding derives its own class from PackedBlock, which must stay.
+        if not isinstance(block, PackedBlock):
             block.__class__ = PackedBlock
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The logits of hidden (N, E) by the head's weight (V, E): (N, V), at least float32."""
+    return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -107,13 +129,13 @@ class FrozenHeadLoss(torch.autograd.Function):
 
         loss_n = logsumexp(logits_n) - logits_n[label_n]        d loss_n / d logits_n = softmax(logits_n) - onehot(label_n)
 
-    The weight is frozen, so the only gradient is that of `hidden`. It is computed in the forward pass, slice by slice,
-    when a slice's logits exist anyway, and scaled in the backward pass: at most LABELS_AT_ONCE rows of logits exist at
-    once. The idea is Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989).
+    The weight is frozen, so only `hidden` gets a gradient. The forward pass computes it, while a slice's logits exist
+    anyway, and the backward pass scales it. So at most LABELS_AT_ONCE rows of logits exist at any time. The idea is Liger
+    Kernel's (Hsu et al. 2024, arXiv 2410.10989).
 
-    fp16 has no number below 6e-8, and with 250,000 tokens in the vocabulary most probabilities are smaller. The loss scale
-    comes too late for them, in the backward pass. So softmax - onehot is multiplied by FP16_SCALE before it is rounded to
-    fp16, about what a loss scale of 2**16 is for each label of a step. `grad` stays float32.
+    fp16 has no number below 6e-8, and in a vocabulary of 250,000 tokens most probabilities are smaller. The loss scale comes
+    too late for them, because it enters in the backward pass. So softmax - onehot is multiplied by FP16_SCALE before it is
+    rounded to fp16. A loss scale of 2**16 amounts to the same for each of 64 labels in a step. `grad` stays float32.
 
     Raises ValueError if the weight requires a gradient.
     """
@@ -129,7 +151,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden, dtype=losses.dtype) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
             part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
-            log_probabilities = F.linear(hidden[part], weight).to(losses.dtype).log_softmax(-1)
+            log_probabilities = head_logits(hidden[part], weight).log_softmax(-1)
             label = labels[part].unsqueeze(1)
             losses[part] = -log_probabilities.gather(1, label).squeeze(1)
             if grad is not None:
@@ -150,12 +172,17 @@ class FrozenHeadLoss(torch.autograd.Function):
         return (grad * grad_losses.unsqueeze(1)).to(ctx.dtype), None, None
 
 
+def empty_prefix(config: BloomConfig) -> torch.Tensor:
+    """The prefix of no tokens for a base of this shape, which is the base alone: (L, 2, H, 0, D), float32."""
+    return torch.empty(config.n_layer, 2, config.n_head, 0, config.hidden_size // config.n_head)
+
+
 def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tuple[Cache, torch.Tensor]:
-    """Prefixes, one for each row of a batch, as transformers' past_key_values, with the attention mask that belongs to them.
+    """Prefixes, one for each row of a batch, as transformers' cache of past keys and values, and their attention mask.
 
     prefixes: each (L, 2, H, P, D); shorter ones are padded on the left. cache: an empty one to fill; None: a new
     DynamicCache. A forward pass extends a cache in place, so each call needs a new one. The mask is (R, longest P), int64, 0
-    where a prefix is padded; the text's own mask follows it.
+    where a prefix is padded; the mask of the text follows it.
     """
     longest = max(prefix.shape[3] for prefix in prefixes)
     mask = torch.tensor([[0] * (longest - prefix.shape[3]) + [1] * prefix.shape[3] for prefix in prefixes])
@@ -167,6 +194,6 @@ def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tu
 
 
 def cached_pairs(cache: Cache) -> torch.Tensor:
-    """The keys and values that past_key_values hold of their first row, as a prefix: (L, 2, H, tokens, D)."""
+    """The keys and values of a cache's first row, as a prefix: (L, 2, H, tokens, D)."""
     layers = cast(list[DynamicLayer], cache.layers)
     return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers])  # type: ignore[index]

@@ -4,8 +4,8 @@ Legend: L layers, H attention heads, D head_dim, E = H * D hidden size of the mo
 (num_virtual_tokens), W width of the encoder's hidden layer (encoder_hidden_size).
 
 Attention in layer l of a decoder mixes values v_j by how well the query q_i matches the keys k_j of the tokens up to i.
-A *prefix* is a handful of extra (key, value) pairs per layer and head which belong to no token and which every token may
-attend to, as if `num_virtual_tokens` further tokens stood in front of the text:
+A *prefix* is a handful of extra (key, value) pairs per layer and head. They belong to no token, and every token may attend
+to them, as if `num_virtual_tokens` further tokens stood in front of the text:
 
     softmax(q_i . [k_prefix ; k_1 .. k_i]) @ [v_prefix ; v_1 .. v_i]
 
@@ -14,8 +14,8 @@ The language model stays frozen. Only these pairs are learned, so a prefix is a 
     (L, 2, H, P, D)        2 = key, value
 
 For bloom-1b4-zh (24 layers, hidden size 2048 = 16 heads x 128) and 10 virtual tokens that is 983,040 numbers, 3.9 MB.
-They are no embeddings of words: each layer has pairs of its own, which in general no input text produces. That is why a
-prefix steers a model further than a prompt of the same length.
+They are no embeddings of words: each layer has its own pairs, which in general no input text produces. That is why a prefix
+steers a model further than a prompt of the same length.
 
 Why is there an MLP? The pairs could be parameters by themselves (`prefix_projection=False`), but Li & Liang found that
 training them directly is unstable and sensitive to the learning rate (section 4.3 of the paper). So they *reparametrise*
@@ -24,17 +24,27 @@ the keys and values of all layers at once:
 
     (P, E) --Linear--> (P, W) --Tanh, Linear--> (P, L * 2 * E) = (L, 2, H, P, D)
 
-All pairs then share weights and change together. Key and value of a virtual token come from one hidden vector, and with
-that structure the pairs can be estimated from fewer examples than as independent parameters (Le et al. 2025, who also get
-the gain from much simpler shared maps). Much of the difference is the size of a step, though: Adam moves each weight by
-about the learning rate, a direct number of the prefix by as much, but a number that the MLP emits by a sum over W weights.
-So direct pairs want a rate 20 to 100 times as large. At one common rate they hardly move; each at its own best rate, they
-end close to the MLP's on the bundled demo and below them on real rows (tests/benchmarks/README.md). The price of the MLP is
-size: the last Linear alone has W x (L * 2 * E) weights, 201 M of the 205.6 M trainable parameters at bloom-1b4-zh's shape.
+All pairs then share weights and change together. Key and value of a virtual token come from one hidden vector. With that
+structure, fewer examples are enough to estimate the pairs than if they were independent parameters (Le et al. 2025, who also
+get the gain from much simpler shared maps). Much of the difference is the size of a step, though: Adam moves each weight by
+about the learning rate. A direct number of the prefix moves by as much, but a number that the MLP emits is a sum over W
+weights and moves much further. So direct pairs want a rate 20 to 100 times as large. At one common rate they hardly move;
+each at its own best rate, they end close to the MLP's on the bundled demo and below them on real rows
+(tests/benchmarks/README.md). The price of the MLP is size: the last Linear alone has W x (L * 2 * E) weights, 201 M of the
+205.6 M trainable parameters at bloom-1b4-zh's shape.
 
 Why can the MLP be thrown away? Its input is no data, only the fixed virtual tokens 0, 1, 2, .... After training its
 output is therefore one constant tensor. `bake` computes it once; inference, and the file that PEFT reads, need nothing
 else. For the same reason it runs once per optimizer step and not once per row (training/loop.py).
+
+Why is it never run under autocast? Its parameters and the prefix are float32, whatever the dtype of the base: the prefix is
+cast where attention reads it (attention.py). Under autocast to bf16, `encoder()` would return a bf16 prefix. Then
+
+- a step would hardly show in the prefix: the Linear layers round each weight to bf16, whose numbers are 1.2e-4 apart around
+  0.02, but Adam moves a weight by about the learning rate, for example 5e-5;
+- the gradients of all rows of a step would be summed in bf16 too, because they have the dtype of the prefix
+  (training/loop.py). The 257th of equal summands no longer changes such a sum;
+- `bake`, outside of autocast, would save another prefix than the one that was trained.
 
 Sources: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", https://arxiv.org/abs/2101.00190;
 Liu et al. 2022, "P-Tuning v2", https://arxiv.org/abs/2110.07602; Le et al. 2025, "Revisiting Prefix-tuning: Statistical
@@ -54,7 +64,7 @@ from prefix_tuning.errors import UserError
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """The shape of a prefix and of the encoder that learns it; PEFT's names for them.
+    """The shape of a prefix and of the encoder that learns it. The names are PEFT's.
 
     Raises UserError if a number is not positive or if the heads do not divide token_dim.
     """
@@ -122,15 +132,13 @@ class PrefixEncoder(nn.Module):
             )
         else:
             self.embedding = nn.Embedding(config.num_virtual_tokens, flat)
-        # A buffer that is None does not appear in the state_dict: the keys then equal PEFT's.
+        # A buffer that is None does not appear in the state_dict, so the keys equal PEFT's.
         self.register_buffer("text_prefix", None)
 
     @classmethod
     def from_weights(cls, config: PrefixConfig, weights: dict[str, torch.Tensor]) -> "PrefixEncoder":
-        """The encoder with this `state_dict`, whose tensors it uses without a copy. Raises RuntimeError if they do not
-        fit.
-        """
-        with torch.device("meta"):  # nothing is allocated
+        """The encoder with these weights, a `state_dict`, which it does not copy. Raises RuntimeError if they do not fit."""
+        with torch.device("meta"):  # nothing is allocated there
             encoder = cls(config)
         encoder.text_prefix = weights.get("text_prefix")
         encoder.load_state_dict(weights, assign=True)
@@ -138,7 +146,7 @@ class PrefixEncoder(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """Returns the prefix (L, 2, H, P, D), float32, differentiable in the parameters."""
-        flat = self.embedding.weight  # all virtual tokens in order: no index is needed
+        flat = self.embedding.weight  # all virtual tokens in order, so no index is needed
         if self.config.prefix_projection:
             flat = self.transform(flat)
         if self.text_prefix is not None:
@@ -147,21 +155,21 @@ class PrefixEncoder(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> torch.Tensor:
-        """Returns the prefix as one constant tensor (L, 2, H, P, D): all that inference needs."""
+        """Returns the prefix as one constant tensor (L, 2, H, P, D), float32: all that inference needs."""
         return self()
 
     @torch.no_grad()
     def initialize(self, prefix_init: str, text_prefix: torch.Tensor | None = None) -> None:
         """Sets the starting point.
 
-        random: nothing to do; torch's own initialisation of the layers above, as in PEFT.
+        random: torch's own initialisation of the layers above, as in PEFT.
         zero:   all keys and values are 0. A zero key scores 0 before the bias, so it still takes a share of the softmax;
                 a zero value adds nothing.
-        text:   `text_prefix` (L, 2, H, P, D), the keys and values that the frozen model computes for a text: the model
+        text:   `text_prefix` (L, 2, H, P, D), the keys and values that the frozen model computes for a text. The model
                 starts as if it had read that text.
 
-        With the projection, zero and text start its last layer at zero; the text's pairs are added to its output. Raises
-        ValueError for any other name, and if there is a `text_prefix` without `text`, or the other way round.
+        With the projection, zero and text start its last layer at zero, and `text_prefix` is added to its output. Raises
+        ValueError for any other name, for a `text_prefix` without `text`, and for `text` without a `text_prefix`.
         """
         if prefix_init not in ("random", "zero", "text") or (text_prefix is not None) != (prefix_init == "text"):
             given = "no text_prefix" if text_prefix is None else "a text_prefix"

@@ -80,7 +80,9 @@ def _hidden_without(base: Bloom, batch: Batch, prefix: torch.Tensor, parts: list
     bias = attention_bias(base.config.n_head, prefix.shape[3], batch.max_length, hidden)
 
     def layer_of(layer: int, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return blocks[layer].forward_packed(hidden, batch, bias, prefix[layer], only_labels=layer == len(blocks) - 1)
+        return blocks[layer].forward_packed(
+            hidden, batch, bias, prefix[layer], label_positions_only=layer == len(blocks) - 1
+        )
 
     inputs = [hidden]
     for layer in range(len(blocks)):

@@ -35,7 +35,7 @@ BAD_FLAGS = {
     "hello --seed 18446744073709551616": "--seed must be at least 0 and at most",
     "hello --do_sample --temperature 1e-40": "--temperature must be at least 0.00001",
     "--chat --shard_base": "--shard_base goes with a question or --input or --score, not with --chat",
-    "a\udcff": "no UTF-8 text",
+    "a\udcff": "not encoded in UTF-8",
     "--chat --max_length 100 --max_new_tokens 100": "must leave room for a question",
     "--score a.jsonl --num_beams 3": "--num_beams goes with a question or --chat or --input, not with --score",
     "hello --prefix a=x --prefix a=y": "there is a prefix a already",
@@ -44,7 +44,7 @@ BAD_FLAGS = {
     "hello --prefix nowhere/at/all": "nowhere/at/all: no such folder",
     "hello --prefix no/where": "no/where: no such folder, nor a repository of the hub that can be reached",
     "hello --btach_size 4": "did you mean --batch_size?",
-    "-5加3等于几？": "goes behind -- if it begins with -",
+    "-5加3等于几？": "goes after -- if it begins with -",
 }
 
 ASKING = {

@@ -19,8 +19,8 @@ def test_on_a_cpu_rows_that_are_long_on_average_go_one_by_one(monkeypatch, lengt
     assert called == [form]
 
 
-@pytest.mark.parametrize("only_labels", [False, True])
-def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, only_labels):
+@pytest.mark.parametrize("label_positions_only", [False, True])
+def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, label_positions_only):
     """Numerically, in float64: of all rows, long ones in chunks, in queries, keys, values and the prefix."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 2)
     torch.manual_seed(0)
@@ -30,8 +30,8 @@ def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, onl
     bias = attention.attention_bias(2, 3, 5, qkv)
 
     def attended(qkv, prefix):
-        context = attention.attend_rows(qkv, prefix, batch, bias, only_labels)
-        return context[batch.label_positions] if only_labels else context
+        context = attention.attend_rows(qkv, prefix, batch, bias, label_positions_only)
+        return context[batch.label_positions] if label_positions_only else context
 
     assert torch.autograd.gradcheck(attended, (qkv, prefix))
     assert torch.autograd.gradcheck(lambda prefix: attended(qkv.detach(), prefix), (prefix,))  # as in the first layer

@@ -200,6 +200,29 @@ def test_in_bfloat16_every_form_of_attention_stays_close_to_float32(attention_fo
     assert relative(our_gradient, their_gradient) < 2e-2
 
 
+def test_in_bfloat16_on_a_cpu_attention_alone_is_float32():
+    """The table at the head of model/bloom.py."""
+    model, of_modules, of_attention = random_bloom(dtype=torch.bfloat16), set(), set()
+
+    def attend(qkv, prefix, batch, bias, label_positions_only):
+        context = attention.attend(qkv, prefix, batch, bias, label_positions_only)
+        of_attention.update(tensor.dtype for tensor in (qkv, bias, context))
+        return context
+
+    for block in model.transformer.h:
+        block.attend = attend
+        for module in block.modules():
+            module.register_forward_hook(lambda module, inputs, output: of_modules.add(output.dtype))
+    (batch,) = pack(examples_of([7, 12]), 100)
+    prefix = PrefixEncoder(prefix_config(model))()
+    leaf = prefix.detach().requires_grad_()
+    losses = model.label_losses(batch, leaf)
+    losses.sum().backward()
+    assert of_modules == {torch.bfloat16} and of_attention == {torch.float32}
+    assert prefix.dtype == losses.dtype == leaf.grad.dtype == torch.float32
+    assert attention.attention_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+
+
 def test_gradients_reach_no_parameter_of_the_base():
     model = random_bloom()
     leaf = PrefixEncoder(prefix_config(model)).bake().requires_grad_()

@@ -59,7 +59,7 @@ def test_removed_pairs_against_attention_whose_keys_never_had_them(found, tuned_
     removed[tuple(place.get(axis, slice(None)) for axis in ("layer", "head", "token"))] = True
 
     def attend_in(layer):
-        def attend_left(qkv, pairs, batch, bias, only_labels):
+        def attend_left(qkv, pairs, batch, bias, label_positions_only):
             context = torch.zeros_like(qkv[:, :, 0])
             for head, gone in enumerate(removed[layer]):
                 own = bias[:, head : head + 1]

@@ -45,7 +45,7 @@ BAD_FLAGS = {
     "--eval_steps 5 --eval_fraction 0": "--eval_steps needs held-out rows",
     "--encoder_hidden_size 64 --prefix_projection false": "--encoder_hidden_size is the width of the projection",
     "--output_dir=": "--output_dir is empty",
-    "--prefix_init text --init_text \udcff": "--init_text holds bytes that are no UTF-8 text",
+    "--prefix_init text --init_text \udcff": "--init_text is not encoded in UTF-8",
     "--seed 4611686018427387905": "--seed must be at least 0 and at most 4611686018427387904",
     "--num_train_epochs inf": "--num_train_epochs must be at least 0 and at most 1000000000, not inf",
     "--shard_degree 1": "--shard_degree goes with --shard_base; add that flag",
@@ -222,7 +222,7 @@ def test_a_name_that_is_no_utf8_is_refused_before_any_work(parse):
     for flag in flags:
         with pytest.raises(UserError) as error:
             parse([f"--{flag}", name])
-        refused |= {flag} if f"--{flag} holds bytes that are no UTF-8 text" in str(error.value) else set()
+        refused |= {flag} if f"--{flag} is not encoded in UTF-8" in str(error.value) else set()
         assert flag in refused or "unknown argument" in str(error.value)
     assert refused
 
