@@ -147,6 +147,14 @@ def test_a_base_that_would_be_trained_as_another_function_is_refused(tmp_path, t
         load_base(str(tmp_path), torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("setting", [{"pretraining_tp": 2}, {"slow_but_exact": True}])
+def test_a_base_that_the_settings_of_its_pretraining_do_not_change_is_used(tmp_path, tokenizer, setting):
+    """bloom-7b1 has the first one."""
+    random_bloom(**setting).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
 def test_padding_is_the_tokenizers_or_else_its_eos(tmp_path, tokenizer):
     random_bloom().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

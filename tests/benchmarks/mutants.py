@@ -338,12 +338,12 @@ def tree_of(module: str) -> ast.Module:
     return ast.parse((ROOT / "prefix_tuning" / f"{module.replace('.', '/')}.py").read_text("utf-8"))
 
 
-def survivors(module: str, variants: Variants, numbers: set[int], folder: str) -> Iterator[str]:
+def survivors(module: str, variants: Variants, numbers: set[int], stages: list[str], folder: str) -> Iterator[str]:
     """What those mutants of a module are, by number, that none of its tests notices."""
-    import_others(TESTS[module], folder)
+    import_others(stages, folder)
     gc.freeze()  # the children share what is here
     tree, limits = tree_of(module), {}
-    for tests in TESTS[module]:
+    for tests in stages:
         begun = time.monotonic()
         if not passes(tests, tree, module, folder):
             raise SystemExit(f"{module}: {tests}: fails without a mutant")
@@ -353,18 +353,20 @@ def survivors(module: str, variants: Variants, numbers: set[int], folder: str) -
             yield f"{module}:{what}"
 
 
-def run(name: str, variants: Variants, lines: list[int] | None, sample: int | None, folder: str) -> None:
+def run(name: str, args: argparse.Namespace, folder: str) -> None:
     """Prints the survivors of a module or a room, and how large a share was killed."""
+    faults = device_variants if args.device else variants
     found = [
         (module, number)
         for module in ROOMS.get(name, [name])
-        for number, what in enumerate(mutants(tree_of(module), variants))
-        if lines is None or int(what.split(":")[0]) in lines
+        for number, what in enumerate(mutants(tree_of(module), faults))
+        if args.lines is None or int(what.split(":")[0]) in args.lines
     ]
-    chosen = sorted(random.Random(0).sample(found, len(found))[:sample])
+    chosen = sorted(random.Random(0).sample(found, len(found))[: args.sample])
     survived = 0
     for module, places in groupby(chosen, key=lambda place: place[0]):
-        for survivor in survivors(module, variants, {number for _, number in places}, folder):
+        stages = [DEVICE] if args.device else TESTS[module]
+        for survivor in survivors(module, faults, {number for _, number in places}, stages, folder):
             survived += 1
             print(survivor, flush=True)
     share = 1 - survived / max(1, len(chosen))
@@ -376,13 +378,15 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=[*ROOMS, *TESTS], metavar="MODULE_OR_ROOM")
     parser.add_argument("--lines", type=int, nargs="+", help="only mutants of these lines")
     parser.add_argument("--sample", type=int, help="of each module or room only so many mutants, the same ones each time")
-    parser.add_argument("--device", action="store_true", help="other faults: what is to be on a device is left where it is")
+    parser.add_argument(
+        "--device", action="store_true", help="other faults, on the pretended device: what is to be moved there is not"
+    )
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         for name in args.names:
-            run(name, device_variants if args.device else variants, args.lines, args.sample, folder)
+            run(name, args, folder)
 
 
 if __name__ == "__main__":
