@@ -26,11 +26,13 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from prefix_tuning import bundled, plain
+from prefix_tuning.base_model.layers import compile_now
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.evaluation import evaluate_loss
 from prefix_tuning.files.checkpoint_format import load_checkpoint, save_checkpoint
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.model.batch import pack
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
 from prefix_tuning.training.learning_rate import find_learning_rate
@@ -94,6 +96,7 @@ def test_losses_of_rows_and_of_the_base_alone(device):
     for prefix in (None, random_prefix(plain_model)):
         ours = evaluate_loss(model, rows, None if prefix is None else prefix.to(device), 30)
         assert ours == pytest.approx(evaluate_loss(plain_model, rows, prefix, 30), rel=1e-5)
+    assert compile_now(model, pack(examples, 30), random_prefix(plain_model).to(device)) > 0  # the passes that compile
 
 
 def test_a_text_start_and_the_search_for_a_rate(device, tokenizer):

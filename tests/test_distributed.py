@@ -199,7 +199,7 @@ def test_an_error_is_said_also_where_main_which_kept_the_store_has_ended():
 
 
 def test_forks_on_several_machines_are_told_that_a_restart_may_hang(capfd):
-    for restarts, machines, processes, told in (("3", "2", 2, 1), ("0", "2", 1, 0), ("3", "1", 1, 0)):
+    for restarts, machines, processes, told in (("3", "2", 3, 1), ("0", "2", 1, 0), ("3", "1", 1, 0)):
         options = {"TORCHELASTIC_MAX_RESTARTS": restarts, "GROUP_WORLD_SIZE": machines}
         assert in_forks(processes, distributed.world_size, **options) == ([processes] * processes, [0] * processes)
         assert capfd.readouterr().err.count("a restart may hang") == told

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from forks import Fork
 from helpers import complete, deviation, examples_of, flat, metrics_of, random_bloom, relative, weights_by_step, write_jsonl
+from safetensors.torch import load_file
 from transformers.models.bloom import modeling_bloom
 
 from prefix_tuning import bundled, plain
@@ -219,11 +220,19 @@ def test_the_page_says_what_it_trains_and_asks_the_rows_that_it_held_out(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plain, "EPOCHS", 1)
     monkeypatch.setattr(plain, "ACCUMULATION", 1)
-    too_long = {"instruction": "很长" * plain.MAX_LENGTH, "output": "好"}
+    trained, too_long = [], {"instruction": "很长" * plain.MAX_LENGTH, "output": "好"}
+    real = plain.train
+    monkeypatch.setattr(plain, "train", lambda base, *others: (real(base, *others), trained.append(base)))
     plain.main(write_jsonl(tmp_path / "rows.jsonl", too_long, *rows[:32]), bundled.resolve(bundled.MODEL))
-    first, *steps = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in trained[0].parameters())
+    out = capsys.readouterr().out
+    first, *steps = out.partition("\n\n")[0].splitlines()
     assert first == f"29 rows, {sum(p.numel() for p in new_encoder(base).parameters()):,} trainable parameters"
     assert [line.partition(":")[0] for line in steps] == ["step 25 of 29", "step 29 of 29"]
+    prefix = load_file(plain.OUTPUT)["prefix"]
+    for row in rows[29:32]:
+        alone, with_prefix = plain.answer(base, tokenizer, row), plain.answer(base, tokenizer, row, prefix)
+        assert f"\n{row['instruction']}\n  frozen base  {alone}\n  with prefix  {with_prefix}\n" in out
 
 
 def test_three_rows_are_held_out_and_none_is_left_to_train_on(tmp_path, rows, monkeypatch):
