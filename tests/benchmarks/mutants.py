@@ -40,8 +40,9 @@ DEVICE = "tests/on_pretended_device.py"
 TESTS = {
     "bundled": ["tests/test_bundled.py"],
     "cli": [
+        "tests/test_cli.py -k printed|drops|default_of_prefix",
+        "tests/study/test_settings.py tests/study/claims/test_settings.py -k not no_torch",
         "tests/test_cli.py",
-        "tests/study/test_settings.py tests/study/claims/test_settings.py",
         "tests/inference/test_run.py tests/test_faults.py tests/test_distributed.py"
         " -k pipe|lets_the_step|error_that_one|refused_once",
     ],
