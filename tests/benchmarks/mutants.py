@@ -43,8 +43,8 @@ TESTS = {
         "tests/test_cli.py -k printed|drops|default_of_prefix",
         "tests/study/test_settings.py tests/study/claims/test_settings.py -k not no_torch",
         "tests/test_cli.py",
-        "tests/inference/test_run.py tests/test_faults.py tests/test_distributed.py"
-        " -k pipe|lets_the_step|error_that_one|refused_once",
+        "tests/inference/test_run.py tests/inference/test_chat.py tests/test_faults.py tests/test_distributed.py"
+        " -k pipe|stops_an_answer|lets_the_step|error_that_one|refused_once",
     ],
     "devices": ["tests/test_devices.py", "tests/training/test_run.py -k what_takes_most"],
     "distributed": [
