@@ -40,7 +40,7 @@ DEVICE = "tests/on_pretended_device.py"
 TESTS = {
     "bundled": ["tests/test_bundled.py"],
     "cli": [
-        "tests/test_cli.py -k printed|drops|default_of_prefix",
+        "tests/test_cli.py -k printed|drops|default_of_prefix|is_called",
         "tests/study/test_settings.py tests/study/claims/test_settings.py -k not no_torch",
         "tests/test_cli.py",
         "tests/inference/test_run.py tests/inference/test_chat.py tests/test_faults.py tests/test_distributed.py"
