@@ -48,7 +48,7 @@ TESTS = {
     ],
     "devices": ["tests/test_devices.py", "tests/training/test_run.py -k what_takes_most"],
     "distributed": [
-        "tests/test_distributed.py -k forks|alone_a|logs",
+        "tests/test_distributed.py -k forks|alone_a|logs|store",
         "tests/base_model/test_sharding.py",
         "tests/test_distributed.py -k killed_process|error_that_one|refused_once",
     ],
