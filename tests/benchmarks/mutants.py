@@ -52,7 +52,7 @@ TESTS = {
         "tests/base_model/test_sharding.py",
         "tests/test_distributed.py -k killed_process|error_that_one|refused_once",
     ],
-    "errors": ["tests/files/test_reading.py"],
+    "errors": ["tests/test_errors.py", "tests/files/test_reading.py"],
     "evaluation": ["tests/test_evaluation.py", "tests/training/test_evaluator.py", DEVICE],
     "parser": ["tests/test_parser.py", "tests/test_cli.py -k printed|drops|default_of_prefix|80"],
     "plain": ["tests/test_plain.py", DEVICE],
