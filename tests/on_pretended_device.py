@@ -38,7 +38,7 @@ from prefix_tuning.training import run
 from prefix_tuning.training.learning_rate import find_learning_rate
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import text_prefix
+from prefix_tuning.training.start import make_encoder, text_prefix
 from prefix_tuning.training.steps import Steps
 
 
@@ -100,13 +100,14 @@ def test_losses_of_rows_and_of_the_base_alone(device):
 
 
 def test_a_text_start_and_the_search_for_a_rate(device, tokenizer):
+    config = TrainConfig(prefix_init="text", init_text="请用一句话回答。", num_virtual_tokens=6)
     found = []
     for where in ("cpu", device):
         model = random_bloom().to(where)
-        pairs = text_prefix(model, tokenizer, "请用一句话回答。", 6)
-        encoder = PrefixEncoder(prefix_config(model, tokens=6))
+        pairs = text_prefix(model, tokenizer, config.init_text, 6)
         torch.manual_seed(1)
-        encoder.initialize("text", pairs.cpu())
+        encoder = make_encoder(config, model, tokenizer, {})
+        assert {tensor.device.type for tensor in encoder.state_dict().values()} == {"cpu"}
         state = training_state(encoder.to(where))
         state.progress.peak_learning_rate = None
         steps = Steps(Dataset.from_list([vars(example) for example in examples_of([7, 12, 30])]), 2, total=2, max_tokens=30)
