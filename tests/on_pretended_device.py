@@ -3,6 +3,7 @@
 test_pretended_device.py runs this file in a process of its own.
 """
 
+import re
 import sys
 
 import pretended
@@ -13,23 +14,31 @@ from helpers import (
     PROMPTS,
     complete,
     examples_of,
+    metrics_of,
     prefix_config,
     random_bloom,
     random_prefix,
     relative,
     step_of,
     training_state,
+    write_jsonl,
 )
+from safetensors.torch import load_file, save_file
 
 from prefix_tuning import bundled, plain
+from prefix_tuning.base_model.layers import compile_now
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.evaluation import evaluate_loss
+from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.model.batch import pack
 from prefix_tuning.model.encoder import PrefixEncoder
+from prefix_tuning.training import run
 from prefix_tuning.training.checkpoints import load_checkpoint, save_checkpoint
 from prefix_tuning.training.learning_rate import find_learning_rate
 from prefix_tuning.training.loop import optimizer_step
-from prefix_tuning.training.start import text_prefix
+from prefix_tuning.training.settings import TrainConfig
+from prefix_tuning.training.start import new_encoder, text_prefix
 from prefix_tuning.training.steps import Steps
 
 
@@ -43,6 +52,7 @@ def three_steps(where, dtype=torch.float32, loss_scaling=False):
     model = random_bloom(dtype=dtype).to(where)
     torch.manual_seed(1)
     state = training_state(PrefixEncoder(prefix_config(model)).to(where), 1e-2, loss_scaling)
+    assert {getattr(state, name).device for name in state.FIGURES} == {torch.device(where)}
     figures = []
     for number in range(1, 4):
         step = step_of(examples_of([7, 12, 30], seed=number), max_tokens=30, number=number)
@@ -55,7 +65,7 @@ def three_steps(where, dtype=torch.float32, loss_scaling=False):
 @pytest.mark.parametrize("dtype, loss_scaling", [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
 def test_steps_are_those_of_the_cpu(device, dtype, loss_scaling):
     (ours, state), (expected, _) = (three_steps(where, dtype, loss_scaling) for where in (device, "cpu"))
-    assert state.losses.device == state.good_prefix.device == device
+    assert {getattr(state, name).device for name in state.FIGURES} == {device}
     assert {tensor.device for tensor in state.encoder.parameters()} == {device}
     # The grid of a GPU and the rows of a CPU add up in another order.
     assert ours == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 2e-2)
@@ -63,6 +73,8 @@ def test_steps_are_those_of_the_cpu(device, dtype, loss_scaling):
 
 def test_a_checkpoint_goes_on_there(device, tmp_path):
     _, state = three_steps(device)
+    state.note_evaluation(1.0, keep_best=True)
+    assert {tensor.device.type for tensor in state.best_weights.values()} == {"cpu"}  # beside the others it would take room
     save_checkpoint(tmp_path, 3, state.tensors(), state.numbers(), None)
     tensors, numbers = load_checkpoint(tmp_path / "checkpoint-3.safetensors")
     assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
@@ -73,10 +85,8 @@ def test_a_checkpoint_goes_on_there(device, tmp_path):
     model, step = random_bloom().to(device), step_of(examples_of([9, 4], seed=4), number=4)
     for one in (state, resumed):
         one.advance(step, *optimizer_step(model, one, step))
-    assert all(
-        torch.equal(one.cpu(), other.cpu())
-        for one, other in zip(*(x.tensors().values() for x in (state, resumed)), strict=True)
-    )
+    ours, theirs = resumed.tensors(), state.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
 
 
 def test_losses_of_rows_and_of_the_base_alone(device):
@@ -86,16 +96,18 @@ def test_losses_of_rows_and_of_the_base_alone(device):
     for prefix in (None, random_prefix(plain_model)):
         ours = evaluate_loss(model, rows, None if prefix is None else prefix.to(device), 30)
         assert ours == pytest.approx(evaluate_loss(plain_model, rows, prefix, 30), rel=1e-5)
+    assert compile_now(model, pack(examples, 30), random_prefix(plain_model).to(device)) > 0  # the passes that compile
 
 
 def test_a_text_start_and_the_search_for_a_rate(device, tokenizer):
+    config = TrainConfig(prefix_init="text", init_text="请用一句话回答。", num_virtual_tokens=6)
     found = []
     for where in ("cpu", device):
         model = random_bloom().to(where)
-        pairs = text_prefix(model, tokenizer, "请用一句话回答。", 6)
-        encoder = PrefixEncoder(prefix_config(model, tokens=6))
+        pairs = text_prefix(model, tokenizer, config.init_text, 6)
         torch.manual_seed(1)
-        encoder.initialize("text", pairs.cpu())
+        encoder = new_encoder(run.prefix_config_of(config, model), model, tokenizer, config.prefix_init, config.init_text)
+        assert {tensor.device.type for tensor in encoder.state_dict().values()} == {"cpu"}
         state = training_state(encoder.to(where))
         state.progress.peak_learning_rate = None
         steps = Steps(Dataset.from_list([vars(example) for example in examples_of([7, 12, 30])]), 2, total=2, max_tokens=30)
@@ -103,6 +115,25 @@ def test_a_text_start_and_the_search_for_a_rate(device, tokenizer):
     (pairs, search), (our_pairs, ours) = found
     assert relative(our_pairs, pairs) < 1e-5
     assert ours.rates == search.rates and ours.losses == pytest.approx(search.losses, rel=1e-3)
+
+
+def test_a_run_is_that_of_the_cpu(device, quick_settings, tmp_path, monkeypatch):
+    settings = quick_settings | {
+        "prefix_init": "text",
+        "init_text": "请用一句话回答。",
+        "eval_fraction": 0.1,
+        "save_best": True,
+    }
+    figures, prefixes = [], []
+    for where in (torch.device("cpu"), device):
+        monkeypatch.setattr(run, "resolve_device", lambda name, where=where: where)
+        settings["output_dir"] = str(tmp_path / where.type)
+        run.train(TrainConfig(**settings))
+        lines = metrics_of(settings["output_dir"])
+        figures.append([line[name] for line in lines for name in ("loss", "grad_norm", "eval_loss") if name in line])
+        prefixes.append(load_prefix(settings["output_dir"])[0])
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4) and len(figures[0]) == 8
+    assert relative(prefixes[1], prefixes[0]) < 1e-3
 
 
 def test_answers_with_prefixes_mixed(device, tokenizer):
@@ -119,26 +150,55 @@ def test_answers_with_prefixes_mixed(device, tokenizer):
         with torch.no_grad():
             ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids.to(where)
             answers[-1] += model(ids, prefix_name="nine").logits.argmax(-1).tolist()
+        assert {prefix.device for prefix in model.prefixes.values()} == {torch.device(where)}
     assert answers[0] == answers[1]
 
 
-def test_the_page_trains_there(device, monkeypatch):
-    examples = [tuple(torch.tensor([x]) for x in vars(example).values()) for example in examples_of([7, 12, 30, 9])]
+def test_passes_without_a_mask_from_a_cache_and_from_nothing(device):
     found = []
     for where in ("cpu", device):
+        model = PrefixBloom(random_bloom().to(where))
+        model.attach("own", random_prefix(random_bloom()))
+        ids = torch.tensor([[9, 8, 7, 6]], device=where)
+        begun = model(ids[:, :3], prefix_name="own", use_cache=True)
+        found.append([begun.logits.cpu(), model(ids[:, 3:], begun.past_key_values).logits.cpu()])
+        begun = model.generate(prefix_name="own", bos_token_id=1, max_new_tokens=5, do_sample=False)
+        found[-1].append(begun.cpu())
+    (first, following, ids), ours = found
+    assert relative(ours[0], first) < 1e-5 and relative(ours[1], following) < 1e-5 and torch.equal(ours[2], ids)
+
+
+def test_the_page_trains_and_answers_there(device, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plain, "ACCUMULATION", 2)
+    # safetensors knows CUDA, but not this device.
+    monkeypatch.setattr(
+        plain, "save_file", lambda tensors, path: save_file({name: x.cpu() for name, x in tensors.items()}, path)
+    )
+    monkeypatch.setattr(
+        plain, "load_file", lambda path, device="cpu": {name: x.to(device) for name, x in load_file(path).items()}
+    )
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl", *({"instruction": f"{n}加1等于多少？", "output": str(n + 1)} for n in range(7))
+    )
+    said = []
+    for where in ("cpu", device):
         monkeypatch.setattr(plain, "DEVICE", str(where))
-        monkeypatch.setattr(plain, "ACCUMULATION", 2)
-        model = random_bloom().to(where)
-        torch.manual_seed(1)
-        found.append(plain.train(model, plain.new_encoder(model).to(where), examples))
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+        plain.main(rows)
+        said.append(capsys.readouterr().out)
+    losses, ours = ([float(number) for number in re.findall(r"(?:loss|norm) (\d+\.\d+)", text)] for text in said)
+    assert ours == pytest.approx(losses, abs=2e-4) and len(losses) == 2
+    assert said[1].partition("\n\n")[2] == said[0].partition("\n\n")[2] and said[0].count("with prefix") == 3
 
 
-@pytest.mark.parametrize("operation", [lambda x: x + torch.ones(2), lambda x: torch.cat((x, torch.ones(2)))])
+@pytest.mark.parametrize(
+    "operation", [lambda x: x + torch.ones(2), lambda x: torch.cat((x, torch.ones(2))), lambda x: torch.ones(2)[x > 0]]
+)
 def test_what_cuda_refuses_is_refused(device, operation):
     with pytest.raises(RuntimeError, match="all tensors must be on the same device"):
         operation(torch.ones(2, device=device))
-    assert (torch.ones(2, device=device) + torch.ones(())).device == device
+    ones = torch.ones(2, device=device)
+    assert (ones + torch.ones(())).device == ones[torch.tensor([1, 0])].device == device
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-# These may get tensors of two devices: copies, and indexing, for which CUDA moves the indices itself.
-MIXED = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor}
+MIXED = {aten._to_copy.default, aten.copy_.default}  # these may get tensors of two devices
 
 
 class Pretended(torch.Tensor):
@@ -48,6 +47,8 @@ def run(operation, args, kwargs):
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
     others = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, Pretended) and tensor.dim()]
+    if operation == aten.index.Tensor and isinstance(args[0], Pretended):
+        others = []  # CUDA moves indices from the CPU itself
     if ours and others and operation not in MIXED:
         raise RuntimeError(f"{operation}: all tensors must be on the same device, but these are on the CPU: {others}")
     device = kwargs.get("device") and torch.device(kwargs["device"])

@@ -50,6 +50,10 @@ with distributed.processes(CPU):
     answers = complete(model, tokenizer, ids, max_new_tokens=len(expected), do_sample=False)
     turns = [Turn([], prompt, expected) for prompt in ids]
     assert len(set(answers)) > 3 and answer_turns(model, tokenizer, turns, None, 1000) == answers
+    # On a shared base, a process that has answered goes on with the passes of the others.
+    turns = [Turn([], prompt, expected * (1 + number % 3)) for number, prompt in enumerate(ids)]
+    found = [answer_turns(PrefixBloom(model, tokenizer), tokenizer, turns, None, 1000) for model, _ in models]
+    assert all(found[0]) and found == [found[0]] * len(models)
 
     examples = examples_of([5, 60, 3, 21, 8, 33, 70, 2])
     shape = plain.config

@@ -8,7 +8,7 @@ from forks import Fork
 from helpers import ROOT, run_script, start_process
 
 from prefix_tuning import bundled
-from prefix_tuning.cli import parse_infer_config, parse_train_config
+from prefix_tuning.cli import parse_claims_config, parse_infer_config, parse_study_config, parse_train_config
 from prefix_tuning.errors import UserError
 from prefix_tuning.text import display_width
 from prefix_tuning.training.run import train
@@ -66,6 +66,21 @@ def test_help_shows_the_default_of_prefix_once(capsys):
         parse_infer_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert text.count("named (default: ./chatbot).") == 1 and "goes after --. --prefix [NAME=]DIR " in text
+
+
+@pytest.mark.parametrize(
+    "parse, command, begins",
+    [
+        (parse_train_config, "train.py", "Tune a prefix for a frozen Bloom."),
+        (parse_infer_config, "infer.py", "Ask a frozen Bloom with a prefix."),
+        (parse_study_config, "python -m prefix_tuning.study", "What a prefix does:"),
+        (parse_claims_config, "python -m prefix_tuning.study.claims", "Try each claim of the papers"),
+    ],
+)
+def test_help_says_how_a_command_is_called_and_what_for(parse, command, begins, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {command} [--flag value ...]\n\n{begins}")
 
 
 def test_ctrl_c_while_modules_are_imported_ends_the_program_quietly(tmp_path):

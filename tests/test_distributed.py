@@ -7,9 +7,11 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -180,8 +182,24 @@ def test_forks_that_lose_another_say_so_and_other_errors_stay_what_they_are(capf
     assert "Traceback" in err and "a mistake of ours" in err and "has lost" not in err
 
 
+def test_an_error_is_said_also_where_main_which_kept_the_store_has_ended():
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+
+    def work():
+        """Process 1 asks until main is gone."""
+        distributed.first_to_say("the same")
+        until = time.monotonic() + 60
+        while not (first := distributed.first_to_say("the same")) and distributed.rank() == 1 and time.monotonic() < until:
+            pass
+        return first
+
+    found, codes = in_forks(2, work, TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
+    assert (found, codes) == ([False, True], [0, 0])
+
+
 def test_forks_on_several_machines_are_told_that_a_restart_may_hang(capfd):
-    for restarts, machines, processes, told in (("3", "2", 2, 1), ("0", "2", 1, 0), ("3", "1", 1, 0)):
+    for restarts, machines, processes, told in (("3", "2", 3, 1), ("0", "2", 1, 0), ("3", "1", 1, 0)):
         options = {"TORCHELASTIC_MAX_RESTARTS": restarts, "GROUP_WORLD_SIZE": machines}
         assert in_forks(processes, distributed.world_size, **options) == ([processes] * processes, [0] * processes)
         assert capfd.readouterr().err.count("a restart may hang") == told

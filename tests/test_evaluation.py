@@ -137,3 +137,12 @@ def test_greedy_is_greedy_whatever_the_bases_own_settings_are(tokenizer, capsys)
         assert base.generation_config.repetition_penalty == options.get("repetition_penalty")
     assert shown[0] == shown[1] and shown[0].count("with prefix") == 3
     assert answers[0] != answers[1]  # by itself the base would obey them
+
+
+def test_turns_are_answered_greedily_on_a_base_that_samples(tokenizer):
+    base = random_bloom()
+    rows = [{"instruction": "1?", "input": "", "output": "好" * 9, "history": [], "weights": []}]
+    turns = turns_of(Dataset.from_list(rows), tokenizer)
+    expected = answer_turns(PrefixBloom(base), tokenizer, turns, None, 1000)
+    base.generation_config.update(do_sample=True, temperature=3.0)
+    assert answer_turns(PrefixBloom(base), tokenizer, turns, None, 1000) == expected

@@ -2,8 +2,10 @@
 
 import ast
 import copy
+import functools
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 from datasets import Dataset
 from forks import Fork
-from helpers import complete, deviation, flat, metrics_of, relative, weights_by_step, write_jsonl
+from helpers import complete, deviation, examples_of, flat, metrics_of, random_bloom, relative, weights_by_step, write_jsonl
+from safetensors.torch import load_file
 from transformers.models.bloom import modeling_bloom
 
 from prefix_tuning import bundled, plain
@@ -183,6 +186,25 @@ def test_a_base_in_bfloat16_trains_nearly_as_in_float32(product, base, examples)
     assert [loss for loss, _ in history] == pytest.approx(exact, abs=1 / 16)
 
 
+def test_in_float16_losses_are_scaled_and_a_step_that_overflows_is_left_out(monkeypatch):
+    monkeypatch.setattr(plain, "ACCUMULATION", 4)
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**22))
+    examples = [tuple(torch.tensor([x]) for x in vars(example).values()) for example in examples_of([7, 12, 30, 9])]
+    norms, updates = [], []
+    for dtype in (torch.float32, torch.float16):
+        base, weights = random_bloom(dtype=dtype), []
+        encoder = new_encoder(base)
+        encoder.register_forward_pre_hook(lambda encoder, _, into=weights: into.append(flat(encoder.state_dict())))
+        norms.append([norm for _, norm in plain.train(base, encoder, examples)])
+        starts = [*weights[::4], flat(encoder.state_dict())]
+        updates.append([(after - before).abs().max().item() for before, after in itertools.pairwise(starts)])
+    left_out = sum(not math.isfinite(norm) for norm in norms[1])
+    assert len(norms[1]) == 4 and 0 < left_out < 4 and not any(updates[1][:left_out])
+    # The next step is float32's first: its gradient is scaled back, and its rate has not fallen. float16 has 11 bits.
+    assert norms[1][left_out] == pytest.approx(norms[0][0], rel=1e-2)
+    assert updates[1][left_out:] == pytest.approx(updates[0][: 4 - left_out], rel=1e-2)
+
+
 def test_the_page_runs_and_prints_losses_and_three_answers(tmp_path, rows_file):
     program = Fork("prefix_tuning/plain.py", rows_file, bundled.resolve(bundled.MODEL), cwd=tmp_path)
     out, err = program.communicate()
@@ -190,6 +212,27 @@ def test_the_page_runs_and_prints_losses_and_three_answers(tmp_path, rows_file):
     assert re.search(r"step 5 of 5: loss \d+\.\d+, gradient norm \d+\.\d+", out)
     assert out.count("frozen base  ") == out.count("with prefix  ") == 3
     assert (tmp_path / plain.OUTPUT).exists()
+
+
+def test_the_page_says_what_it_trains_and_asks_the_rows_that_it_held_out(
+    base, rows, tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plain, "EPOCHS", 1)
+    monkeypatch.setattr(plain, "ACCUMULATION", 1)
+    trained, too_long = [], {"instruction": "很长" * plain.MAX_LENGTH, "output": "好"}
+    real = plain.train
+    monkeypatch.setattr(plain, "train", lambda base, *others: (real(base, *others), trained.append(base)))
+    plain.main(write_jsonl(tmp_path / "rows.jsonl", too_long, *rows[:32]), bundled.resolve(bundled.MODEL))
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in trained[0].parameters())
+    out = capsys.readouterr().out
+    first, *steps = out.partition("\n\n")[0].splitlines()
+    assert first == f"29 rows, {sum(p.numel() for p in new_encoder(base).parameters()):,} trainable parameters"
+    assert [line.partition(":")[0] for line in steps] == ["step 25 of 29", "step 29 of 29"]
+    prefix = load_file(plain.OUTPUT)["prefix"]
+    for row in rows[29:32]:
+        alone, with_prefix = plain.answer(base, tokenizer, row), plain.answer(base, tokenizer, row, prefix)
+        assert f"\n{row['instruction']}\n  frozen base  {alone}\n  with prefix  {with_prefix}\n" in out
 
 
 def test_three_rows_are_held_out_and_none_is_left_to_train_on(tmp_path, rows, monkeypatch):

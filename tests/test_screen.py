@@ -25,9 +25,9 @@ def broken():
 
 def test_a_screen_is_its_stream_until_that_cannot_be_written(tmp_path, broken):
     with open(tmp_path / "log", "w", encoding="utf-8") as log:
-        print("法国", file=Screen(log))
+        print("法国", file=Screen(log), flush=True)
+        assert (tmp_path / "log").read_text("utf-8") == "法国\n"
         assert Screen(log).name == log.name and not Screen(log).isatty()
-    assert (tmp_path / "log").read_text("utf-8") == "法国\n"
     print("dropped", file=Screen(log), flush=True)  # it is closed
     print("dropped", file=Screen(broken), flush=True)
     with pytest.raises(BrokenPipeError):

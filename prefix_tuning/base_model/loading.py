@@ -100,7 +100,7 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         fault = "has no tokenizer.json; save it in that form"
     elif tokenizer.eos_token_id is None:
         fault = "has no EOS token, with which every answer ends; name one as eos_token in tokenizer_config.json"
-    elif (tokens := max(tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
+    elif (tokens := max(tokenizer.get_vocab().values()) + 1) > vocab_size:
         fault = f"has {tokens} tokens, but the base has embeddings for {vocab_size}; use the one that belongs to it"
     else:
         return

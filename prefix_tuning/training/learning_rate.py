@@ -111,9 +111,7 @@ def walk_downhill(loss_at: Callable[[int], float], index: int) -> dict[int, floa
     """The losses that were tried, by index, in their order: from `index` on, as long as they fall, to both sides."""
     losses = {index: loss_at(index)}
     for way in (-1, 1):
-        while (
-            len(losses) < MOST_TRIALS and LOWEST_RATE < rate_at(index + way) < HIGHEST_RATE and index + way not in losses
-        ):
+        while len(losses) < MOST_TRIALS and LOWEST_RATE < rate_at(index + way) < HIGHEST_RATE and index + way not in losses:
             losses[index + way] = loss_at(index + way)
             if not losses[index + way] < losses[index]:
                 break

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from helpers import prefix_config, random_bloom
+from helpers import examples_of, prefix_config, random_bloom, random_prefix
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -10,6 +10,7 @@ from transformers import BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import save_adapter
+from prefix_tuning.model.batch import pack
 from prefix_tuning.model.encoder import PrefixEncoder
 
 
@@ -35,6 +36,18 @@ def test_the_base_is_frozen_and_in_the_compute_type(tmp_path, tokenizer):
     assert not model.training and model.dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert loaded.padding_side == "left"
+
+
+def test_layers_are_compiled_or_computed_again_only_if_that_is_asked_for(random_base, monkeypatch):
+    compiled, calls = [], []
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
+    for flags in ({}, {"gradient_checkpointing": True}, {"torch_compile": True}):
+        model, _ = load_base(random_base, torch.float32, torch.device("cpu"), **flags)
+        calls.clear()
+        model.transformer.h[0].input_layernorm.register_forward_pre_hook(lambda *_: calls.append("layer 0"))
+        model.label_losses(*pack(examples_of([7]), 100), random_prefix(model).requires_grad_()).sum().backward()
+        assert len(calls) == (2 if flags.get("gradient_checkpointing") else 1)
+        assert len(compiled) == (model.config.n_layer if flags.get("torch_compile") else 0)
 
 
 def test_a_base_in_safetensors_is_no_cause_for_a_warning(random_base, capsys):
@@ -132,6 +145,14 @@ def test_a_base_that_would_be_trained_as_another_function_is_refused(tmp_path, t
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"--model_name_or_path {tmp_path}: its config\.json asks for .*{hint}"):
         load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("setting", [{"pretraining_tp": 2}, {"slow_but_exact": True}])
+def test_a_base_that_the_settings_of_its_pretraining_do_not_change_is_used(tmp_path, tokenizer, setting):
+    """bloom-7b1 has the first one."""
+    random_bloom(**setting).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    load_base(str(tmp_path), torch.float32, torch.device("cpu"))
 
 
 def test_padding_is_the_tokenizers_or_else_its_eos(tmp_path, tokenizer):

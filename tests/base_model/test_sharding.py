@@ -62,10 +62,13 @@ def save_changed(model, folder, change):
 
 
 def with_head(noise):
-    """Stores a head beside the embeddings, which differs from them by `noise`."""
-    return lambda model, folder: save_changed(
-        model, folder, lambda weights: {"lm_head.weight": weights[EMBEDDINGS] + noise * torch.randn(4096, 48)}
-    )
+    """Stores a head beside the embeddings, which differs from them by `noise` in its last row."""
+
+    def head(weights):
+        differing = torch.cat((torch.zeros(4095, 48), torch.randn(1, 48)))
+        return {"lm_head.weight": weights[EMBEDDINGS] + noise * differing}
+
+    return lambda model, folder: save_changed(model, folder, head)
 
 
 def under_the_heads_name(model, folder):

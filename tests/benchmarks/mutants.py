@@ -2,11 +2,13 @@
 
     python tests/benchmarks/mutants.py model.encoder data.rows training.state
     python tests/benchmarks/mutants.py training --sample 60
+    python tests/benchmarks/mutants.py model training generation evaluation plain --device
 
 A room, such as `training`, stands for all modules in its folder, and `top` for those in no folder. Each mutant runs in a
-forked child, which imports the package anew with the mutated module in it: first the tests of that module, then, if they
-pass, those that use it most. Strings, annotations, decorators, what only words a message (within raise, print or an
-f-string), and the `strict` of a zip, which only checks our own code, are left alone.
+forked child, which imports the package anew with the mutated module in it, and so does every Python that its tests start:
+first the tests of that module, then, if they pass, those that use it most. Strings, annotations, decorators, what only
+words a message (within raise, print or an f-string), and the `strict` of a zip, which only checks our own code, are left
+alone.
 """
 
 import argparse
@@ -24,45 +26,60 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-# pytest's arguments, a list for each stage: the quick ones first. No test that starts processes by itself: they would import
-# the real module (those of os.fork are fine).
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+DEVICE = "tests/on_pretended_device.py"
+# pytest's arguments, a list for each stage: the quick ones first. A stage that starts a process takes five seconds more.
 TESTS = {
     "bundled": ["tests/test_bundled.py"],
     "cli": [
-        "tests/test_cli.py -k printed|drops|default_of_prefix",
+        "tests/test_cli.py -k printed|drops|default_of_prefix|is_called",
         "tests/study/test_settings.py tests/study/claims/test_settings.py -k not no_torch",
+        "tests/test_cli.py",
+        "tests/inference/test_run.py tests/inference/test_chat.py tests/test_faults.py tests/test_distributed.py"
+        " -k pipe|stops_an_answer|lets_the_step|error_that_one|refused_once",
     ],
     "devices": ["tests/test_devices.py", "tests/training/test_run.py -k what_takes_most"],
-    "distributed": ["tests/test_distributed.py -k forks|alone_a|logs", "tests/base_model/test_sharding.py"],
-    "errors": ["tests/files/test_reading.py"],
-    "evaluation": ["tests/test_evaluation.py", "tests/training/test_evaluator.py"],
+    "distributed": [
+        "tests/test_distributed.py -k forks|alone_a|logs|store",
+        "tests/base_model/test_sharding.py",
+        "tests/test_distributed.py -k killed_process|error_that_one|refused_once",
+    ],
+    "errors": ["tests/test_errors.py", "tests/files/test_reading.py"],
+    "evaluation": ["tests/test_evaluation.py", "tests/training/test_evaluation.py", DEVICE],
     "parser": ["tests/test_parser.py", "tests/test_cli.py -k printed|drops|default_of_prefix|80"],
-    "plain": ["tests/test_plain.py -k not page_runs"],
+    "plain": ["tests/test_plain.py", DEVICE],
+    "screen": ["tests/test_screen.py"],
     "settings": ["tests/test_settings.py tests/test_parser.py", "tests/training/test_settings.py"],
     "signals": ["tests/test_signals.py", "tests/training/test_steps.py tests/training/test_run.py -k signal"],
     "text": ["tests/test_text.py", "tests/inference/test_ask.py -k wide"],
     "model.encoder": ["tests/model/test_encoder.py", "tests/model/test_bloom.py tests/files/test_prefixes.py"],
-    "model.batch": ["tests/model/test_batch.py", "tests/model/test_bloom.py"],
-    "model.attention": ["tests/model/test_attention.py tests/model/test_bloom.py", "tests/on_pretended_device.py"],
+    "model.batch": ["tests/model/test_batch.py", "tests/model/test_bloom.py", DEVICE],
+    "model.attention": ["tests/model/test_attention.py tests/model/test_bloom.py", DEVICE],
     "model.bloom": [
         "tests/model/test_bloom.py tests/model/test_attention.py",
         "tests/training/test_start.py -k text_prefix",
-        "tests/on_pretended_device.py",
+        DEVICE,
     ],
-    "base_model.identity": ["tests/base_model/test_identity.py", "tests/base_model/test_sharding.py -k kind"],
-    "base_model.layers": ["tests/base_model/test_layers.py"],
-    "base_model.loading": ["tests/base_model/test_loading.py", "tests/test_strangers.py -k pickled|code"],
-    "base_model.sharding": ["tests/base_model/test_sharding.py", "tests/test_distributed.py -k gradients"],
+    "base_model.identity": [
+        "tests/base_model/test_identity.py",
+        "tests/base_model/test_sharding.py -k headless-tied",
+        DEVICE,
+    ],
+    "base_model.layers": ["tests/base_model/test_layers.py", DEVICE],
+    "base_model.loading": ["tests/base_model/test_loading.py", "tests/test_strangers.py -k pickled|code", DEVICE],
+    "base_model.sharding": ["tests/base_model/test_sharding.py", "tests/test_distributed.py -k gradients|alone_is_told"],
+    "base_model.special_tokens": ["tests/base_model/test_special_tokens.py"],
     "data.columns": ["tests/data/test_columns.py", "tests/data/test_readers.py tests/data/test_rows.py"],
     "data.readers": ["tests/data/test_readers.py", "tests/data/test_rows.py"],
+    "data.splits": ["tests/data/test_splits.py"],
     "data.rows": ["tests/data/test_rows.py", "tests/data/test_readers.py"],
     "files.writing": ["tests/files/test_writing.py", "tests/training/test_run.py -k one_run|cannot_be_made"],
     "files.reading": ["tests/files/test_reading.py", "tests/files/test_prefixes.py"],
@@ -71,14 +88,10 @@ TESTS = {
         "tests/training/test_run.py tests/training/test_start.py -k peft_loads|its_file",
         "tests/generation/test_prefix_bloom.py -k recorded_of",
     ],
-    "files.checkpoint_format": [
-        "tests/files/test_checkpoint_format.py",
-        "tests/training/test_resume.py -k set_aside|any_step",
-    ],
-    "generation.batches": ["tests/generation/test_batches.py"],
+    "generation.batches": ["tests/generation/test_batches.py", DEVICE],
     "generation.options": ["tests/generation/test_options.py", "tests/generation/test_prefix_bloom.py"],
-    "generation.prefix_bloom": ["tests/generation/test_prefix_bloom.py", "tests/on_pretended_device.py"],
-    "generation.sampling": ["tests/generation/test_sampling.py"],
+    "generation.prefix_bloom": ["tests/generation/test_prefix_bloom.py", DEVICE],
+    "generation.sampling": ["tests/generation/test_sampling.py", DEVICE],
     "inference.answer_file": [
         "tests/inference/test_answer_file.py -k not full_disk and not killed",
         "tests/inference/test_settings.py -k output",
@@ -95,40 +108,41 @@ TESTS = {
     "inference.score": ["tests/inference/test_score.py"],
     "inference.settings": ["tests/inference/test_settings.py tests/test_settings.py"],
     "training.checkpoints": [
-        "tests/training/test_checkpoints.py",
-        "tests/training/test_evaluator.py tests/training/test_resume.py -k signal|memory|set_aside|earlier",
+        "tests/training/test_checkpoint_format.py tests/training/test_checkpoints.py",
+        "tests/training/test_evaluation.py -k signal|memory|set_aside|earlier",
+        "tests/training/test_resume.py",
     ],
-    "training.evaluator": ["tests/training/test_evaluator.py", "tests/training/test_checkpoints.py"],
-    "training.inputs": ["tests/training/test_inputs.py", "tests/training/test_resume.py -k changed_row"],
     "training.learning_rate": ["tests/training/test_learning_rate.py"],
     "training.loop": [
         "tests/training/test_loop.py -k not compiled",
-        "tests/on_pretended_device.py",
+        DEVICE,
         "tests/training/test_checkpoints.py tests/training/test_run.py -k best_prefix|trainers|no_number",
     ],
     "training.metrics": ["tests/training/test_metrics.py", "tests/training/test_report.py -k tensorboard_shows"],
     "training.output": [
         "tests/training/test_output.py -k description|summary",
-        "tests/training/test_run.py -k files|no_number|one_run",
+        "tests/training/test_report.py -k not push",
+        "tests/training/test_learning_rate.py tests/training/test_run.py -k drawn|files|no_number|one_run",
     ],
-    "training.report": ["tests/training/test_report.py -k not push", "tests/training/test_learning_rate.py -k drawn"],
-    "training.resume": ["tests/training/test_resume.py"],
     "training.run": [
+        "tests/training/test_start.py",
         "tests/training/test_run.py -k files|no_number|one_run|no_steps|fails|made|same_seed|keeps|says_what_it",
         "tests/training/test_learning_rate.py tests/training/test_resume.py tests/training/test_metrics.py"
-        " -k searches|over_already|latest|overwritten|early",
+        " -k searches|over_already|latest|overwritten|early|more_epochs",
+        "tests/training/test_run.py -k what_takes_most",
+        DEVICE,
     ],
     "training.settings": [
         "tests/training/test_settings.py tests/test_settings.py",
-        "tests/training/test_inputs.py tests/training/test_report.py -k flag|not_installed",
+        "tests/data/test_splits.py tests/training/test_report.py -k flag|not_installed",
     ],
     "training.start": [
         "tests/training/test_start.py",
-        "tests/training/test_run.py tests/training/test_resume.py -k what_takes_most|more_epochs|over_already",
+        DEVICE,
     ],
     "training.state": [
         "tests/training/test_state.py",
-        "tests/on_pretended_device.py",
+        DEVICE,
         "tests/training/test_resume.py tests/training/test_checkpoints.py tests/training/test_metrics.py"
         " -k any_step|tie|best_prefix|early",
     ],
@@ -177,11 +191,35 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield changed
 
 
+def device_variants(node: ast.AST) -> Iterator[ast.AST]:
+    """A call without its device: what is made or moved there stays where it is, also without a `.cpu()`."""
+    match node:
+        case ast.Call(ast.Attribute(tensor, "cpu"), []):
+            yield tensor
+        case ast.Call(function, arguments, keywords):
+            owner, _, name = ast.unparse(function).rpartition(".")
+            kept = [argument for argument in arguments if not is_device(argument)]
+            if name == "to" and not kept:
+                yield function.value
+            elif len(kept) < len(arguments) and (name == "to" or owner.split(".")[0] == "torch"):
+                yield ast.Call(function, kept, keywords)
+            others = [keyword for keyword in keywords if keyword.arg != "device"]
+            if len(others) < len(keywords):
+                yield ast.Call(function, arguments, others)
+
+
+def is_device(node: ast.AST) -> bool:
+    return ast.unparse(node).lower().split(".")[-1] == "device"
+
+
 def is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
-def mutants(node: ast.AST) -> Iterator[str]:
+Variants = Callable[[ast.AST], Iterator[ast.AST]]
+
+
+def mutants(node: ast.AST, variants: Variants) -> Iterator[str]:
     """Puts one fault after the other into the tree, in place, and yields what it is while it is there."""
     if isinstance(node, ast.keyword) and node.arg == "strict":
         return
@@ -199,7 +237,7 @@ def mutants(node: ast.AST) -> Iterator[str]:
             holder[key] = child
             worded = isinstance(child, ast.Call) and getattr(child.func, "id", "") == "print"
             if not isinstance(child, ast.Raise | ast.JoinedStr) and not worded:
-                yield from mutants(child)
+                yield from mutants(child, variants)
 
 
 def first_line(node: ast.AST) -> str:
@@ -216,6 +254,7 @@ def passes(tests: str, tree: ast.AST, module: str, folder: str, seconds: float =
             os.dup2(nothing.fileno(), 1)
             os.dup2(nothing.fileno(), 2)
         sys.meta_path.insert(0, Finder(module, tree))
+        mutate_processes(module, tree, Path(folder))
         os._exit(pytest.main(arguments(tests, folder), plugins=[TrainedOnce(Path(folder, "tuned"))]))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -226,6 +265,19 @@ def passes(tests: str, tree: ast.AST, module: str, folder: str, seconds: float =
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return False
+
+
+def mutate_processes(module: str, tree: ast.AST, folder: Path) -> None:
+    """Lets each new Python that this process starts import the module from the tree, too."""
+    source = folder / "mutant.txt"
+    source.write_text(ast.unparse(tree), "utf-8")
+    (folder / "sitecustomize.py").write_text(
+        f"import ast, pathlib, sys\nsys.path.append({str(HERE)!r})\nimport mutants\n"
+        f"tree = ast.parse(pathlib.Path({str(source)!r}).read_text('utf-8'))\n"
+        f"sys.meta_path.insert(0, mutants.Finder({module!r}, tree))\n",
+        "utf-8",
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
 class TrainedOnce:
@@ -290,33 +342,35 @@ def tree_of(module: str) -> ast.Module:
     return ast.parse((ROOT / "prefix_tuning" / f"{module.replace('.', '/')}.py").read_text("utf-8"))
 
 
-def survivors(module: str, numbers: set[int], folder: str) -> Iterator[str]:
+def survivors(module: str, variants: Variants, numbers: set[int], stages: list[str], folder: str) -> Iterator[str]:
     """What those mutants of a module are, by number, that none of its tests notices."""
-    import_others(TESTS[module], folder)
+    import_others(stages, folder)
     gc.freeze()  # the children share what is here
     tree, limits = tree_of(module), {}
-    for tests in TESTS[module]:
+    for tests in stages:
         begun = time.monotonic()
         if not passes(tests, tree, module, folder):
             raise SystemExit(f"{module}: {tests}: fails without a mutant")
         limits[tests] = SECONDS + TIMES * (time.monotonic() - begun)
-    for number, what in enumerate(mutants(tree)):
+    for number, what in enumerate(mutants(tree, variants)):
         if number in numbers and all(passes(tests, tree, module, folder, limit) for tests, limit in limits.items()):
             yield f"{module}:{what}"
 
 
-def run(name: str, lines: list[int] | None, sample: int | None, folder: str) -> None:
+def run(name: str, args: argparse.Namespace, folder: str) -> None:
     """Prints the survivors of a module or a room, and how large a share was killed."""
+    faults = device_variants if args.device else variants
     found = [
         (module, number)
         for module in ROOMS.get(name, [name])
-        for number, what in enumerate(mutants(tree_of(module)))
-        if lines is None or int(what.split(":")[0]) in lines
+        for number, what in enumerate(mutants(tree_of(module), faults))
+        if args.lines is None or int(what.split(":")[0]) in args.lines
     ]
-    chosen = sorted(random.Random(0).sample(found, len(found))[:sample])
+    chosen = sorted(random.Random(0).sample(found, len(found))[: args.sample])
     survived = 0
     for module, places in groupby(chosen, key=lambda place: place[0]):
-        for survivor in survivors(module, {number for _, number in places}, folder):
+        stages = [DEVICE] if args.device else TESTS[module]
+        for survivor in survivors(module, faults, {number for _, number in places}, stages, folder):
             survived += 1
             print(survivor, flush=True)
     share = 1 - survived / max(1, len(chosen))
@@ -328,12 +382,15 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=[*ROOMS, *TESTS], metavar="MODULE_OR_ROOM")
     parser.add_argument("--lines", type=int, nargs="+", help="only mutants of these lines")
     parser.add_argument("--sample", type=int, help="of each module or room only so many mutants, the same ones each time")
+    parser.add_argument(
+        "--device", action="store_true", help="other faults, on the pretended device: what is to be moved there is not"
+    )
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         for name in args.names:
-            run(name, args.lines, args.sample, folder)
+            run(name, args, folder)
 
 
 if __name__ == "__main__":
