@@ -52,7 +52,7 @@ def three_steps(where, dtype=torch.float32, loss_scaling=False):
     model = random_bloom(dtype=dtype).to(where)
     torch.manual_seed(1)
     state = training_state(PrefixEncoder(prefix_config(model)).to(where), 1e-2, loss_scaling)
-    assert {getattr(state, name).device for name in state.FIGURES} == {torch.device(where)}
+    assert {getattr(state, name).device for name in state.STATISTICS} == {torch.device(where)}
     figures = []
     for number in range(1, 4):
         step = step_of(examples_of([7, 12, 30], seed=number), max_tokens=30, number=number)
@@ -65,7 +65,7 @@ def three_steps(where, dtype=torch.float32, loss_scaling=False):
 @pytest.mark.parametrize("dtype, loss_scaling", [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
 def test_steps_are_those_of_the_cpu(device, dtype, loss_scaling):
     (ours, state), (expected, _) = (three_steps(where, dtype, loss_scaling) for where in (device, "cpu"))
-    assert {getattr(state, name).device for name in state.FIGURES} == {device}
+    assert {getattr(state, name).device for name in state.STATISTICS} == {device}
     assert {tensor.device for tensor in state.encoder.parameters()} == {device}
     # The grid of a GPU and the rows of a CPU add up in another order.
     assert ours == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 2e-2)
