@@ -17,7 +17,7 @@ parameters only (training/state.py), and backward through this file yields a gra
 pass *through* the frozen layers, since layer l + 1 reads what the prefix changed in layer l.
 
 Another family of models, with rotary positions and grouped heads say, needs a `forward_packed` and a bias of its own (see
-attention.py), its own way to layers and embeddings (`packed_hidden`, base_model/layers.py and sharding.py), and the
+attention.py), its own way to layers and embeddings (`packed_hidden`, base_model/loading.py and sharding.py), and the
 number of key-value heads wherever a prefix's shape is derived from the base's configuration (model/encoder.py,
 base_model/identity.py, generation/prefix_bloom.py). The encoder, the loop and the file formats stay.
 """

@@ -58,8 +58,11 @@ TESTS = {
         "tests/on_pretended_device.py",
     ],
     "base_model.identity": ["tests/base_model/test_identity.py", "tests/base_model/test_sharding.py -k kind"],
-    "base_model.layers": ["tests/base_model/test_layers.py"],
-    "base_model.loading": ["tests/base_model/test_loading.py", "tests/test_strangers.py -k pickled|code"],
+    "base_model.loading": [
+        "tests/base_model/test_loading.py tests/base_model/test_layers.py",
+        "tests/base_model/test_special_tokens.py",
+        "tests/test_strangers.py -k pickled|code",
+    ],
     "base_model.sharding": ["tests/base_model/test_sharding.py", "tests/test_distributed.py -k gradients"],
     "data.columns": ["tests/data/test_columns.py", "tests/data/test_readers.py tests/data/test_rows.py"],
     "data.readers": ["tests/data/test_readers.py", "tests/data/test_rows.py"],
