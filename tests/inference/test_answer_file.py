@@ -258,5 +258,5 @@ def test_questions_may_be_in_other_columns(tmp_path, prefixes, capsys):
         assert f"{source}: {name} is read as instruction; not part of the question: id\n" in capsys.readouterr().err
         assert read_lines(output) == [{name: row["instruction"], "id": "1", "response": row["output"]}]
     flags = ["--input", source, "--output", tmp_path / "a.jsonl", *prefixes]
-    refuses("row 1: its columns are not known as those of question and answer: 'frage', 'id'", *flags)
+    refuses("row 1: its columns are not known as question and answer: 'frage', 'id'", *flags)
     refuses("row 1: has no column 'x', which --columns names; it has 'frage', 'id'", *flags, "--columns", "instruction=x")
