@@ -25,6 +25,7 @@ def portable_name(name: str) -> str:
     A bundled or hub name stays as it is; of a path, only the last part is kept: /home/me/rows.jsonl is local:rows.jsonl.
     """
     path = Path(name)
+    # `named`, because JSON cannot hold a folder name whose bytes are not UTF-8, such as one from an old Chinese archive.
     if name and (path.exists() or path.is_absolute()):
         return bundled.name_of(path.resolve()) or LOCAL + named(path.resolve().name)
     return name

@@ -311,10 +311,7 @@ def _text(where: str, what: str, value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """The beginning of a value, for messages. Half a character in it becomes \\ud83d, so that the message can be printed."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
-    except RecursionError:  # JSON nested as deeply as Python can just read it is too deep to write
-        return f"a {type(value).__name__}"
+    return json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
 
 
 def _listed(columns: Collection[str]) -> str:

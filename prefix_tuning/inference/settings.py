@@ -19,7 +19,7 @@ from prefix_tuning.settings import (
 )
 from prefix_tuning.text import as_text
 
-# What a run does is one of these, by the setting that asks for it.
+# A run does one of these tasks. By the setting that asks for it: how messages name it.
 _TASKS = {"question": "a question", "chat": "--chat", "input": "--input", "score": "--score"}
 
 
@@ -114,7 +114,7 @@ class Prefixes:
     prefix: list[str] = field(default_factory=lambda: ["./chatbot"])
 
     def named_prefixes(self) -> dict[str, str]:
-        """The folder or hub name of every --prefix, by the prefix's name: that of NAME=DIR, else the last part of DIR."""
+        """Name of each prefix -> its folder or hub name. The name is NAME of NAME=DIR, else the last part of DIR."""
         folders: dict[str, str] = {}
         for given in self.prefix:
             name, equals, folder = given.partition("=")
@@ -122,7 +122,7 @@ class Prefixes:
                 name, folder = Path(os.path.realpath(given)).name, given
             check_path("prefix", folder)
             if name == "base" or not name:
-                hint = f"give it another name than {name!r}: --prefix NAME=DIR; base is the model's"
+                hint = f"give it another name than {name!r}: --prefix NAME=DIR; base means the model without a prefix"
                 raise UserError(f"--prefix {given}: {hint}")
             if name in folders:
                 hint = "give it another name: --prefix NAME=DIR"
@@ -133,7 +133,7 @@ class Prefixes:
 
 @dataclass
 class InferConfig(DecodingArguments, SharedBaseArguments, AskArguments, Prefixes):
-    """All settings of infer.py. Raises UserError for values that make no sense."""
+    """All settings of infer.py. Raises UserError for values that make no sense, alone or together."""
 
     question: str | None = None
 
