@@ -33,9 +33,9 @@ MESSAGE_KEYS = {"role", "content", "from", "value", "name", *WEIGHTS, *CALLS}
 class Columns(NamedTuple):
     """How the rows of a source are read.
 
-    sources: our name of each column that is read -> its name in the source, such as {"instruction": "question", ...}. Either
-    `messages` is among our names, or `instruction` is, with `output` if answers are read; so are those of OPTIONAL that may
-    occur. `context` is read as input in a row whose input is missing or empty.
+    sources: our name of each column that is read -> its name in the source, such as {"instruction": "question", ...}. It has
+    messages, or else instruction, with output if answers are read; and the names of OPTIONAL that rows may have. `context`
+    is read as input in a row whose input is missing or empty.
     answered: whether every row needs an answer. If not, rows are questions, and answers in them are ignored.
     """
 
@@ -75,10 +75,8 @@ class Columns(NamedTuple):
         """The text of a column of OPTIONAL, "" if the row has none."""
         if not self.has(row, ours):
             return ""
-        if not isinstance(value := row[self.sources[ours]], str):
-            hint = "" if ours == "input" else f"; --columns {ours}= leaves it out"
-            raise UserError(f"{where}: {self.sources[ours]!r} must be a text, not {_shown(value)}{hint}")
-        return _text(where, repr(self.sources[ours]), value)
+        hint = "" if ours == "input" else f"; --columns {ours}= leaves it out"
+        return _text(where, repr(self.sources[ours]), row[self.sources[ours]], hint)
 
 
 class Seen:
@@ -171,6 +169,7 @@ def columns_of(where: str, found: Collection[str], given: Mapping[str, str], ans
     sources = readings[0] if answered else {ours: theirs for ours, theirs in readings[0].items() if ours != "output"}
     optional = ["system"]
     if "messages" not in sources:
+        # If --columns names a column as input, a column called context is not read, unless the flag names it as well.
         optional += ["history"] if given.get("input") and "context" not in given else ["history", "context"]
     if not answered:
         optional += ["prefix"]  # names the prefix that answers the question
@@ -283,14 +282,12 @@ def _texts_of_history(where: str, column: str, row: Mapping[str, Any]) -> list[s
             history = json.loads(history)
     if history in (None, "", []):
         return []
-    kinds = "a list of [question, answer], as .json, .jsonl and .parquet files can hold one"
-    problem = f"{where}: {column!r} must be {kinds}, not {_shown(history)}; --columns history= leaves it out"
-    if not isinstance(history, list):
-        raise UserError(problem)
-    if not any(isinstance(turn, str) for turn in history):
-        if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-            raise UserError(problem)
+    if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         history = [*chain.from_iterable(history)]
+    elif not isinstance(history, list) or not any(isinstance(turn, str) for turn in history):
+        kinds = "a list of [question, answer], as .json, .jsonl and .parquet files can hold one"
+        hint = "--columns history= leaves it out"
+        raise UserError(f"{where}: {column!r} must be {kinds}, not {_shown(history)}; {hint}")
     if len(history) % 2:
         raise UserError(f"{where}: {column!r} ends with a question; that needs an answer before the row's own question")
     for number, text in enumerate(history):
@@ -300,10 +297,10 @@ def _texts_of_history(where: str, column: str, row: Mapping[str, Any]) -> list[s
     return history
 
 
-def _text(where: str, what: str, value: Any) -> str:
+def _text(where: str, what: str, value: Any, hint: str = "") -> str:
     """The value, if it is a text that UTF-8 can encode: others can be neither tokenised nor cached."""
     if not isinstance(value, str):
-        raise UserError(f"{where}: {what} must be a text, not {_shown(value)}")
+        raise UserError(f"{where}: {what} must be a text, not {_shown(value)}{hint}")
     if not is_text(value):
         raise UserError(f"{where}: {what} holds half of a character (a lone surrogate)")
     return value

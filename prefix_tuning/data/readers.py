@@ -64,8 +64,7 @@ def load_rows(
     reader: Reader
     source: Any
     with dataset_cache():
-        # Made here, because `load_dataset` reports a cache folder that it cannot make like a name that the hub does not
-        # know.
+        # Made here, because `load_dataset` reports a folder that it cannot make as a name that the hub does not know.
         Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
         if path.is_file():
             reader, source = _reader_of(name, path), str(path.resolve())
@@ -96,7 +95,7 @@ def load_rows(
         except (OSError, ValueError, KeyError, pyarrow.ArrowException):
             if not folder.exists():
                 raise
-            # The cache may be damaged. If that is not the reason, the same error comes again.
+            # The cache may be damaged. If that is not the reason, the error comes again.
             shutil.rmtree(folder)
             rows, line = prepared()
     if line:
@@ -189,22 +188,19 @@ def _checked(name: str, rows: Iterator[tuple[str, Any]], read: Callable[[str, di
     """Yields read(where, row) for each row.
 
     Raises UserError for a source without rows. Raises one UserError for all bad rows together: rows that are not objects,
-    that the reader could not read, or for which `read` raises a UserError. It tells how many they are and what is wrong with
-    the first SHOWN_ERRORS of them.
+    that the reader could not read, or for which `read` raises a UserError. It tells how many they are, and what is wrong
+    with the first SHOWN_ERRORS of them.
     """
     count, bad = 0, 0
     errors: list[str] = []
-    while True:
+    for position, row in rows:
+        count += 1
         try:
-            position, row = next(rows)
-            count += 1
             if isinstance(row, UserError):
                 raise row
             if not isinstance(row, dict):
                 raise UserError(f"{name}, {position}: is no object with named columns, such as instruction and output")
             result = read(f"{name}, {position}", row)
-        except StopIteration:
-            break
         except UserError as error:
             bad += 1
             if bad <= SHOWN_ERRORS:

@@ -39,21 +39,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
-        _sync_folder(path.parent)
+        if os.name == "posix":  # Windows cannot open folders
+            handle = os.open(path.parent, os.O_RDONLY)
+            os.fsync(handle)  # else a power cut could undo the rename
+            os.close(handle)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in a folder survive a power cut. Windows cannot open folders."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_drafts(folder: Path) -> None:

@@ -24,7 +24,7 @@ WINDOW = 8  # number of batches per process whose rows are sorted by length toge
 def check_output(output: str, source: str | None, resume: bool) -> None:
     """Raises UserError if --output is there already and not to be continued, or if its folder is missing.
 
-    source: the file of --input, if there is one.
+    source: the file of --input, which must not be the --output; None without --input.
     """
     path = Path(output)
     if not path.absolute().parent.is_dir():
@@ -49,10 +49,7 @@ def answer_file(answerer: Answerer, questions: Questions, output: Path, batch_si
     path = output if main else os.devnull
     try:
         done = distributed.broadcast_object(rows_done(output, questions()) if main else 0)
-        with (
-            open(path, "ab") as file,
-            tqdm(total=rows, initial=done, unit="row", disable=not main) as bar,
-        ):
+        with open(path, "ab") as file, tqdm(total=rows, initial=done, unit="row", disable=not main) as bar:
             for row, responses in _answered_rows(answerer, questions(), batch_size, done):
                 response = responses if len(responses) > 1 else responses[0]
                 file.write(_line(row | {"response": response}) + b"\n")
@@ -148,5 +145,5 @@ def _as_json(row: dict) -> dict:
 
 def _line(row: dict) -> bytes:
     # A column that is only passed on may hold half an emoji, as in a post cut after 140 characters. UTF-8 cannot encode it,
-    # but backslashreplace makes it \\ud83d, which JSON reads as the same half.
+    # but backslashreplace makes it \ud83d, which JSON reads as the same half.
     return json.dumps(_as_json(row), ensure_ascii=False).encode(errors="backslashreplace")

@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):  # Windows has no readline; its consoles 
 HELP = """\
 /reset        forget the conversation
 /prefix NAME  answer with another prefix, or with the base alone: base
-/compare      answer by the base and every prefix, or stop doing so
+/compare      answer with the base and every prefix, or stop doing so
 //QUESTION    ask a question that begins with /
 /quit         end (so does Ctrl-D); Ctrl-C stops an answer"""
 
