@@ -39,8 +39,8 @@ def load_base(
     An adapter in the model's folder is ignored, and a line on stderr says so. No code that comes with a model is run:
     trust_remote_code is off, and transformers reads pickled weights with torch.load's weights_only.
 
-    Raises UserError if there is no such model, if it is broken or no Bloom, if its config.json asks for a computation that
-    model/bloom.py does not do, or if its tokenizer does not fit it.
+    Raises UserError if there is no such model, if it is broken or not a Bloom, if its config.json asks for something that
+    model/bloom.py does not compute, or if its tokenizer does not fit it.
     """
     path = bundled.resolve(name)
     try:

@@ -145,7 +145,7 @@ def has_own_head(files: list[str], dtype: torch.dtype) -> bool:
 
 
 def _short(name: str) -> str:
-    """A weight's name without the prefix that is missing in the first Blooms, which were saved without their head."""
+    """A weight's name without "transformer.", which names in the first Blooms, saved without their head, do not have."""
     return name.removeprefix("transformer.")
 
 

@@ -95,7 +95,7 @@ def load_rows(
         except (OSError, ValueError, KeyError, pyarrow.ArrowException):
             if not folder.exists():
                 raise
-            # The cache may be damaged. If that is not the reason, the error comes again.
+            # A full disk or a kill may have damaged the cache. If that is not the reason, the error comes again.
             shutil.rmtree(folder)
             rows, line = prepared()
     if line:

@@ -5,8 +5,8 @@ adapter_model.safetensors    the baked prefix as PEFT stores it; read by infer.p
                              if the folder has no encoder (prefixes.py)
 adapter_config.json          the shape of the prefix and the name of its base; read with it, but written after it: a folder
                              with this file has a whole prefix, which train.py replaces only with --overwrite_output_dir
-training_config.json         the settings of the run, versions and device; read by people, by the model card, and by a
-                             resume, which compares whether the same torchrun wrote the folder
+training_config.json         the settings of the run, versions and device; read by people, for the model card, and by a
+                             resume, which tells by it whether the same torchrun wrote the folder
 metrics.jsonl                losses, evaluations and speed, one JSON object per line; read by people, for the curves and for
                              the card; a resume keeps the lines up to its checkpoint
 training.png                 the curves; for people

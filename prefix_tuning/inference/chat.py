@@ -49,9 +49,10 @@ class Chat:
         if alone := ", ".join(name for name in self.model.prefixes if name not in self.with_history):
             reason = f"each question is asked by itself: no conversation is on record among the training rows of {alone}"
             note(f"{reason}; --history keeps the conversation")
+        prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # elsewhere, stdout is for answers only
         while True:
             try:
-                line = ask_user("> ").strip()
+                line = input(prompt).strip()
             except EOFError:
                 note("")
                 return
@@ -84,9 +85,7 @@ class Chat:
             note(HELP)
 
     def answer(self, question: str) -> None:
-        """Prints the answer of the prefix in use or, to compare, of all. The answer of the prefix in use joins the
-        conversation unless it is empty.
-        """
+        """Prints the answer of the prefix in use, which joins the conversation unless it is empty; to compare, all."""
         prompts = {}
         for name in self.answerer.names(self.compare):
             prompt = self.prompt(question, self.history if name in self.with_history else [])
@@ -103,9 +102,7 @@ class Chat:
             self.history += [question, answer]
 
     def prompt(self, question: str, history: list[str]) -> list[int] | None:
-        """The token ids of the last turns that fit and of the question. None, with a note, if the question alone is too
-        long.
-        """
+        """The token ids of the last turns that fit, and of the question. None, with a note, if that alone is too long."""
         longest_answer = self.answerer.options["max_new_tokens"]
         (parts,) = part_ids(self.answerer.tokenizer, [parts_of(question, history=history)])
         for first in range(0, len(parts), 2):
@@ -115,10 +112,3 @@ class Chat:
                 return prompt
         note(f"too long: the question and the room for its answer take {wanted} of --max_length {self.max_length} tokens")
         return None
-
-
-def ask_user(prompt: str) -> str:
-    """Reads a line from the user. The prompt is shown only on a terminal, because stdout is for answers otherwise."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(prompt)
-    return input()

@@ -227,7 +227,7 @@ def test_the_degree_says_how_many_processes_share_a_copy(group, monkeypatch):
             parts_of_base(True, degree)
 
 
-# Frees 128 MB of weights while small tensors between them stay in use, and ends with the number of MB that it still holds.
+# Frees 128 MB of weights while small tensors between them stay in use. The exit code says how many MB it still holds.
 FREE_WEIGHTS = """
 import os, sys, torch
 from prefix_tuning.base_model.sharding import return_freed_memory
@@ -237,7 +237,8 @@ def resident():
 
 if mended:
     return_freed_memory()
-del [torch.ones(2**21)][0]
+large = torch.ones(2**21)
+del large  # after this, glibc takes blocks of up to this size from its heap
 before, weights, small = resident(), [], []
 for _ in range(64):
     weights.append(torch.ones(2**19))
