@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from prefix_tuning import PrefixBloom, bundled, distributed
 from prefix_tuning.base_model.identity import fingerprint
-from prefix_tuning.base_model.layers import wrap_layers
+from prefix_tuning.base_model.loading import wrap_layers
 from prefix_tuning.base_model.sharding import load_sharded
 from prefix_tuning.data.rows import parts_of, prompt_ids
 from prefix_tuning.evaluation import Turn, answer_turns

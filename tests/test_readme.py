@@ -60,7 +60,7 @@ def test_every_infer_command_does_what_it_says(name, desk, capsys, monkeypatch):
     for words in found:
         if words[-1] == "--resume":
             Path(words[words.index("--output") + 1]).write_text("", "utf-8")
-        monkeypatch.setattr("builtins.input", lambda: "/quit")  # the conversation is tested on a terminal elsewhere
+        monkeypatch.setattr("builtins.input", lambda prompt: "/quit")  # the conversation is tested on a terminal elsewhere
         infer(parse_infer_config(words))
         assert capsys.readouterr().out or "--input" in words or "--chat" in words
     assert len((desk / "answers.jsonl").read_text("utf-8").splitlines()) == 6

@@ -15,19 +15,24 @@ from prefix_tuning.base_model.sharding import first_row, sum_of_parts
 from prefix_tuning.errors import UserError
 from prefix_tuning.text import named
 
-LOCAL = "local:"  # marks the last part of a path, which is on the machine of the training only
+# Stands before the name of a file or folder that only the machine of the training has.
+LOCAL = "local:"
 
 
 def portable_name(name: str) -> str:
-    """How files name a model or dataset: a bundled or hub name as it is, a path as "local:" and its last part."""
+    """The name that files record for a model or dataset.
+
+    A bundled or hub name stays as it is; of a path, only the last part is kept: /home/me/rows.jsonl is local:rows.jsonl.
+    """
     path = Path(name)
+    # `named`, because JSON cannot hold a folder name whose bytes are not UTF-8, such as one from an old Chinese archive.
     if name and (path.exists() or path.is_absolute()):
         return bundled.name_of(path.resolve()) or LOCAL + named(path.resolve().name)
     return name
 
 
 def base_of(prefix_name: str, recorded: str | None) -> str:
-    """The recorded name of a prefix's base, if it can be loaded by that. Raises UserError if it is a path or missing."""
+    """The recorded name of a prefix's base. Raises UserError if it is missing, or a path on the machine of the training."""
     if not recorded or recorded.startswith(LOCAL):
         known = f"the local model {recorded.removeprefix(LOCAL)!r}" if recorded else "a model that it does not name"
         raise UserError(f"{prefix_name}: was trained on {known}; say where it is: --model_name_or_path PATH")
@@ -39,9 +44,11 @@ def check_base(
 ) -> None:
     """Raises UserError unless a prefix (layers, 2, heads, tokens, head_dim) can be used on a base.
 
-    recorded, base: the `fingerprint` of the base that the prefix was trained on, and of the one in use. Layers, heads and
-    head_dim must be equal. Other weights, another tokenizer or other special tokens are refused unless `force`, and then
-    named on stderr, as is another name. A prefix that records no fingerprint, as PEFT's, is accepted with a line on stderr.
+    recorded: the `fingerprint` of the base that the prefix was trained on. base: the fingerprint of the base in use.
+
+    Layers, heads and head_dim must be equal. Other weights, another tokenizer or other special tokens are refused; with
+    `force`, a line on stderr names the difference instead. Another name is only mentioned on stderr, and so is a prefix
+    without a fingerprint, such as one that PEFT has saved.
     """
     layers, _, heads, _, head_dim = prefix_shape
     needed = (base["n_layer"], base["n_head"], base["hidden_size"] // base["n_head"])
@@ -52,10 +59,11 @@ def check_base(
         )
     name = recorded.get("name_or_path")
     if "tokenizer" not in recorded:
-        named = f"{name}, revision {recorded['revision']}" if "revision" in recorded else name
-        print(f"{prefix_name}: does not say by a fingerprint which base it belongs to; it names {named}", file=sys.stderr)
+        version = f", revision {recorded['revision']}" if "revision" in recorded else ""
+        print(f"{prefix_name}: has no fingerprint of the base that it belongs to; it names {name}{version}", file=sys.stderr)
         return
-    # What is None, or missing, cannot be compared: the weights in float16, and the special tokens of earlier versions.
+    # An entry that is None or missing cannot be compared: the weights of a base in float16, or the special tokens of a
+    # prefix that an earlier version saved.
     keys = ("weights", "tokenizer", "special_tokens")
     pairs = {key: (_compared(recorded.get(key)), _compared(base[key])) for key in keys}
     differing = [key.replace("_", " ") for key, (theirs, ours) in pairs.items() if theirs and ours and theirs != ours]
@@ -67,22 +75,25 @@ def check_base(
 
 
 def _compared(entry: Any) -> Any:
-    """What counts of a fingerprint's entry. Padding is masked, so the token that pads does not."""
+    """A fingerprint's entry without the token that pads, which makes no difference because padding is masked."""
     return {kind: token for kind, token in entry.items() if kind != "pad"} if isinstance(entry, dict) else entry
 
 
 def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """What tells one base from another, as JSON can hold it. All processes that share a sharded base call this together.
+    """Tells one base from another, in a form that JSON can hold. All processes that share a sharded base call this together.
 
-    name_or_path: its `portable_name`; n_layer, n_head, hidden_size, vocab_size; weights: a hash over about 64 numbers of
-    every tensor; tokenizer: a hash over the vocabulary; special_tokens: the ids of BOS, EOS, PAD and UNK. The numbers are
-    rounded to bfloat16 first, so that float32 and bfloat16 give the same hash; a base in float16 was rounded otherwise, and
-    has None as weights. Without a tokenizer, its two entries are None.
+        name_or_path                                its `portable_name`
+        n_layer, n_head, hidden_size, vocab_size    its shape
+        weights                                     a hash over about 64 numbers of every tensor; None in float16
+        tokenizer                                   a hash over the vocabulary; None without a tokenizer
+        special_tokens                              the ids of BOS, EOS, PAD and UNK; None without a tokenizer
+
+    The numbers are rounded to bfloat16 first, so that float32 and bfloat16 give the same hash. float16 rounds differently.
     """
     shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "hidden_size", "vocab_size")}
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):  # torch's quantised layers also keep other things there
+        if isinstance(tensor, torch.Tensor):  # the state_dict of torch's quantised layers also has other entries
             weights.update(name.encode() + _sample(tensor).float().numpy().tobytes())
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if tokenizer else ""
     special = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad", "unk")} if tokenizer else None
@@ -95,15 +106,23 @@ def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | No
     }
 
 
+def recorded_end(fingerprint: dict[str, Any]) -> int | None:
+    """The EOS of the tokenizer that a prefix was trained with, by the fingerprint in its file; None if that names none."""
+    special_tokens = fingerprint.get("special_tokens")
+    eos = special_tokens.get("eos") if isinstance(special_tokens, dict) else None
+    return eos if type(eos) is int else None
+
+
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """About 64 of a tensor's numbers, evenly spaced, in bfloat16 on the CPU. For a sharded tensor, ranks all-reduce."""
-    stride = tensor.numel() // 64 | 1  # odd: where the width is a power of two, it visits every column
+    # An odd stride visits every column of a matrix whose width is a power of two.
+    stride = tensor.numel() // 64 | 1
     if not isinstance(tensor, DTensor):
         return tensor.flatten()[::stride].bfloat16().cpu()
-    places = torch.arange(0, tensor.numel(), stride) - first_row(tensor) * (tensor.numel() // tensor.shape[0])
+    indices = torch.arange(0, tensor.numel(), stride) - first_row(tensor) * (tensor.numel() // tensor.shape[0])
     local = tensor.to_local().flatten()
-    mine = (places >= 0) & (places < len(local))
-    # As integers, which are zero in all ranks but the one that has the number: so their sum is exact.
-    bits = torch.zeros(len(places), dtype=torch.int32)
-    bits[mine] = local[places[mine].to(local.device)].bfloat16().cpu().view(torch.int16).int()
+    mine = (indices >= 0) & (indices < len(local))
+    # The bits are summed as integers. All ranks but the one that has the number add zero, so the sum is exact.
+    bits = torch.zeros(len(indices), dtype=torch.int32)
+    bits[mine] = local[indices[mine].to(local.device)].bfloat16().cpu().view(torch.int16).int()
     return sum_of_parts(bits, tensor).short().view(torch.bfloat16)

@@ -1,18 +1,22 @@
-"""Loading the frozen base and its tokenizer."""
+"""The frozen base as a run gets it: loaded, checked, with special tokens that fit its tokenizer, and with wrapped layers."""
 
+import functools
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BloomConfig, PreTrainedTokenizerBase
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoTokenizer, BloomConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from prefix_tuning import bundled
-from prefix_tuning.base_model.layers import wrap_layers
 from prefix_tuning.base_model.sharding import load_sharded
-from prefix_tuning.base_model.special_tokens import align_special_tokens
 from prefix_tuning.distributed import note
-from prefix_tuning.errors import UserError
+from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE
+from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 
 
@@ -26,13 +30,17 @@ def load_base(
 ) -> tuple[Bloom, PreTrainedTokenizerBase]:
     """Loads a Bloom and its tokenizer by bundled name, hub name or path, and freezes the Bloom.
 
-    parts: how many processes share one copy of the weights, of which each loads its part (sharding.py); None: each loads all
-    of them. The flags are those of `wrap_layers`. Returns the model in `dtype` on `device`, in eval mode, with requires_grad
-    False for every parameter, and the tokenizer, which pads on the left, with EOS if it has no PAD. The tokenizer's EOS is
-    one of the ends in the model's generation_config. An adapter in the model's folder is left out, and a line on stderr says
-    so. No code that comes with a model is run: trust_remote_code is off, and transformers reads pickled weights with
-    torch.load's weights_only. Raises UserError if there is no such model, if it is broken or no Bloom, if it computes
-    otherwise than model/bloom.py, or if its tokenizer does not fit it.
+    parts: number of processes that share one copy of the weights, each with its own part (sharding.py); None: this process
+    loads all of them. The two flags are those of `wrap_layers`.
+
+    Returns the model in `dtype` on `device`, in eval mode, with requires_grad False for every parameter; and the tokenizer,
+    which pads on the left, with EOS if it has no PAD. In the model's generation_config, the tokenizer's EOS ends an answer.
+
+    An adapter in the model's folder is ignored, and a line on stderr says so. No code that comes with a model is run:
+    trust_remote_code is off, and transformers reads pickled weights with torch.load's weights_only.
+
+    Raises UserError if there is no such model, if it is broken or not a Bloom, if its config.json asks for something that
+    model/bloom.py does not compute, or if its tokenizer does not fit it.
     """
     path = bundled.resolve(name)
     try:
@@ -47,44 +55,18 @@ def load_base(
         raise
     except Exception as error:  # transformers and tokenizers raise many classes for broken files
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {str(error).strip()[:300]}") from error
-    if _has_adapter(path):
+    if _has_file(path, ADAPTER_CONFIG_FILE):
         hint = "merge it into the weights if it belongs to them"
-        note(f"{name}: the adapter beside its weights ({ADAPTER_CONFIG_FILE}) is left out; {hint}")
+        note(f"{name}: the adapter beside its weights ({ADAPTER_CONFIG_FILE}) is ignored; {hint}")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
     align_special_tokens(model.generation_config, tokenizer, name)
     wrap_layers(model, gradient_checkpointing, torch_compile)
     return model, tokenizer
 
 
-def _load_whole(name: str, path: str, dtype: torch.dtype, device: torch.device) -> Bloom:
-    """The frozen model, read by transformers."""
-    # If PEFT is installed, transformers attaches an adapter that lies beside the weights. The base must not depend on what
-    # is installed: so transformers looks for an adapter in a folder that no base has.
-    nowhere = {"subfolder": "no-adapter"}
-    loaded: Any = Bloom.from_pretrained(path, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
-    model, report = loaded
-    if not any(_has_file(path, file) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        note(f"{name}: its weights are a pickled .bin file; safetensors is the safer format")
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
-    return model.requires_grad_(False).eval().to(device)
-
-
-def _has_file(path: str, file: str) -> bool:
-    """Whether a model's folder, or its copy in the hub's cache, has this file."""
-    return cached_file(path, file, local_files_only=True, _raise_exceptions_for_missing_entries=False) is not None
-
-
-def _has_adapter(path: str) -> bool:
-    """Whether an adapter lies beside a model's weights, in its folder or on the hub."""
-    quietly = ("gated_repo", "missing_entries", "connection_errors")
-    options: Any = {f"_raise_exceptions_for_{kind}": False for kind in quietly}
-    return cached_file(path, ADAPTER_CONFIG_FILE, **options) is not None
-
-
 def _check_forward(name: str, config: BloomConfig) -> None:
-    """Raises UserError for a setting with which transformers' forward computes otherwise than the packed one does."""
+    """Raises UserError for a setting with which transformers' forward computes something else than the packed one."""
     if config.slow_but_exact and config.pretraining_tp > 1:
         fault = 'slow_but_exact, with which transformers leaves out two biases of every layer; set "slow_but_exact": false'
     elif not getattr(config, "is_causal", True):
@@ -105,3 +87,110 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
     else:
         return
     raise UserError(f"--model_name_or_path {name}: its tokenizer {fault}")
+
+
+def _load_whole(name: str, path: str, dtype: torch.dtype, device: torch.device) -> Bloom:
+    """The frozen model, read by transformers."""
+    # If PEFT is installed, transformers attaches an adapter that it finds beside the weights. The base must not depend on
+    # what is installed, so transformers is told to look for adapters in a folder that no base has.
+    nowhere = {"subfolder": "no-adapter"}
+    loaded: Any = Bloom.from_pretrained(path, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
+    model, report = loaded
+    safetensors = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if not any(_has_file(path, file, local_files_only=True) for file in safetensors):
+        note(f"{name}: its weights are a pickled .bin file; safetensors is the safer format")
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _has_file(path: str, file: str, local_files_only: bool = False) -> bool:
+    """Whether a file lies beside a model's weights: in its folder, in the hub's local cache, or else on the hub."""
+    quietly = ("gated_repo", "missing_entries", "connection_errors")
+    options: Any = {f"_raise_exceptions_for_{kind}": False for kind in quietly}
+    return cached_file(path, file, local_files_only=local_files_only, **options) is not None
+
+
+# --- special tokens: which of them end an answer, and which one pads ---
+#
+# Training ends every answer with the tokenizer's EOS (data/rows.py), but `generate` waits for the end tokens that the
+# base's generation_config names. If these were others, a prefix would learn to say one token while `generate` waits for
+# another, and no answer would end.
+
+
+def align_special_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Makes the tokenizer's EOS end answers, and pads with its PAD, or with EOS if there is no PAD at all.
+
+    name: of the base, for the line on stderr.
+    """
+    if tokenizer.eos_token_id is not None:
+        add_end(settings, tokenizer.eos_token_id, f"{name}: its tokenizer")
+    if tokenizer.pad_token_id is not None:
+        settings.pad_token_id = tokenizer.pad_token_id
+    elif settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.eos_token_id
+
+
+def add_end(settings: GenerationConfig, token_id: int, whose: str) -> None:
+    """Makes a token end answers. If only other tokens did so far, a line on stderr says that now all of them do.
+
+    whose: what ends its texts with that token, for the line.
+    """
+    ends = ends_of(settings)
+    if token_id in ends:
+        return
+    if ends:
+        others = ", ".join(map(str, ends))
+        note(f"{whose} ends a text with token {token_id}, the base's generation_config with {others}: each ends an answer")
+    settings.eos_token_id = [token_id, *ends] if ends else token_id
+
+
+def ends_of(settings: GenerationConfig) -> list[int]:
+    """The ids of the tokens that end an answer."""
+    ends = settings.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
+# --- what wraps a layer: compilation, gradient checkpointing, the gathering of sharded weights ---
+
+
+def wrap_layers(model: Bloom, gradient_checkpointing: bool, torch_compile: bool) -> None:
+    """Wraps the `forward_packed` of every layer, in place. Call it once; a sharded model always needs it.
+
+    gradient_checkpointing keeps only a layer's input for the backward pass and computes the layer again there: the same
+    bits, less memory, a third more work. torch_compile fuses the operations between the matmuls.
+    """
+    # Typed as Iterable, because mypy would not let a method of a Module be replaced.
+    blocks: Iterable = model.transformer.h
+    for block in blocks:
+        # From the inside out: checkpointing runs the compiled layer again, and both passes need the gathered weights.
+        if torch_compile:
+            block.forward_packed = _compiled_for_training(block.forward_packed)
+        if gradient_checkpointing:
+            block.forward_packed = functools.partial(
+                checkpoint, block.forward_packed, use_reentrant=False, preserve_rng_state=False
+            )
+        register_fsdp_forward_method(block, "forward_packed")  # a no-op unless the layer is sharded
+
+
+def _compiled_for_training(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`forward`, compiled once for all lengths. Without gradients, as in evaluation, it runs uncompiled: torch would compile
+    it a second time for that.
+    """
+    compiled = torch.compile(forward, dynamic=True)
+    return lambda *inputs, **options: (compiled if torch.is_grad_enabled() else forward)(*inputs, **options)
+
+
+def compile_now(model: Bloom, batches: Iterable[Batch], prefix: torch.Tensor) -> float:
+    """Makes wrapped layers compile by computing gradients, which are thrown away. Returns the seconds it took.
+
+    prefix: (layers, 2, heads, tokens, head_dim). Raises UserError if torch finds no working compiler.
+    """
+    started = time.perf_counter()
+    leaf = prefix.clone().requires_grad_()
+    try:
+        for batch in batches:
+            model.label_losses(batch.to(model.device), leaf).sum().backward()
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise UserError(f"--torch_compile does not work here: {reason_of(error)}; leave the flag out") from error
+    return time.perf_counter() - started

@@ -1,11 +1,11 @@
 """A base larger than one device: PyTorch's fully_shard ("FSDP2"; Zhao et al. 2023) splits its weights over processes.
 
-Each process keeps its rows of every weight. A layer's weights are gathered when a pass reaches it and freed behind it, in
-the forward and in the backward pass; the embeddings, which are the head's weights too, where a pass begins and where its
-forward half ends. Only prefix, encoder and optimizer are whole in each process.
+Each process keeps its rows of every weight. In the forward and in the backward pass, a layer's weights are gathered when the
+pass reaches it and freed when it has left it. The embeddings, which are also the head's weights, are gathered twice: where
+the forward pass begins, and for the loss at its end. Only prefix, encoder and optimizer are whole in each process.
 
-Gathering is collective: all ranks must run equally many passes. Training and evaluation know their passes in advance and
-fill up with empty batches (training/steps.py, evaluation.py); `generate` does not, so it runs inside `equal_passes`.
+Gathering is collective, so all ranks must run the same number of passes. Training and evaluation know that number in advance
+and fill up with empty batches (training/steps.py, evaluation.py). `generate` does not, so it runs inside `equal_passes`.
 """
 
 import copy
@@ -32,16 +32,21 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files.reading import find_file
 from prefix_tuning.model.bloom import Bloom
 
-HEAD, EMBEDDINGS = "lm_head.weight", "word_embeddings.weight"  # weights that may be tied, named as in `_short`
+# The names, as `_short` gives them, of the two weights that may be tied.
+HEAD, EMBEDDINGS = "lm_head.weight", "word_embeddings.weight"
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def is_sharded(model: BloomForCausalLM) -> bool:
-    return isinstance(model.lm_head, FSDPModule)  # a PrefixBloom is none itself, but shares the modules of its base
+    # Asked of a module, because a PrefixBloom shares the modules of a sharded base without being an FSDPModule itself.
+    return isinstance(model.lm_head, FSDPModule)
 
 
 def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
-    """How many processes share one copy of the base; None: each has its own. Raises UserError if that cannot be."""
+    """Number of processes that share one copy of the base; None: each has its own copy.
+
+    Raises UserError if there is only one process, or if shard_degree does not divide their number.
+    """
     if not shard_base:
         return None
     if not dist.is_initialized():
@@ -56,9 +61,9 @@ def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
 def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: torch.device, parts: int) -> Bloom:
     """Loads this process's part of a Bloom from safetensors files; no process ever holds more of it.
 
-    parts: how many processes, neighbours by rank, share one copy of the base; it divides their number. All processes call
-    this together. Returns the frozen model, whose weights are DTensors in `dtype` on `device`. Raises UserError if there are
-    no such files, if they hold other weights than `config` describes, or quantised ones.
+    parts: number of processes, neighbours by rank, that share one copy of the base; it divides the number of all. All
+    processes call this together. Returns the frozen model, whose weights are DTensors in `dtype` on `device`. Raises
+    UserError if there are no such files, or if their weights are quantised or not those that `config` describes.
     """
     if getattr(config, "quantization_config", None):
         raise UserError(f"--shard_base reads weights as they are, and those of {path} are quantised; leave the flag out")
@@ -70,7 +75,8 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
         model = Bloom(config).to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]  # transformers declares `to` without self
     if find_file(path, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(path)
-    else:  # as transformers does: an old config.json may hold settings of `generate`, which BloomConfig leaves out
+    else:
+        # As transformers does: an old config.json may hold settings of `generate`, and `config` does not keep them.
         config_file = Path(find_file(path, "config.json") or "")
         model.generation_config = GenerationConfig.from_model_config(json.loads(config_file.read_text("utf-8")))
     shard(model, device, parts)
@@ -81,7 +87,7 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
 def weight_files(path: str, named: str | None = None) -> list[str]:
     """The safetensors files of a model by folder or hub name. Raises UserError if it has none.
 
-    named: the file, or the index of several, that its config.json names as transformers_weights, if it does.
+    named: the file, or the index of several files, that its config.json gives as transformers_weights, if it gives one.
     """
     for name in [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]:
         if file := find_file(path, name):
@@ -91,7 +97,7 @@ def weight_files(path: str, named: str | None = None) -> list[str]:
 
 
 def shard(model: Bloom, device: torch.device, parts: int) -> None:
-    """Splits a model on the meta device, and allocates this process's part, not yet filled."""
+    """Splits a model on the meta device, and allocates this process's part without filling it."""
     if device.type == "cpu":
         return_freed_memory()
     copies = distributed.world_size() // parts
@@ -100,8 +106,9 @@ def shard(model: Bloom, device: torch.device, parts: int) -> None:
     body = model.transformer
     for group in (*body.h, [body.word_embeddings, model.lm_head], model):
         fully_shard(group, mesh=mesh)
-    # fully_shard gathers around the method `forward`, which is transformers'. Of the packed forward, layers.py registers
-    # that of the layers; embeddings and head, whose modules are not called there, are gathered by `gathered`.
+    # fully_shard gathers a module's weights around its method `forward`, which only transformers' own forward calls. For the
+    # packed forward, loading.py registers the layers' method and this function `label_losses`; `gathered` gathers the
+    # embeddings and the head, which the packed forward does not call as modules.
     register_fsdp_forward_method(model, "label_losses")
     model.gathered = gathered
     model.to_empty(device=device)
@@ -110,18 +117,20 @@ def shard(model: Bloom, device: torch.device, parts: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Makes glibc return the memory of freed weights to the system at once.
+    """Makes glibc return the memory of freed weights to the system at once, by using mmap for 1 MB and more.
 
-    Else the heap fragments: small tensors pin freed weights, and memory grows to the size of the whole base. Above the size
-    set here malloc uses mmap, whose memory is returned at once.
+    Without it, each of 4 processes peaked at 1,791 MB instead of 904 MB on a CPU (tests/benchmarks/README.md): freed weights
+    stayed in the heap, between small tensors that were still in use.
     """
     with suppress(OSError, AttributeError, TypeError):  # other systems have another malloc
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def has_own_head(files: list[str], dtype: torch.dtype) -> bool:
-    """Whether the files hold other numbers for the head than for the embeddings. transformers does not tie the two then,
-    whatever config.json says. They are compared in `dtype`, as they are used."""
+    """Whether the files hold a head whose numbers, rounded to `dtype`, differ from those of the embeddings.
+
+    transformers then does not tie the two, whatever config.json says.
+    """
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
         stored = {_short(name): file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 (see `fill`)
@@ -130,19 +139,19 @@ def has_own_head(files: list[str], dtype: torch.dtype) -> bool:
         head, embeddings = stored[HEAD], stored[EMBEDDINGS]
         if head.get_shape() != embeddings.get_shape():
             return True
-        # In pieces, as these may be the largest weights of all.
+        # In pieces of 1,024 rows, because these may be the largest weights of all.
         pieces = (slice(start, start + 1024) for start in range(0, head.get_shape()[0], 1024))
         return any(not torch.equal(head[rows].to(dtype), embeddings[rows].to(dtype)) for rows in pieces)
 
 
 def _short(name: str) -> str:
-    """A weight's name without the part that the first Blooms, saved without their head, did not have."""
+    """A weight's name without "transformer.", which names in the first Blooms, saved without their head, do not have."""
     return name.removeprefix("transformer.")
 
 
 def fill(model: BloomForCausalLM, files: list[str]) -> None:
-    """Reads this process's rows of every weight. Raises UserError for weights that are missing, or of another shape."""
-    # DTensors, which torch types as Parameters.
+    """Reads this process's rows of every weight. Raises UserError for weights that are missing or have another shape."""
+    # Typed as Any, because torch types them as Parameters, and they are DTensors.
     missing: dict[str, Any] = {_short(name): parameter for name, parameter in model.named_parameters()}
     tied = HEAD not in missing
     for path in files:
@@ -177,9 +186,9 @@ def sum_of_parts(tensor: torch.Tensor, sharded: DTensor) -> torch.Tensor:
 
 
 def gathered(weight: torch.Tensor) -> torch.Tensor:
-    """A sharded weight as a whole, for a use that no backward pass goes through. All ranks of its copy call this together.
+    """The whole of a sharded weight, for uses without a backward pass. All ranks that share the copy call this together.
 
-    It is summed from parts that are zero elsewhere: a sum needs no memory besides the result's.
+    Each rank fills in its rows and leaves zeros elsewhere, and the sum is the weight: it needs no memory beside the result.
     """
     assert isinstance(weight, DTensor)
     local, first = weight.to_local(), first_row(weight)
@@ -189,10 +198,9 @@ def gathered(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Lockstep:
-    """Keeps ranks at equally many passes of transformers' forward.
+    """Makes all ranks run the same number of passes of transformers' forward, each of which gathers weights.
 
-    Each pass gathers weights, which is collective: before each, ranks all-reduce whether anyone has work; those without
-    run an empty pass.
+    Before each pass, the ranks all-reduce whether any of them still has work. Ranks without work then run an empty pass.
     """
 
     def __init__(self):
@@ -203,7 +211,7 @@ class Lockstep:
             distributed.max_over_ranks(1)
 
     def follow(self, idle_pass: Callable[[], object]) -> None:
-        """Runs empty passes until no rank has work any more."""
+        """Runs empty passes until no rank has work left."""
         self.idle = True
         while distributed.max_over_ranks(0):
             idle_pass()
@@ -212,10 +220,10 @@ class Lockstep:
 
 @contextmanager
 def equal_passes(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
-    """Inside, each rank may run as many passes of transformers' forward as it has work for; at the end, it joins the
-    others'.
+    """Inside, each rank runs as many passes of transformers' forward as it has work for. At the end, it joins the passes of
+    the other ranks with empty ones of its own. A no-op unless the model is sharded.
 
-    idle_pass: gathers the same weights, and has no other effect. A no-op unless the model is sharded.
+    idle_pass: gathers the same weights as a pass, and has no other effect.
     """
     yield
     if is_sharded(model):

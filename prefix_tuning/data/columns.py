@@ -1,9 +1,13 @@
-"""From the columns of any source to ours: which column is read as which, and talks of several turns as rows.
+"""Reads the columns of any source as ours: which column is which, and how talks of several turns become rows.
 
-A row of ours has the texts instruction, input and output, and two lists. `history` has the texts of the turns before, those
-of the user and of the assistant in turn. `weights` says of each answer of a talk, the last one included, whether it is
-learned (1) or only read (0); it is empty where all are learned. Imports nothing large: the settings check their flags with
-it.
+A row of ours has three texts, instruction, input and output, and two lists. `history` contains the texts of earlier turns,
+alternating between user and assistant. `weights` contains a number for each answer of a talk, the last one included: 1 if it
+is learned, 0 if it is only read. It is empty if all answers are learned. For example, a talk of two turns becomes
+
+    {"instruction": "And of Spain?", "input": "", "output": "Madrid.",
+     "history": ["What is the capital of France?", "Paris."], "weights": []}
+
+This file imports nothing large, because the settings check their flags with it.
 """
 
 import contextlib
@@ -16,29 +20,30 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.text import is_text, shorten
 
 COLUMNS = ("instruction", "input", "output")
-READ = (*COLUMNS, "history", "system", "messages", "context")  # what --columns can name
+READ = (*COLUMNS, "history", "system", "messages", "context")  # the names before = in --columns
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"), ("query", "response"))
-TALKS = ("messages", "conversations")  # each a list of {role, content}, or of {from, value}
+TALKS = ("messages", "conversations")  # lists of {role, content}, or of {from, value}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-OPTIONAL = ("input", "context", "history", "system", "prefix")  # a row may have them or not, whatever the first one has
-WEIGHTS = ("weight", "loss", "train")  # whether a message is learned: as OpenAI, ms-swift and axolotl write it
-CALLS = ("tool_calls", "function_call")  # a message with one of these says something that is not in its content
+OPTIONAL = ("input", "context", "history", "system", "prefix")  # may be missing in any row, even if the first row has them
+WEIGHTS = ("weight", "loss", "train")  # whether a message is learned: the keys of OpenAI, ms-swift and axolotl
+CALLS = ("tool_calls", "function_call")  # a message with one of these says something outside its content
 MESSAGE_KEYS = {"role", "content", "from", "value", "name", *WEIGHTS, *CALLS}
 
 
 class Columns(NamedTuple):
     """How the rows of a source are read.
 
-    sources: by our names, the columns of the source that are read as them: messages, or instruction and output; and those
-    of OPTIONAL that may be there. `context` is read as input in a row whose input is missing or empty.
-    answered: whether every row needs an answer. If not, rows are questions: answers that they come with are passed over.
+    sources: our name of each column that is read -> its name in the source, such as {"instruction": "question", ...}. It has
+    messages, or else instruction, with output if answers are read; and the names of OPTIONAL that rows may have. `context`
+    is read as input in a row whose input is missing or empty.
+    answered: whether every row needs an answer. If not, rows are questions, and answers in them are ignored.
     """
 
     sources: dict[str, str]
     answered: bool
 
     def read(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the source as ours. Raises UserError, beginning with `where`, for a value that is not as it must be."""
+        """A row of the source as ours. Raises UserError, which begins with `where`, for a missing column or a bad value."""
         for ours, theirs in self.sources.items():
             if theirs not in row and ours not in OPTIONAL:
                 raise UserError(f"{where}: has no column {theirs!r}; it has {_listed(row)}")
@@ -47,8 +52,8 @@ class Columns(NamedTuple):
             column = self.sources["messages"]
             talk = _read_talk(where, column, row[column])
             if talk.system and system and talk.system != system:
-                places = f"one in {self.sources['system']!r} and another in {column!r}"
-                raise UserError(f"{where}: has two texts of a system, {places}; leave one of them out")
+                both = f"one in {self.sources['system']!r} and another in {column!r}"
+                raise UserError(f"{where}: has two system texts, {both}; leave one of them out")
             return _row_of_talk(where, column, talk._replace(system=talk.system or system), self.answered)
         texts = dict.fromkeys(COLUMNS, "")
         for ours in ("instruction", "output") if self.answered else ("instruction",):
@@ -63,23 +68,19 @@ class Columns(NamedTuple):
         return ours in self.sources and row.get(self.sources[ours]) is not None
 
     def has_input(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row's input is in its own column; a CSV file has empty cells for rows without one."""
+        """Whether the row has an input of its own. In a CSV file, rows without one have an empty cell."""
         return self.has(row, "input") and row[self.sources["input"]] != ""
 
     def _optional(self, where: str, ours: str, row: Mapping[str, Any]) -> str:
-        """The text of one of OPTIONAL, "" if the row has none."""
+        """The text of a column of OPTIONAL, "" if the row has none."""
         if not self.has(row, ours):
             return ""
-        if not isinstance(value := row[self.sources[ours]], str):
-            hint = "" if ours == "input" else f"; --columns {ours}= leaves it out"
-            raise UserError(f"{where}: {self.sources[ours]!r} must be a text, not {_shown(value)}{hint}")
-        return _text(where, repr(self.sources[ours]), value)
+        hint = "" if ours == "input" else f"; --columns {ours}= leaves it out"
+        return _text(where, repr(self.sources[ours]), row[self.sources[ours]], hint)
 
 
 class Seen:
-    """Reads the rows of a source, and keeps which columns they had: those that were read, by what they were read as, and
-    those that were not, in the order of the source.
-    """
+    """Reads the rows of a source, and remembers which of their columns were read, as what, and which were not read."""
 
     def __init__(self, columns: Columns):
         self.columns = columns
@@ -89,7 +90,7 @@ class Seen:
         self.unread: dict[str, None] = {}
 
     def read(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """`Columns.read` of a row."""
+        """Reads a row with `Columns.read`."""
         for column in row:
             self.found[column] = None
             ours = self.ours.get(column)
@@ -111,9 +112,9 @@ class Seen:
                     self.unread[f"{key} of {column}"] = None
 
     def line(self, name: str) -> str:
-        """What to tell the user of the columns when all rows are read; "" if all were read, and have our names.
+        """After all rows: a line that tells how the columns were read. "" if all were read and have our names.
 
-        Raises UserError if --columns names one that no row has.
+        Raises UserError if --columns names a column that no row has.
         """
         for ours, theirs in self.columns.sources.items():
             if ours != theirs and theirs not in self.found:
@@ -127,15 +128,16 @@ class Seen:
             (theirs, ours), *others = sorted(renamed, key=lambda pair: READ.index(pair[1]))
             parts.append(", ".join([f"{theirs} is read as {ours}", *(f"{theirs} as {ours}" for theirs, ours in others)]))
         if self.unread:
-            named = ", ".join(column if column.strip() else repr(column) for column in self.unread)
+            # repr makes visible what would not print: an empty name, a line break, half a character.
+            named = ", ".join(column if column.strip() and column.isprintable() else repr(column) for column in self.unread)
             parts.append(f"not {'read' if self.columns.answered else 'part of the question'}: {shorten(named, 300)}")
         return f"{name}: {'; '.join(parts)}" if parts else ""
 
 
 def parse_columns(flag: str | None) -> dict[str, str]:
-    """The value of --columns, such as instruction=frage,output=antwort, as columns of a source by our names.
+    """Parses --columns: "instruction=frage,output=antwort" gives {"instruction": "frage", "output": "antwort"}.
 
-    An optional column whose name is left out, as in context=, is not read: "" stands for it.
+    An optional column without a name, as in "context=", is not read; its value here is "". Raises UserError for a bad flag.
     """
     given: dict[str, str] = {}
     for part in flag.split(",") if flag else []:
@@ -152,30 +154,32 @@ def parse_columns(flag: str | None) -> dict[str, str]:
 
 
 def columns_of(where: str, found: Collection[str], given: Mapping[str, str], answered: bool) -> Columns:
-    """How a source with the columns `found` is read. Raises UserError, which begins with `where`, if that is not clear.
+    """How to read a source whose first row has the columns `found`. Raises UserError, which begins with `where`, if that is
+    not clear.
 
-    where: the source and the place of its first row, whose columns they are. given: what --columns says.
+    where: the source and its first row, such as "rows.jsonl, line 1". given: the parsed --columns.
     """
     if missing := [theirs for ours, theirs in given.items() if theirs not in found and ours not in OPTIONAL]:
         raise UserError(f"{where}: has no column {missing[0]!r}, which --columns names; it has {_listed(found)}")
     readings = _readings(found, given, answered)
     if len(readings) != 1:
-        problem = "can be read in more than one way" if readings else "are not known as those of question and answer"
+        problem = "can be read in more than one way" if readings else "are not known as question and answer"
         hint = "instruction=NAME,output=NAME or messages=NAME" if answered else "instruction=NAME or messages=NAME"
         raise UserError(f"{where}: its columns {problem}: {_listed(found)}; say which to read by --columns {hint}")
     sources = readings[0] if answered else {ours: theirs for ours, theirs in readings[0].items() if ours != "output"}
     optional = ["system"]
     if "messages" not in sources:
+        # If --columns names a column as input, a column called context is not read, unless the flag names it as well.
         optional += ["history"] if given.get("input") and "context" not in given else ["history", "context"]
     if not answered:
-        optional += ["prefix"]  # the name of the prefix that answers the question
+        optional += ["prefix"]  # names the prefix that answers the question
     taken = {*sources.values(), *given.values()}
     sources |= {ours: given.get(ours, ours) for ours in optional if ours in given or ours not in taken}
     return Columns({ours: theirs for ours, theirs in sources.items() if theirs}, answered)
 
 
 def _readings(found: Collection[str], given: Mapping[str, str], answered: bool) -> list[dict[str, str]]:
-    """The ways in which a source can be read. Those of our own names come before all others."""
+    """The possible ways to read a source. If the columns have our own names, that is the only way."""
     if "messages" in given:
         return [{"messages": given["messages"]}]
     own = {ours: given.get(ours, ours) for ours in COLUMNS if ours in given or ours not in given.values()}
@@ -186,19 +190,15 @@ def _readings(found: Collection[str], given: Mapping[str, str], answered: bool) 
     readings = [own | {"instruction": asked, "output": answer} for asked, answer in PAIRS if {asked, answer} <= {*found}]
     if not {ours for ours, theirs in given.items() if theirs} - {"system"}:
         readings += [{"messages": column} for column in TALKS if column in found]
-    if not answered and not readings:  # a question alone will do
+    if not answered and not readings:  # a column of questions is enough
         readings = [own | {"instruction": asked} for asked in dict(PAIRS) if asked in found]
     return readings
 
 
 class _Talk(NamedTuple):
-    """The system's text, "" if there is none; the texts of user and assistant in turn, the user's first; for each answer,
-    whether it is learned (1) or not (0).
-    """
-
-    system: str
-    texts: list[str]
-    weights: list[int]
+    system: str  # "" if there is no system text
+    texts: list[str]  # of user and assistant in turn, beginning with the user
+    weights: list[int]  # for each answer, 1 if it is learned, else 0
 
 
 def _read_talk(where: str, column: str, talk: Any) -> _Talk:
@@ -217,7 +217,7 @@ def _read_talk(where: str, column: str, talk: Any) -> _Talk:
         speaker, expected = message.get(role), ("assistant" if len(texts) % 2 else "user")
         kind = ROLES.get(speaker) if isinstance(speaker, str) else None
         if kind is None or (kind != expected and not (kind == "system" and number == 1)):
-            order = "user and assistant take turns, a system may come first"
+            order = "user and assistant take turns, a system message may come first"
             raise UserError(f"{where}: {what} is by {_shown(speaker)}, where {expected} is expected: {order}")
         if call := next((key for key in CALLS if message.get(key)), None):
             raise UserError(f"{where}: {what} has {call}, which cannot be learned; write it as content or leave the row out")
@@ -237,7 +237,7 @@ def _read_talk(where: str, column: str, talk: Any) -> _Talk:
 
 
 def _weight(where: str, what: str, message: Mapping[str, Any]) -> int:
-    """Whether this answer is learned: 0 or 1."""
+    """1 if this answer is learned, else 0."""
     for key in WEIGHTS:
         value = message.get(key)
         if value is not None and value not in (0, 1):
@@ -248,7 +248,7 @@ def _weight(where: str, what: str, message: Mapping[str, Any]) -> int:
 
 
 def _row_of_talk(where: str, column: str, talk: _Talk, answered: bool) -> dict[str, Any]:
-    """A talk as a row, up to the last answer that is learned, or for questions up to what the user said last."""
+    """A talk as a row. It ends with the last answer that is learned or, if rows are questions, with the last question."""
     if answered:
         turns = max((number for number, weight in enumerate(talk.weights, start=1) if weight), default=0)
         texts, weights = talk.texts[: 2 * turns], talk.weights[:turns]
@@ -265,7 +265,7 @@ def _row_of_talk(where: str, column: str, talk: _Talk, answered: bool) -> dict[s
 
 
 def _with_system(system: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The row, with the system's text on a line before what the user says first."""
+    """The row, with the system text as a line of its own before the user's first text."""
     if not system:
         return row
     if not row["history"]:
@@ -275,23 +275,21 @@ def _with_system(system: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts_of_history(where: str, column: str, row: Mapping[str, Any]) -> list[str]:
-    """The texts of earlier turns, of user and assistant in turn, from [[question, answer], ...] or a list of these texts."""
+    """The texts of earlier turns, from [[question, answer], ...] or from [question, answer, question, answer, ...]."""
     history = row.get(column)
-    if isinstance(history, str) and history.lstrip().startswith("["):  # a CSV file can hold it as JSON only
+    if isinstance(history, str) and history.lstrip().startswith("["):  # in a CSV file, a list can only be JSON
         with contextlib.suppress(ValueError, RecursionError):
             history = json.loads(history)
     if history in (None, "", []):
         return []
-    kinds = "a list of [question, answer], as .json, .jsonl and .parquet files can hold one"
-    problem = f"{where}: {column!r} must be {kinds}, not {_shown(history)}; --columns history= leaves it out"
-    if not isinstance(history, list):
-        raise UserError(problem)
-    if not any(isinstance(turn, str) for turn in history):
-        if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-            raise UserError(problem)
+    if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         history = [*chain.from_iterable(history)]
+    elif not isinstance(history, list) or not any(isinstance(turn, str) for turn in history):
+        kinds = "a list of [question, answer], as .json, .jsonl and .parquet files can hold one"
+        hint = "--columns history= leaves it out"
+        raise UserError(f"{where}: {column!r} must be {kinds}, not {_shown(history)}; {hint}")
     if len(history) % 2:
-        raise UserError(f"{where}: {column!r} ends with a question, and the row is the next one; it needs an answer")
+        raise UserError(f"{where}: {column!r} ends with a question; that needs an answer before the row's own question")
     for number, text in enumerate(history):
         what = f"{'answer' if number % 2 else 'question'} {number // 2 + 1} of {column!r}"
         if not _text(where, what, text).strip() and number % 2:
@@ -299,21 +297,18 @@ def _texts_of_history(where: str, column: str, row: Mapping[str, Any]) -> list[s
     return history
 
 
-def _text(where: str, what: str, value: Any) -> str:
-    """The value, if it is a text."""
+def _text(where: str, what: str, value: Any, hint: str = "") -> str:
+    """The value, if it is a text that UTF-8 can encode: others can be neither tokenised nor cached."""
     if not isinstance(value, str):
-        raise UserError(f"{where}: {what} must be a text, not {_shown(value)}")
+        raise UserError(f"{where}: {what} must be a text, not {_shown(value)}{hint}")
     if not is_text(value):
         raise UserError(f"{where}: {what} holds half of a character (a lone surrogate)")
     return value
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value, for messages."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
-    except RecursionError:  # JSON that is nested just as deeply as it can be read
-        return f"a {type(value).__name__}"
+    """The beginning of a value, for messages. Half a character in it becomes \\ud83d, so that the message can be printed."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
 
 
 def _listed(columns: Collection[str]) -> str:

@@ -1,7 +1,12 @@
 """From files to rows: every kind of dataset becomes rows of the texts instruction, input, output and history.
 
-`load_rows` reads datasets to train on or to score, `read_whole_rows` files whose rows are passed on with all their columns.
-Their errors name the file and the place of the row. columns.py says which columns are read; rows.py turns rows into tokens.
+`load_rows` reads datasets to train on or to score, and `read_whole_rows` files of questions, whose rows keep all their
+columns. columns.py says which columns are read; rows.py turns rows into tokens.
+
+Datasets of the hub and saved folders are read by `datasets`. Files have readers of our own, for what its builders do not
+give: an error names the row, and all bad rows are found in one pass; a file in another encoding is named with the command
+that converts it; a CSV file is read as Excel writes it, and its cells stay texts (the answer 007 is not the number 7); and
+of two columns with the same name, none is renamed or dropped silently.
 """
 
 import codecs
@@ -28,15 +33,15 @@ from prefix_tuning.errors import UserError, reason_of
 FEATURES = Features(
     {**dict.fromkeys(COLUMNS, Value("string")), "history": List(Value("string")), "weights": List(Value("int8"))}
 )
-HASHED_BYTES = 64 * 2**20  # the cache knows a file of up to this size by its content
+# The version of the cached rows, part of their cache key. Raise it when this file or columns.py begins to make other rows of
+# the same source, or another line about its columns; else users keep getting the rows that are already in their cache.
+ROWS_VERSION = 1
+HASHED_BYTES = 64 * 2**20  # the cache recognises a file of up to this size by its content
 SHOWN_ERRORS = 10
 
-# Part of the cache key: rows that an older version prepared are not reused.
-_THIS_CODE = "".join(Path(__file__).with_name(file).read_text("utf-8") for file in ("readers.py", "columns.py"))
-
-# Yields each row of a source with its place, such as "line 3". Called with the name for messages, a path or Dataset, and the
-# columns whose values are wanted, None for all. A row has all columns of its source; from tables, None for those not wanted.
-# A row that cannot be read, where the next one may well be, is a UserError that says why.
+# A reader is called with the name for messages, a path or Dataset, and the columns whose values are wanted (None: all). It
+# yields each row with its position, such as "line 3". A row has all columns of its source; in rows of tables, columns that
+# are not wanted have the value None. In place of a row that cannot be read, it yields a UserError and goes on.
 Reader = Callable[[str, Any, Collection[str] | None], Iterator[tuple[str, Any]]]
 T = TypeVar("T")
 
@@ -44,23 +49,22 @@ T = TypeVar("T")
 def load_rows(
     name: str, splits: tuple[str, ...], given: Mapping[str, str] | None = None, say: Callable[[str], object] = print
 ) -> Dataset:
-    """Reads a dataset: rows with the columns instruction, input (empty where the source has none), output, history and
-    weights (columns.py).
+    """Reads a dataset: rows with the columns instruction, input (empty if the source has none), output, history and weights
+    (columns.py).
 
     name: a bundled name; a .json, .jsonl, .csv, .tsv or .parquet file; a folder written by `save_to_disk`; or a hub name.
-    splits: which split to take of a source that has several: the first of these that it has. given: what --columns says.
-    say: is called with a line that names the columns that are read, where the source has other names than ours, and those
-    that are not read.
+    splits: of a source with several splits, the first of these that it has is read. given: the parsed --columns.
+    say: is called with a line about the columns, if some are not read or have other names than ours.
 
-    The rows are cached on disk by `datasets`. The key is the file's content, or its size and time if it is larger than
-    HASHED_BYTES; for a folder, the fingerprint that `datasets` saved with it. Raises UserError naming the file and the row
-    for a source that cannot be read, a missing column, or a value that is no text.
+    `datasets` caches the rows on disk. The key is the file's content, or its size and time if it is larger than
+    HASHED_BYTES; for a folder, the fingerprint that `datasets` saved with it. Raises UserError, which names the file and the
+    row, for a source that cannot be read, a missing column, or a value that is not a text.
     """
     path = Path(bundled.resolve(name))
     reader: Reader
     source: Any
     with dataset_cache():
-        # Made here, because `load_dataset` reports a cache that it cannot make like a name that the hub does not have.
+        # Made here, because `load_dataset` reports a folder that it cannot make as a name that the hub does not know.
         Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
         if path.is_file():
             reader, source = _reader_of(name, path), str(path.resolve())
@@ -69,21 +73,21 @@ def load_rows(
             reader, source = _read_dataset, _open(name, splits)
             version = source._fingerprint
         columns = _columns_by(name, reader(name, source, ()), given, answered=True)
-        key = Hasher.hash([_THIS_CODE, name, version, splits[0], columns.sources])
+        key = Hasher.hash([ROWS_VERSION, name, version, splits[0], columns.sources])
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "prefix_tuning" / key
-        line_file = folder / "columns.json"  # written before `datasets` finishes the rows, so it is there wherever they are
+        # Written before `datasets` finishes the rows, so it exists whenever they do.
+        line_file = folder / "columns.json"
 
         def prepare() -> Iterator[dict[str, Any]]:
             seen = Seen(columns)
             rows = reader(name, source, columns.sources.values())
             yield from _checked(name, rows, seen.read)
-            line = seen.line(name).encode("utf-8", "backslashreplace").decode()
-            line_file.write_text(json.dumps(line), "utf-8")
+            line_file.write_text(json.dumps(seen.line(name)), "utf-8")
 
         def prepared() -> tuple[Dataset, str]:
-            split = NamedSplit(splits[0])  # the progress bar shows it; part of the key, because the cache keeps it
+            split = NamedSplit(splits[0])  # for the progress bar; part of the key, because the cache records it
             rows = Dataset.from_generator(prepare, features=FEATURES, cache_dir=str(folder), split=split, fingerprint=key)
-            # As JSON, so that a damaged one is noticed.
+            # JSON shows if the file is damaged.
             return rows, json.loads(line_file.read_text("utf-8"))
 
         try:
@@ -91,7 +95,8 @@ def load_rows(
         except (OSError, ValueError, KeyError, pyarrow.ArrowException):
             if not folder.exists():
                 raise
-            shutil.rmtree(folder)  # what an earlier run left there is damaged, or else the same error comes again
+            # A full disk or a kill may have damaged the cache. If that is not the reason, the error comes again.
+            shutil.rmtree(folder)
             rows, line = prepared()
     if line:
         say(line)
@@ -100,7 +105,7 @@ def load_rows(
 
 @contextlib.contextmanager
 def dataset_cache() -> Iterator[None]:
-    """Around what `datasets` writes. Raises UserError if it cannot be written. A reader's UserError comes out unwrapped."""
+    """Wraps code in which `datasets` writes its cache. Raises UserError if it cannot, and passes a reader's UserError on."""
     try:
         yield
     except (DatasetGenerationError, OSError) as error:
@@ -115,7 +120,7 @@ def dataset_cache() -> Iterator[None]:
 
 
 def _version(name: str, path: Path) -> str:
-    """A hash of a file's content; of a large file its size and time, because hashing would have to read all of it."""
+    """A hash of a file's content. For a large file, size and time instead, because hashing would read all of it."""
     try:
         status = path.stat()
         if status.st_size > HASHED_BYTES:
@@ -137,7 +142,7 @@ def _open(name: str, splits: tuple[str, ...]) -> Dataset:
     except (OSError, ValueError, RuntimeError) as error:
         kind = "a folder, but not one written by save_to_disk" if Path(name).is_dir() else "no file, folder or hub name"
         raise UserError(f"{name}: {kind} that can be loaded: {str(error).strip()[:300]}") from error
-    except IndexError as error:  # of a set without rows, `datasets` saves no file, and then fails to load it
+    except IndexError as error:  # `datasets` saves a set without rows as no file at all, and then fails to load it
         raise UserError(f"{name}: holds no rows, or a split without rows") from error
     if isinstance(found, DatasetDict):
         split = next((split for split in splits if split in found), None)
@@ -156,9 +161,10 @@ def read_whole_rows(
     given: Mapping[str, str] | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Iterator[T]:
-    """`read` of each row of a bundled or other file of questions: of its place, of it with all its columns, and as ours.
+    """Yields read(where, row, question) for each row of a bundled or other file of questions.
 
-    read: may raise a UserError that begins with the place. given, say: as for `load_rows`; the line comes after all rows.
+    where: the file and the row's position, with which a UserError of `read` should begin. row: the row with all its columns.
+    question: the row as ours (columns.py). given, say: as for `load_rows`; the line comes after all rows.
     """
     path = Path(bundled.resolve(name))
     reader = _reader_of(name, path)
@@ -171,32 +177,30 @@ def read_whole_rows(
 
 
 def _columns_by(name: str, rows: Iterator[tuple[str, Any]], given: Mapping[str, str] | None, answered: bool) -> Columns:
-    """How the rows of a source are read, by the first of them that is an object."""
-    for place, row in rows:
+    """How to read the rows of a source, judged by the first row that is an object."""
+    for position, row in rows:
         if isinstance(row, dict):
-            return columns_of(f"{name}, {place}", row, given or {}, answered)
+            return columns_of(f"{name}, {position}", row, given or {}, answered)
     return Columns({}, answered)  # `_checked` will say what is wrong with the rows
 
 
 def _checked(name: str, rows: Iterator[tuple[str, Any]], read: Callable[[str, dict[str, Any]], T]) -> Iterator[T]:
-    """`read` of the place and the columns of each row.
+    """Yields read(where, row) for each row.
 
-    Raises UserError for a source without rows, and one for all bad rows together: those that are no objects, and those for
-    which `read` or the reader raises a UserError. It has their number, and the errors of the first SHOWN_ERRORS.
+    Raises UserError for a source without rows. Raises one UserError for all bad rows together: rows that are not objects,
+    that the reader could not read, or for which `read` raises a UserError. It tells how many they are, and what is wrong
+    with the first SHOWN_ERRORS of them.
     """
     count, bad = 0, 0
     errors: list[str] = []
-    while True:
+    for position, row in rows:
+        count += 1
         try:
-            place, row = next(rows)
-            count += 1
             if isinstance(row, UserError):
                 raise row
             if not isinstance(row, dict):
-                raise UserError(f"{name}, {place}: is no object with named columns, such as instruction and output")
-            result = read(f"{name}, {place}", row)
-        except StopIteration:
-            break
+                raise UserError(f"{name}, {position}: is no object with named columns, such as instruction and output")
+            result = read(f"{name}, {position}", row)
         except UserError as error:
             bad += 1
             if bad <= SHOWN_ERRORS:
@@ -225,7 +229,7 @@ def _reader_of(name: str, path: Path) -> Reader:
 
 
 def _read_json(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """A list of rows, or one object per line: files of both kinds are called .json as well as .jsonl."""
+    """A list of rows, or one row per line: both kinds of files are called .json as well as .jsonl."""
     written = (line.strip() for line in _lines(name, path) if line.strip())
     first, second = next(written, ""), next(written, "")
     if first.startswith("{") and not first.endswith("}") and second and not second.startswith("{"):
@@ -237,16 +241,18 @@ def _read_json(name: str, path: str, columns: Collection[str] | None = None) -> 
         return
     for number, line in enumerate(_lines(name, path), start=1):
         if line.strip():
-            place = f"line {number}"
+            position = f"line {number}"
             try:
-                yield place, _parse_json(name, place, line)
+                yield position, _parse_json(name, position, line)
             except UserError as error:
-                yield place, error
+                yield position, error
 
 
 def _read_csv(name: str, path: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """Separated by what Excel's line sep=; names, else by commas, semicolons or tabs: by what gives a header of most known
-    names, and of most names. Empty cells without a column, behind the last one, are ignored: Excel writes some.
+    """Cells separated by the character that a first line like Excel's sep=; names. Without such a line, by commas,
+    semicolons or tabs: by the one that splits the header into the most known names or, if equal, into the most names.
+
+    Empty cells after the last named column, which Excel may write, are ignored.
     """
     number = 0
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
@@ -264,18 +270,18 @@ def _read_csv(name: str, path: str, columns: Collection[str] | None = None) -> I
         _refuse_duplicates(name, names)
         table.fieldnames = names
         for number, row in enumerate(table, start=1):
-            place = f"row {number}"
+            position = f"row {number}"
             if any(map(str.strip, row.pop(None, []))):
-                yield place, UserError(f"{name}, {place}: has more cells than the header line names columns")
+                yield position, UserError(f"{name}, {position}: has more cells than the header line names columns")
             else:
-                yield place, row
+                yield position, row
     except csv.Error as error:
         hint = 'write a quote within a cell as "", and the cell between quotes' if "expected after" in str(error) else ""
         raise UserError(f"{name}, row {number + 1}: is not CSV: {error}{hint and '; ' + hint}") from error
 
 
 def _known_names(header: list[str]) -> tuple[int, int]:
-    """How many of these names are known as columns, and how many there are."""
+    """The number of names in a header that are known as columns, and of all its names."""
     known = {*OPTIONAL, *COLUMNS, *itertools.chain(*PAIRS)}
     return len(known & {cell.strip() for cell in header}), len(header)
 
@@ -289,16 +295,17 @@ def _read_parquet(name: str, path: str, columns: Collection[str] | None) -> Iter
             for batch in file.iter_batches(1024, columns=None if columns is None else list(columns)):
                 read = dict(zip(batch.schema.names, batch.columns, strict=True))
                 for index in range(batch.num_rows):
-                    place = f"row {next(numbers)}"
+                    position = f"row {next(numbers)}"
                     row: dict[str, Any] = dict.fromkeys(names)
                     try:
                         for column, values in read.items():
                             row[column] = values[index].as_py()
-                    except Exception as error:  # of many classes: a date beyond Python's, bytes that are no UTF-8, ...
-                        yield place, UserError(f"{name}, {place}: {column!r} cannot be read: {reason_of(error)}")
+                    except Exception as error:  # many classes: for a date beyond Python's, for bytes that are not UTF-8, ...
+                        yield position, UserError(f"{name}, {position}: {column!r} cannot be read: {reason_of(error)}")
                     else:
-                        yield place, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name is no UTF-8
+                        yield position, row
+    # UnicodeDecodeError comes if a column's name is not UTF-8.
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: cannot be read as Parquet: {str(error).strip()[:300]}") from error
 
 
@@ -307,8 +314,8 @@ def _read_dataset(name: str, dataset: Dataset, columns: Collection[str] | None) 
     rows = iter(dataset.select_columns([column for column in names if columns is None or column in columns]))
     for number in range(1, len(dataset) + 1):
         try:
-            row: dict[str, Any] = next(rows, {})  # without any column to read, the iterator ends at once
-        except Exception as error:  # of many classes, as for Parquet
+            row: dict[str, Any] = next(rows, {})  # {}: without any column to read, the iterator ends at once
+        except Exception as error:  # many classes, as for Parquet
             raise UserError(f"{name}, row {number}: cannot be read: {reason_of(error)}") from error
         yield f"row {number}", dict.fromkeys(names) | row
 
@@ -331,7 +338,7 @@ def _lines(name: str, path: str) -> Iterator[str]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for number, line in enumerate(file):
-                if number == 0 and "\0" in line:  # ASCII in UTF-16 is also UTF-8, with a zero byte beside each character
+                if number == 0 and "\0" in line:  # ASCII text in UTF-16 is valid UTF-8 with zero bytes
                     raise UserError(f"{name}: is not UTF-8 text; {_encoding_hint(path)}")
                 yield line
     except UnicodeDecodeError as error:
@@ -341,7 +348,7 @@ def _lines(name: str, path: str) -> Iterator[str]:
 
 
 def _encoding_hint(path: str) -> str:
-    """How to make a file UTF-8 that is not, by what its beginning looks like."""
+    """How to convert a file to UTF-8, judged by its beginning."""
     with open(path, "rb") as file:
         beginning = file.read(2**20)
     if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in beginning[:4]:
@@ -349,21 +356,22 @@ def _encoding_hint(path: str) -> str:
     try:
         beginning.decode()
     except UnicodeDecodeError as error:
-        with contextlib.suppress(UnicodeDecodeError):  # GB2312 has the common characters of GBK, and little else
+        # GB2312 holds the common characters of GBK and little else, so other encodings hardly ever decode as it.
+        with contextlib.suppress(UnicodeDecodeError):
             codecs.getincrementaldecoder("gb2312")().decode(beginning[error.start : error.start + 200])
             return f"it looks like GBK: iconv -f GB18030 -t UTF-8 {path}"
     return "save it as UTF-8"
 
 
-def _parse_json(name: str, place: str, text: str) -> Any:
+def _parse_json(name: str, position: str, text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}, {place}: is not JSON: {error}") from error
+        raise UserError(f"{name}, {position}: is not JSON: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are unique. Of two values with one name, Python would keep the last without a word."""
+    """A JSON object with unique names. Of two values with the same name, Python would silently keep the last one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -17,16 +16,16 @@ from prefix_tuning.data.readers import dataset_cache, read_whole_rows
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import IGNORED, Example
 
-# Part of the cache key: tokens that an older version prepared are not reused. The key of their rows has the readers' code.
-_THIS_CODE = Path(__file__).read_text("utf-8")
+# The version of the cached tokens, part of their cache key. Raise it when `encode` begins to make other tokens, labels or
+# counts of the same rows; else users keep getting those that are already in their cache. (The rows have ROWS_VERSION.)
+TOKENS_VERSION = 1
 
-
-# A row of a file of questions as it is, its `parts_of`, and the prefix that its column prefix names, if it does.
+# A row of a file of questions with all its columns; its `parts_of`; and the prefix that its column prefix names, or None.
 Question = tuple[dict[str, Any], list[str], str | None]
 
 
 def prompt_of(instruction: str, input: str = "") -> str:
-    """The template: all that the model reads before the answer. Training and inference share it.
+    """The template, shared by training and inference: everything that the model reads before the answer.
 
     Human: INSTRUCTION
     INPUT                  (no such line where there is no input)
@@ -37,16 +36,16 @@ def prompt_of(instruction: str, input: str = "") -> str:
 
 
 def question_of(prompt: str) -> str:
-    """What a prompt asks, without the template: the inverse of `prompt_of`."""
+    """A prompt without the template: the inverse of `prompt_of`."""
     return prompt.removeprefix("Human: ").removesuffix("\n\nAssistant: ")
 
 
 def parts_of(instruction: str, input: str = "", history: Sequence[str] = ()) -> list[str]:
-    """All that the model reads before its answer, in the parts that are tokenised each by itself.
+    """Everything that the model reads before its answer, as parts that are tokenised one by one.
 
-    prompt, answer, prompt, answer, ..., prompt: those before the last are of the turns in `history`.
+    The parts are prompt, answer, prompt, answer, ..., prompt. All but the last come from the turns in `history`.
     """
-    turns = [text if place % 2 else prompt_of(text) for place, text in enumerate(history)]
+    turns = [text if index % 2 else prompt_of(text) for index, text in enumerate(history)]
     return [*turns, prompt_of(instruction, input)]
 
 
@@ -57,40 +56,40 @@ def part_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]])
     """
     texts = list(chain.from_iterable(talks))
     ids = iter(tokenizer(texts, split_special_tokens=True).input_ids if texts else [])
-    return [[next(ids) + [tokenizer.eos_token_id] * (place % 2) for place in range(len(parts))] for parts in talks]
+    return [[next(ids) + [tokenizer.eos_token_id] * (index % 2) for index in range(len(parts))] for parts in talks]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]]) -> list[list[int]]:
-    """The token ids of each of these talks, which are `parts_of`."""
+    """The token ids of each talk, which is given as its `parts_of`."""
     return [list(chain.from_iterable(parts)) for parts in part_ids(tokenizer, talks)]
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """The tokens of the rows that have a label, by `encode`. The mean loss of another row would be 0 / 0."""
+    """`encode` without the rows that have no label: alone in a batch, their mean loss would be 0 / 0."""
     return with_labels(encode(rows, tokenizer, max_length))
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Rows of `load_rows` as columns input_ids and labels, lists of at most max_length token ids, in the same order.
+    """Tokenises rows of `load_rows`, in the same order. Columns input_ids and labels: lists of at most max_length token ids.
 
         input_ids = tokens(prompt)               + tokens(output) + [EOS]
         labels    = [-100] * len(tokens(prompt)) + tokens(output) + [EOS]
 
-    -100 is the ignore_index of torch's cross_entropy: the prompt counts neither in the loss nor in the number of labels that
-    it is divided by, so the prefix learns to answer, and not to write questions.
+    -100 is the ignore_index of torch's cross_entropy. The prompt counts neither in the loss nor in the number of labels that
+    the loss is divided by, so the prefix learns to answer, not to write questions.
 
-    Prompt and output are tokenised by separate calls, as in the notebook that this re-creates. So no token contains the end
-    of one and the start of the other, and training sees the prompt as the same tokens as inference, which has no output.
+    Prompt and output are tokenised by separate calls, as in the notebook that this program re-creates. So no token contains
+    the end of one and the start of the other, and the prompt becomes the same tokens as in inference, which has no output.
 
-    A talk is one such turn after the other: all its answers are learned, but for those whose weight is 0. Of its turns, as
-    many of the first are kept as fit whole. Only where the first is too long by itself, as any other row may be, it is cut.
+    A talk is several such turns one after the other. All its answers are learned except those with weight 0. Turns are kept
+    from the first one on, as long as they fit whole. If the first turn alone is too long, it is cut like any other row.
 
-    A row whose (first) prompt alone fills max_length has no label left; both of its lists are empty.
+    If the (first) prompt alone fills max_length, no label is left, and both lists are empty.
 
-    Four more columns count: `turns`, those that are kept; `length`, the tokens of the whole row; `answers`, how many of it
-    are learned; and `cut`, how many of these lose their end or are left out.
+    Four more columns count: `turns`, the turns kept; `length`, the tokens of the whole row; `answers`, its answers that are
+    to be learned; and `cut`, those among them that lose their end or are left out.
 
-    plain.py does the same row by row, without talks; here in batches, cached on disk.
+    plain.py does the same row by row and without talks; here it is done in batches and cached on disk.
     """
 
     def encode_batch(columns: dict[str, list]) -> dict[str, list]:
@@ -101,22 +100,21 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
             weights = weights or [1] * (len(parts) // 2)
             ids: list[int] = []
             labels: list[int] = []
-            # Answers that are learned whole; turns that are kept; tokens up to the next turn.
-            kept, turns, following = 0, 0, 0
+            turns, length, learned_whole = 0, 0, 0
             for prompt, answer, weight in zip(parts[::2], parts[1::2], weights, strict=True):
-                following += len(prompt) + len(answer)
-                if following <= max_length or not ids:
+                length += len(prompt) + len(answer)
+                if length <= max_length or not ids:
                     turns += 1
                     ids += prompt + answer
                     labels += [IGNORED] * len(prompt) + (answer if weight else [IGNORED] * len(answer))
-                    kept += weight if following <= max_length else 0
+                    learned_whole += weight if length <= max_length else 0
             end = max_length if any(label != IGNORED for label in labels[:max_length]) else 0
             encoded["input_ids"].append(ids[:end])
             encoded["labels"].append(labels[:end])
             encoded["turns"].append(turns if end else 0)
-            encoded["length"].append(following)
+            encoded["length"].append(length)
             encoded["answers"].append(sum(weights))
-            encoded["cut"].append(sum(weights) - kept)
+            encoded["cut"].append(sum(weights) - learned_whole)
         return encoded
 
     state = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
@@ -124,12 +122,12 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         "batched": True,
         "remove_columns": rows.column_names,
         "desc": "Tokenising",
-        "new_fingerprint": Hasher.hash([_THIS_CODE, rows._fingerprint, state, max_length]),
+        "new_fingerprint": Hasher.hash([TOKENS_VERSION, rows._fingerprint, state, max_length]),
     }
     with dataset_cache():
         try:
             return rows.map(encode_batch, **options)
-        except (OSError, pyarrow.ArrowException):  # what an earlier run left there is damaged
+        except (OSError, pyarrow.ArrowException):  # the cache is damaged
             return rows.map(encode_batch, load_from_cache_file=False, **options)
 
 
@@ -141,8 +139,9 @@ def with_labels(encoded: Dataset) -> Dataset:
 
 
 def usable_rows(name: str, encoded: Dataset, max_length: int) -> Dataset:
-    """The same, with a line each about the rows that lost all their labels to truncation, and about the answers that were
-    cut. Raises UserError if no row is left. name: of the dataset.
+    """`with_labels`, which also prints how many rows were left out and how many answers were cut.
+
+    name: of the dataset. Raises UserError if no row is left.
     """
     tokenized = with_labels(encoded)
     if not len(tokenized):
@@ -156,24 +155,24 @@ def usable_rows(name: str, encoded: Dataset, max_length: int) -> Dataset:
 
 
 def cut_answers(encoded: Dataset) -> tuple[int, int, int]:
-    """Of the rows of `encode`: how many answers are cut or left out, of how many, and the max_length that keeps them all."""
+    """Of the rows of `encode`: how many answers are cut or left out, of how many, and the max_length that keeps all."""
     cut, answers = (pyarrow.compute.sum(encoded.data.column(name)).as_py() for name in ("cut", "answers"))
     return cut, answers, pyarrow.compute.max(encoded.data.column("length")).as_py()
 
 
 def take(tokenized: Dataset, indices: Sequence[int]) -> list[Example]:
-    """The examples at these places of a tokenised dataset."""
+    """The examples with these indices of a tokenised dataset."""
     columns = tokenized[indices]
     return [Example(*row) for row in zip(columns["input_ids"], columns["labels"], strict=True)]
 
 
 def has_history(encoded: Dataset) -> bool:
-    """Whether any row of `encode` keeps a turn before another."""
+    """Whether any row of `encode` keeps more than one turn."""
     return pyarrow.compute.max(encoded.data.column("turns")).as_py() > 1
 
 
 def digest(dataset: Dataset) -> str:
-    """A hash of a dataset of texts, or of token ids and labels: over all rows, in their order."""
+    """A hash over all rows, in their order, of a dataset of texts or of token ids and labels."""
     found = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(1000):
         for column in map(pyarrow.ChunkedArray.combine_chunks, batch.columns):
@@ -193,8 +192,8 @@ def read_questions(
 ) -> Iterator[Question]:
     """Reads a file of questions.
 
-    name: a .json, .jsonl, .csv, .tsv or .parquet file. given, say: as for `load_rows`. Raises UserError naming the rows
-    whose question is no text, that name none of `prefixes`, or that have a column response already.
+    name: a .json, .jsonl, .csv, .tsv or .parquet file. given, say: as for `load_rows`. Raises UserError, which names the
+    rows, for a question that is not a text, a prefix that is not in `prefixes`, and a row that already has a response.
     """
 
     def read(where: str, row: dict[str, Any], question: dict[str, Any]) -> Question:

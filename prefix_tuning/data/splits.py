@@ -1,4 +1,4 @@
-"""Training and held-out rows: which rows are read, and which of them are held out."""
+"""Reads the training rows, and the held-out rows from a dataset of their own or as a share of the training rows."""
 
 import torch
 from datasets import Dataset
@@ -12,10 +12,10 @@ from prefix_tuning.settings import DEFAULT_HELD_OUT, FEWEST_TO_SPLIT, MOST_HELD_
 def load_splits(
     dataset: str, eval_dataset: str | None, eval_fraction: float | None, columns: str | None, seed: int, needing: str = ""
 ) -> tuple[Dataset, Dataset | None]:
-    """The training rows, and the held-out rows if there are to be any: those of eval_dataset, or a share of `dataset`.
+    """The training rows, and the held-out rows or None: rows of eval_dataset, or else a share of `dataset`.
 
-    The arguments are train.py's flags of these names. seed: decides which rows are held out. needing: the flags that have
-    no effect without held-out rows, as they were given. Raises UserError for rows that cannot be read or divided so.
+    The arguments are train.py's flags of the same names. seed: decides which rows are held out. needing: the given flags
+    that need held-out rows, for a message. Raises UserError for rows that cannot be read or divided.
     """
     given = parse_columns(columns)
     rows = load_rows(dataset, ("train",), given)
@@ -30,9 +30,7 @@ def load_splits(
 
 
 def number_held_out(dataset: str, rows: int, eval_fraction: float | None, needing: str) -> int:
-    """The number of held-out rows. Raises UserError if `needing` needs some and there are none, or if none is left to
-    train on.
-    """
+    """Number of held-out rows. Raises UserError if flags are `needing` them and there are none, or if no others are left."""
     if eval_fraction is None:
         if rows >= FEWEST_TO_SPLIT:
             return min(round(DEFAULT_HELD_OUT * rows), MOST_HELD_OUT)

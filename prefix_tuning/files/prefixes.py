@@ -1,22 +1,21 @@
 """The files of a prefix: the encoder, which can be trained further, and the baked prefix, which PEFT can load too.
 
-Letters: P prefix tokens, L layers, H heads, D head_dim, so that H * D is the hidden size; E encoder_hidden_size.
+Letters: P prefix tokens, L layers, H heads, D head_dim (H * D is the hidden size), E encoder_hidden_size.
 
-Both tensor files are safetensors (writing.py: `write_tensors`): float32, little-endian, the last axis contiguous.
+Both tensor files are safetensors (`write_tensors` in writing.py): float32, little-endian, the last axis contiguous.
 
 prefix_encoder.safetensors     the state_dict of PrefixEncoder
-    embedding.weight           (P, H * D); or, without the projection, the only tensor: (P, L * 2 * H * D)
+    embedding.weight           (P, H * D); without the projection (P, L * 2 * H * D), and then it is the only tensor
     transform.0.weight, .bias  (E, H * D), (E,)
     transform.2.weight, .bias  (L * 2 * H * D, E), (L * 2 * H * D,)
-    text_prefix                (P, L * 2 * H * D), only where the training started from a text
+    text_prefix                (P, L * 2 * H * D), only if the training started from a text
     metadata                   format: "pt"; as JSON, prefix_config: PrefixConfig, and base_model: `fingerprint` of the base
 
 adapter_model.safetensors      what `PeftModel.from_pretrained` reads
     prompt_embeddings          (P, L * 2 * H * D); the last axis is layer 0 key, layer 0 value, layer 1 key, ..., each of
                                H heads of D numbers: [p, ((2 * l + kv) * H + h) * D + d] is prefix[l, kv, h, p, d]
-    metadata                   format: "pt"; base_model as above; history: JSON, whether rows of the training had history,
-                               so whether the prefix has seen more than single turns (null: not known). PEFT neither
-                               writes nor reads these two
+    metadata                   format: "pt"; base_model as above; history: JSON, whether rows of the training had history
+                               (null: not known). PEFT neither writes nor reads base_model and history
 
 adapter_config.json            PEFT's description: peft_type PREFIX_TUNING, the shape, the name of the base
 
@@ -36,8 +35,8 @@ from prefix_tuning.files.reading import locate, opened, read_tensors, recorded
 from prefix_tuning.files.writing import write_json, write_tensors
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, flatten, unflatten
 
-# What PEFT writes about a prefix and does not change how a baked one is used, or is read below. Other fields may change it
-# where they are set: modules_to_save, as an example, replaces weights of the base.
+# The fields of PEFT's description that are read below, or that do not change how a baked prefix is used. Any other field
+# that is set may change it: modules_to_save, for example, replaces weights of the base.
 _PEFT_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "inference_mode", "init_weights",
     "num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version",
@@ -46,10 +45,10 @@ _PEFT_FIELDS = {
 
 
 class SavedPrefix(NamedTuple):
-    """A baked prefix, (L, 2, H, P, D) in float32 on the CPU, and what its files record of its training.
+    """A baked prefix, (L, 2, H, P, D) in float32 on the CPU, and what its files record about its training.
 
-    recorded_base: the `fingerprint` of the base, or {"name_or_path": ...} where PEFT wrote them; and as `history`, whether
-    rows had history.
+    recorded_base: the `fingerprint` of the base, or {"name_or_path": ...} if PEFT wrote the files. If it is known whether
+    rows had history, the entry `history` says so.
     """
 
     tensor: torch.Tensor
@@ -57,7 +56,7 @@ class SavedPrefix(NamedTuple):
 
 
 def save_encoder(folder: Path, encoder: PrefixEncoder, base: dict[str, Any]) -> None:
-    """Writes the trainable weights. base: the `fingerprint` of the base that they were trained on."""
+    """Writes the trainable weights. base: the `fingerprint` of the base they were trained on."""
     metadata = {"prefix_config": json.dumps(dataclasses.asdict(encoder.config)), "base_model": json.dumps(base)}
     write_tensors(folder / ENCODER_FILE, encoder.state_dict(), metadata)
 
@@ -67,7 +66,7 @@ def save_adapter(
 ) -> None:
     """Writes a baked prefix (L, 2, H, P, D) as PEFT stores it.
 
-    base: the `fingerprint` of the base. history: whether rows that it was trained on had history; None: not known.
+    base: the `fingerprint` of the base. history: whether training rows had history; None: not known.
     """
     metadata = {"base_model": json.dumps(base), "history": json.dumps(history)}
     write_tensors(folder / ADAPTER_FILE, {"prompt_embeddings": flatten(prefix)}, metadata)
@@ -90,17 +89,16 @@ def save_prefix(folder: Path, prefix: SavedPrefix) -> None:
 
 
 def _config_of(prefix: torch.Tensor) -> PrefixConfig:
-    """Of an encoder without projection, whose embedding is this prefix, (L, 2, H, P, D)."""
+    """The shape of an encoder without projection whose embedding is this prefix (L, 2, H, P, D)."""
     layers, _, heads, tokens, head_dim = prefix.shape
     return PrefixConfig(tokens, layers, heads, heads * head_dim, heads * head_dim, prefix_projection=False)
 
 
 def load_encoder(name: str | Path) -> tuple[PrefixEncoder, dict[str, Any]]:
-    """Reads the encoder that a run saved, on the CPU, and what its file records of its base.
+    """Reads the encoder that a run saved, on the CPU, and what its file records about its base.
 
-    name: an output folder, a PEFT adapter's folder, or the name of either on the hub. Where there is only a baked prefix,
-    the encoder is one without projection whose embedding is that prefix. Raises UserError if there is neither, or if it is
-    broken.
+    name: an output folder, a PEFT adapter's folder, or the name of either on the hub. If there is only a baked prefix, the
+    encoder has no projection, and its embedding is that prefix. Raises UserError if there is neither, or if it is broken.
     """
     path = locate(name, ENCODER_FILE)
     if path is None:
@@ -114,7 +112,8 @@ def load_encoder(name: str | Path) -> tuple[PrefixEncoder, dict[str, Any]]:
             config = PrefixConfig(**json.loads(file.metadata()["prefix_config"]))
         except (KeyError, TypeError, ValueError, UserError) as error:
             raise UserError(f"{path}: holds no valid prefix_config: {error}") from error
-        with torch.device("meta"):  # the expected shapes, before memory is allocated for what the file claims
+        # The shapes are compared on the meta device, before memory is allocated for what the file claims.
+        with torch.device("meta"):
             encoder = PrefixEncoder(config)
         expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
         if "text_prefix" in file.keys():  # noqa: SIM118 (safe_open has no __contains__)
@@ -169,7 +168,7 @@ def load_prefix(name: str | Path) -> SavedPrefix:
 
 
 def recorded_history(name: str | Path) -> bool | None:
-    """Whether rows that a prefix was trained on had history, as its files record it; None if they do not, as PEFT's.
+    """Whether training rows of a prefix had history, as its files record it; None if they do not, as PEFT's.
 
     name: as for `load_prefix`. Raises UserError if there is no such folder, or if what it holds is broken.
     """

@@ -1,4 +1,4 @@
-"""Finding and reading the files of a prefix. They may come from anyone: what they hold is checked before it is used."""
+"""Finds and reads the files of a prefix. They may come from anyone, so their content is checked before it is used."""
 
 import json
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ Kind = TypeVar("Kind")
 
 
 def locate(name: str | Path, file: str) -> Path | None:
-    """The path of `file` in a folder, or in a repository of the hub; None if it has no such file.
+    """The path of `file` in a folder, or in a repository on the hub; None if it has no such file.
 
-    name: a folder, or USER/NAME of the hub. Raises UserError if it is neither.
+    name: a folder, or USER/NAME on the hub. Raises UserError if it is neither.
     """
     path = Path(name)
     if path.is_dir():
@@ -28,9 +28,9 @@ def locate(name: str | Path, file: str) -> Path | None:
     if isinstance(name, Path) or path.is_absolute() or path.parent.is_dir() or name[:1] == "." or name.count("/") != 1:
         raise UserError(f"{name}: no such folder; train a prefix with train.py")
     try:
-        # Every repository of a prefix has this file: without it, the name is wrong or the hub cannot be reached.
+        # Every repository of a prefix has this file. If it is not found, the name is wrong or the hub cannot be reached; one
+        # question to the hub tells at once, while a download would try six times and give up after half a minute.
         if try_to_load_from_cache(name, ADAPTER_CONFIG_FILE) is None:
-            # The hub is asked once: a download would ask six times within half a minute before it gives up.
             get_hf_file_metadata(hf_hub_url(name, ADAPTER_CONFIG_FILE))
         cached_file(name, ADAPTER_CONFIG_FILE)
         found = find_file(name, file)
@@ -41,13 +41,13 @@ def locate(name: str | Path, file: str) -> Path | None:
 
 
 def find_file(name: str, file: str) -> str | None:
-    """The path of a file of a folder, or of a repository on the hub, which is fetched; None if there is no such file."""
+    """The path of a file in a folder, or in a repository on the hub, which is downloaded; None if there is no such file."""
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file, open inside the block. Raises UserError if it is missing, or broken where the block reads it."""
+    """Opens a safetensors file for the block. Raises UserError if it is missing, or if the block finds it broken."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -59,24 +59,26 @@ def opened(path: Path) -> Iterator[safe_open]:
 
 def read_tensors(path: Path, file: safe_open, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The tensors of an open file. Raises UserError unless they have exactly the `expected` names and shapes, a
-    floating-point type, and finite values only. path: for the message."""
+    floating-point dtype, and only finite values. path: for the message.
+    """
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
     if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
         name, others = wrong[0], f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
         pair = found.get(name, "missing"), expected.get(name, "no tensor of that name")
         raise UserError("{}: {} is {} where {} is expected{}".format(path, name, *pair, others))
-    # Copies, because a file's tensors are not aligned in memory as torch's own are, and a matmul may round by alignment.
+    # Copies, because a file's tensors are not aligned in memory as torch's own are, and alignment may change how a matmul
+    # rounds.
     tensors = {name: file.get_tensor(name).clone() for name in expected}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds values that are no finite numbers")
+            raise UserError(f"{path}: {name} holds values that are not finite numbers")
     return tensors
 
 
 def recorded(path: Path, file: safe_open, key: str, kind: type[Kind]) -> Kind | None:
-    """What the metadata of a file record under this key, as JSON of this kind; None if they do not, as PEFT's.
+    """The value of a key in a file's metadata, where it is JSON of this kind; None if there is none, as in PEFT's files.
 
-    Raises UserError if it is something else. path: for the message.
+    Raises UserError if it is of another kind. path: for the message.
     """
     try:
         value = json.loads((file.metadata() or {}).get(key, "null"))

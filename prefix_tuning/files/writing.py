@@ -1,4 +1,4 @@
-"""Writing the files of a run: whole or not at all, the same bytes for the same content, and by one process at a time."""
+"""Writes the files of a run: whole or not at all, with the same bytes for the same content, by one process at a time."""
 
 import json
 import os
@@ -18,41 +18,35 @@ from prefix_tuning.errors import UserError
 if sys.platform != "win32":
     import fcntl
 
-_DRAFT = ".draft"  # the suffix of the folder in which a file is written
+_DRAFT = ".draft"  # suffix of the folder in which a file is written
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path to write to. When the block ends without an error, that file replaces `path` in one step.
 
-    So `path` is at any time the old file or the complete new one, after a kill or a power cut too. Raises UserError if the
-    system refuses to write, because the disk is full, say.
+    So `path` is always the old file or the complete new one, even after a kill or a power cut. Raises UserError if the
+    system refuses to write, for example because the disk is full.
     """
-    # The draft has a folder of its own because safetensors writes to a temporary file beside it first.
+    # The draft has its own folder, because safetensors first writes to a temporary file beside it.
     folder = path.with_name(f".{path.name}{_DRAFT}")
     draft = folder / path.name
     try:
         folder.mkdir(exist_ok=True)
         yield draft
-        draft.chmod(folder.stat().st_mode & 0o666)  # as the umask has it; safetensors makes files for their owner alone
+        # The folder's mode follows the umask. safetensors makes files that only their owner can read.
+        draft.chmod(folder.stat().st_mode & 0o666)
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
-        _sync_folder(path.parent)
+        if os.name == "posix":  # Windows cannot open folders
+            handle = os.open(path.parent, os.O_RDONLY)
+            os.fsync(handle)  # else a power cut could undo the rename
+            os.close(handle)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Writes a folder's entries to the disk, so that a rename in it survives a power cut. Windows opens no folders."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_drafts(folder: Path) -> None:
@@ -69,13 +63,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file, from any device. The same content gives the same bytes, in any process.
 
-    A safetensors file is N, 8 bytes, little-endian; N bytes of JSON, {"__metadata__": {...}, NAME: {dtype, shape,
-    data_offsets}, ...}, padded with spaces; then the tensors, sorted by type and name. safetensors keeps the metadata in a
-    hash table with another seed in each process, and writes them in its order. Here they are sorted.
+    A safetensors file begins with N as 8 bytes, little-endian. N bytes of JSON follow, padded with spaces: {"__metadata__":
+    {...}, NAME: {dtype, shape, data_offsets}, ...}. Then come the tensors, sorted by dtype and name. safetensors writes the
+    metadata in the order of a hash table whose seed differs from process to process, so they are sorted here.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as draft:
-        save_file(tensors, draft, {"format": "pt", **metadata})  # "format" is what other programs expect of a torch file
+        save_file(tensors, draft, {"format": "pt", **metadata})  # other programs expect this "format" in a file from torch
         with open(draft, "rb+") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -86,29 +80,25 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder`, and locks it until the block ends against other processes that call this.
+    """Makes `folder`, and locks it for the block against other processes that call this.
 
-    The lock is flock's, on the folder itself: the system releases it when the process ends, even by SIGKILL, and no lock
-    file is left behind. Folders that were made here and are still empty at the end are removed. Raises UserError if another
-    process holds the lock, or if the folder cannot be made. Where a file system has no locks, a warning goes to stderr;
-    Windows has no flock, and nothing is locked there.
+    The lock is an flock on the folder itself: the system releases it when the process ends, even by SIGKILL, and no lock
+    file is left behind. Folders that did not exist before and are still empty at the end are removed, so that a run that
+    fails early leaves nothing. Raises UserError if another process holds the lock, or if the folder cannot be made. If the
+    file system has no locks, a warning goes to stderr. Windows has no flock, and nothing is locked there.
     """
-    made: list[Path] = []  # by this process, not by another one that starts at the same time
     try:
-        for place in (*reversed(folder.parents), folder):
-            if not place.exists():
-                with suppress(FileExistsError):
-                    place.mkdir()
-                    made.insert(0, place)
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be made: {error.strerror}; name another folder") from error
     handle = _flock(folder)
     try:
         yield
     finally:
-        for place in made:
+        for path in missing:
             with suppress(OSError):  # not empty
-                place.rmdir()
+                path.rmdir()
         if handle is not None:
             os.close(handle)
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from prefix_tuning import signals
+from prefix_tuning.base_model.loading import ends_of
 from prefix_tuning.base_model.sharding import is_sharded
-from prefix_tuning.base_model.special_tokens import ends_of
 from prefix_tuning.devices import prompt_tokens, suggested_max_tokens
 from prefix_tuning.generation.options import depends_on_padding, is_continuable, resolve_options
 from prefix_tuning.generation.prefix_bloom import Names, PrefixBloom

@@ -8,7 +8,7 @@ import copy
 import torch
 from transformers import GenerationConfig
 
-from prefix_tuning.base_model.special_tokens import ends_of
+from prefix_tuning.base_model.loading import ends_of
 
 _DEFAULT_NEW_TOKENS = 20  # transformers' own, where neither max_new_tokens nor max_length is set
 

@@ -28,9 +28,9 @@ from transformers import (
     StaticCache,
 )
 
-from prefix_tuning.base_model.identity import check_base, fingerprint
+from prefix_tuning.base_model.identity import check_base, fingerprint, recorded_end
+from prefix_tuning.base_model.loading import add_end, align_special_tokens
 from prefix_tuning.base_model.sharding import equal_passes, is_sharded
-from prefix_tuning.base_model.special_tokens import add_end, align_special_tokens, recorded_end
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ENCODER_FILE
 from prefix_tuning.files.prefixes import SavedPrefix, save_prefix

@@ -1,10 +1,9 @@
-"""A file of questions: each row is written with its response, in the order of the rows, while others are being answered."""
+"""Answers a file of questions: rows are written with their responses, in order, while later rows are being answered."""
 
 import codecs
 import itertools
 import json
 import os
-import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,17 +18,13 @@ from prefix_tuning.generation.batches import Prompt, batches_of, complete_batch,
 from prefix_tuning.inference.ask import Answerer
 
 Questions = Callable[[], Iterator[Question]]  # reads the --input once more
-WINDOW = 8  # batches per process whose rows are sorted by length together
-
-# A response, which is a string or a list of strings, up to some byte before the end of its line.
-_STRING = rb'"(?:[^"\\]|\\.)*"'
-_CUT = re.compile(rb'(?:\[(?:%s, ?)*)?(?:"(?:[^"\\]|\\.)*\\?|%s\]?)?' % (_STRING, _STRING))
+WINDOW = 8  # number of batches per process whose rows are sorted by length together
 
 
 def check_output(output: str, source: str | None, resume: bool) -> None:
-    """Raises UserError if --output cannot be written: it is there and not to be continued, or its folder is missing.
+    """Raises UserError if --output is there already and not to be continued, or if its folder is missing.
 
-    source: the file of --input, if there is one.
+    source: the file of --input, which must not be the --output; None without --input.
     """
     path = Path(output)
     if not path.absolute().parent.is_dir():
@@ -44,24 +39,21 @@ def check_output(output: str, source: str | None, resume: bool) -> None:
 
 
 def answer_file(answerer: Answerer, questions: Questions, output: Path, batch_size: int, rows: int) -> None:
-    """Answers the questions, which are so many rows, and appends the answers that `output` lacks, as JSON lines.
+    """Answers the questions and appends the answers that `output` lacks, as JSON lines. rows: the number of questions.
 
-    A line is written as soon as all before it are: a run that is stopped or killed leaves a file that can be continued.
-    Processes share the work, and main writes. Raises UserError if `output` cannot be written or belongs to other rows, and
-    Interrupted for Ctrl-C.
+    A line is written as soon as all lines before it are, so a run that is stopped or killed leaves a file that can be
+    continued. Processes share the work, and main writes. Raises UserError if `output` cannot be written or belongs to other
+    rows, and Interrupted for Ctrl-C.
     """
     main, done = distributed.is_main(), 0
     path = output if main else os.devnull
     try:
         done = distributed.broadcast_object(rows_done(output, questions()) if main else 0)
-        with (
-            # buffering=1: each line is written at once
-            open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n") as file,
-            tqdm(total=rows, initial=done, unit="row", disable=not main) as bar,
-        ):
+        with open(path, "ab") as file, tqdm(total=rows, initial=done, unit="row", disable=not main) as bar:
             for row, responses in _answered_rows(answerer, questions(), batch_size, done):
                 response = responses if len(responses) > 1 else responses[0]
-                file.write(_line(row | {"response": response}) + "\n")
+                file.write(_line(row | {"response": response}) + b"\n")
+                file.flush()
                 done += 1
                 bar.update()
     except OSError as error:
@@ -74,9 +66,9 @@ def answer_file(answerer: Answerer, questions: Questions, output: Path, batch_si
 def _answered_rows(
     answerer: Answerer, questions: Iterator[Question], batch_size: int, done: int
 ) -> Iterator[tuple[dict, list[str]]]:
-    """The rows from number `done` on, in order, each with its completions.
+    """Yields the rows from index `done` on, in order, each with its completions.
 
-    Each process answers its share, and yields the rows of all: they gather the completions after each batch.
+    Each process answers its share and yields all rows, because the processes gather their completions after each batch.
     """
     model, tokenizer, processes = answerer.model, answerer.tokenizer, distributed.world_size()
     numbered = ((number, *question) for number, question in enumerate(questions))
@@ -90,9 +82,9 @@ def _answered_rows(
         batches = batches_of(map(Prompt, prompts, names, [number for number, *_ in own]), batch_size, tokens_at_once(model))
         unanswered = [batch for batch in batches if max(prompt.number for prompt in batch) >= done]
         answers: dict[int, list[str]] = {}
-        # Gathering takes all processes, so each goes as often through this loop as the one with the most batches.
-        for place in range(distributed.max_over_ranks(len(unanswered))):
-            batch = unanswered[place] if place < len(unanswered) else []
+        # All processes must gather the same number of times: as often as the one with the most batches.
+        for index in range(distributed.max_over_ranks(len(unanswered))):
+            batch = unanswered[index] if index < len(unanswered) else []
             with model.equal_passes():
                 completions = complete_batch(model, tokenizer, batch, answerer.seed, **answerer.options) if batch else []
             mine = [(prompt.number, texts) for prompt, texts in zip(batch, completions, strict=True)]
@@ -104,14 +96,14 @@ def _answered_rows(
 
 
 def rows_done(output: Path, questions: Iterator[Question]) -> int:
-    """How many rows have their line in `output`, after which a new line can be appended.
+    """Number of rows that have their line in `output`. After this call, a new line can be appended.
 
-    A line answers its row if it is the row and a response as JSON, however it is written: a person may have edited it. An
-    incomplete last line, which a run that was killed has left, is cut off. Raises UserError for any other line.
+    A line answers its row if it holds the row and a response as JSON, in any form: a person may have edited it. An
+    incomplete last line, which a killed run leaves, is cut off. Raises UserError for any other line.
     """
     if not output.exists():
         return 0
-    done = end = 0  # the lines that answer their rows, and the end of the last of them in bytes
+    done = end = 0  # number of lines that answer their rows, and the byte at which the last of them ends
     line = b"\n"
     with open(output, "rb+") as file:
         for number, line in enumerate(file, start=1):
@@ -122,7 +114,7 @@ def rows_done(output: Path, questions: Iterator[Question]) -> int:
             try:
                 found = json.loads(text)
             except (ValueError, RecursionError):
-                if row is not None and _is_cut(text, row) and not file.read().strip():
+                if row is not None and _is_cut(line, row):
                     file.truncate(end)
                     return done
                 hint = "mend it, or remove it and all lines below"
@@ -141,15 +133,17 @@ def _answers(found: Any, row: dict) -> bool:
 
 
 def _is_cut(line: bytes, row: dict) -> bool:
-    """Whether this is the line of `row` up to some byte before its end. How its response begins only the model can tell."""
-    before = _line(row | {"response": ""})[:-3].encode(errors="backslashreplace")
-    return before.startswith(line) or (line.startswith(before) and _CUT.fullmatch(line, len(before)) is not None)
+    """Whether this is the line of `row` without its end. A person who broke a line has left the line break after it."""
+    before = _line(row | {"response": ""})[: -len('""}')]
+    return not line.endswith(b"\n") and (before.startswith(line) or line.startswith(before))
 
 
 def _as_json(row: dict) -> dict:
-    """A row as JSON knows it. What has no form there becomes text (dates) or null (NaN, infinity)."""
+    """A row as JSON can hold it: dates become texts, NaN and infinity become null."""
     return json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
 
 
-def _line(row: dict) -> str:
-    return json.dumps(_as_json(row), ensure_ascii=False)
+def _line(row: dict) -> bytes:
+    # A column that is only passed on may hold half an emoji, as in a post cut after 140 characters. UTF-8 cannot encode it,
+    # but backslashreplace makes it \ud83d, which JSON reads as the same half.
+    return json.dumps(_as_json(row), ensure_ascii=False).encode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""One question: its answers are printed as they are generated."""
+"""Answers one question, and prints each answer while it is generated."""
 
 import os
 import sys
@@ -17,9 +17,9 @@ from prefix_tuning.text import display_width, pad
 class Answerer:
     """A model with prefixes, and how its answers are decoded.
 
-    options: those of transformers' `generate`, among them max_new_tokens, num_beams and num_return_sequences. seed: for
-    sampling. printed: the answers to the last prompt, by name of the prefix and in pieces; if Ctrl-C stops one, its pieces
-    remain.
+    options: for transformers' `generate`; they include max_new_tokens, num_beams and num_return_sequences. seed: for
+    sampling.
+    printed: name of the prefix -> the pieces of its answer to the last prompt. If Ctrl-C stops an answer, its pieces remain.
     """
 
     model: PrefixBloom
@@ -29,21 +29,22 @@ class Answerer:
     printed: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     def names(self, compare: bool) -> list[str]:
-        """Those who answer: the prefix in use; to compare, the base and every prefix."""
+        """The names that answer: the prefix in use or, to compare, the base and every prefix."""
         return self.model.names if compare else [self.model.active]
 
     def print_answers(self, prompts: dict[str, list[int]]) -> None:
-        """Prints the answer of each of these prefixes to its prompt, after its name if there are several.
+        """Prints the answer of each prefix to its prompt; if there are several, after the prefix's name.
 
-        prompts: token ids, by name of the prefix.
+        prompts: name of the prefix -> token ids.
         """
         self.printed = {}
         for name, prompt in prompts.items():
-            with self.model.equal_passes():  # processes that share the base all generate the same; only main's is printed
+            # Processes that share the base all generate the same answer, and main prints it.
+            with self.model.equal_passes():
                 self._print_answer(prompt, name, self._label(name) if len(prompts) > 1 else "")
 
     def _print_answer(self, prompt: list[int], name: str, label: str) -> None:
-        """A line for each sequence. Without beams and with one sequence, it is printed piece by piece."""
+        """Prints a line for each sequence. A single sequence without beams is printed piece by piece."""
         torch.manual_seed(self.seed)
         self.printed[name] = []
         streamer = _KeepingStreamer(self.tokenizer, self.printed[name])
@@ -66,7 +67,7 @@ class Answerer:
                 streamer.on_finalized_text(text, stream_end=True)
 
     def _label(self, name: str) -> str:
-        """What is printed before an answer that is compared with others: coloured on a terminal that has colours."""
+        """The text before an answer that is compared with others, in colour if the terminal shows colours."""
         text = pad(name, max(map(display_width, self.model.names))) + "  "
         if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
             return text
@@ -86,7 +87,7 @@ class _KeepingStreamer(TextStreamer):
 
 
 def ask(answerer: Answerer, question: str, max_length: int | None, compare: bool) -> None:
-    """Prints the answers to one question. max_length: of question and answer together; None: max_new_tokens decides."""
+    """Prints the answers to one question. max_length: of question and answer; None: max_new_tokens decides."""
     (prompt,) = prompt_ids(answerer.tokenizer, [parts_of(question)])
     if max_length:
         taken = len(prompt)

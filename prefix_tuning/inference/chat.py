@@ -1,4 +1,4 @@
-"""A conversation in the terminal."""
+"""Holds a conversation in the terminal."""
 
 import contextlib
 import locale
@@ -11,30 +11,31 @@ from prefix_tuning.data.rows import part_ids, parts_of
 from prefix_tuning.distributed import note
 from prefix_tuning.inference.ask import Answerer
 
-# readline gives `input` arrow keys, a history, and characters of any width. It reads the locale from the environment
-# when it is imported. In the locale "C", which Python also reports for one that is not installed, it takes the bytes of
-# UTF-8 for key combinations with Meta, and no Chinese character could be typed: so LC_ALL is set before.
+# readline gives `input` arrow keys, a history, and characters of any width. It takes the locale from the environment when it
+# is imported. In the locale "C", which Python also reports if the user's locale is not installed, it would take the bytes of
+# UTF-8 for key combinations with Meta, and nobody could type a Chinese character. So LC_ALL is set first.
 if locale.setlocale(locale.LC_CTYPE) == "C":
     os.environ["LC_ALL"] = "C.UTF-8"
-with contextlib.suppress(ImportError):  # Windows has none; its consoles edit lines themselves
+with contextlib.suppress(ImportError):  # Windows has no readline; its consoles edit lines themselves
     import readline  # noqa: F401
 
 
 HELP = """\
 /reset        forget the conversation
 /prefix NAME  answer with another prefix, or with the base alone: base
-/compare      answer by the base and every prefix, or stop doing so
+/compare      answer with the base and every prefix, or stop doing so
 //QUESTION    ask a question that begins with /
 /quit         end (so does Ctrl-D); Ctrl-C stops an answer"""
 
 
 class Chat:
-    """A conversation: its history, texts of the user and of the assistant in turn, and the prompt that continues it.
+    """A conversation. Its history holds the texts of user and assistant in turn.
 
-    The model reads as many of the last turns as fit into max_length tokens, answer included, as the same tokens as a talk
-    in training (data/rows.py). A prefix that has seen single turns only would go wrong after the first of them.
+    The model reads as many of the last turns as fit into max_length tokens, answer included. They become the same tokens as
+    a talk in training (data/rows.py).
 
-    with_history: the names of the prefixes, and of the base, that read the turns before; the others read the question alone.
+    with_history: the prefixes, and the base if it is among them, that read earlier turns. The others read the question
+    alone, because a prefix that was trained on single turns goes wrong after the first one.
     """
 
     def __init__(self, answerer: Answerer, max_length: int, compare: bool, with_history: Collection[str]):
@@ -48,9 +49,10 @@ class Chat:
         if alone := ", ".join(name for name in self.model.prefixes if name not in self.with_history):
             reason = f"each question is asked by itself: no conversation is on record among the training rows of {alone}"
             note(f"{reason}; --history keeps the conversation")
+        prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # elsewhere, stdout is for answers only
         while True:
             try:
-                line = ask_user("> ").strip()
+                line = input(prompt).strip()
             except EOFError:
                 note("")
                 return
@@ -83,9 +85,7 @@ class Chat:
             note(HELP)
 
     def answer(self, question: str) -> None:
-        """Prints the answer of the prefix in use, which becomes part of the conversation unless it is empty; to compare,
-        those of all.
-        """
+        """Prints the answer of the prefix in use, which joins the conversation unless it is empty; to compare, all."""
         prompts = {}
         for name in self.answerer.names(self.compare):
             prompt = self.prompt(question, self.history if name in self.with_history else [])
@@ -102,7 +102,7 @@ class Chat:
             self.history += [question, answer]
 
     def prompt(self, question: str, history: list[str]) -> list[int] | None:
-        """The token ids of the last turns that fit, and of the question. None, and a note, if it alone is too long."""
+        """The token ids of the last turns that fit, and of the question. None, with a note, if that alone is too long."""
         longest_answer = self.answerer.options["max_new_tokens"]
         (parts,) = part_ids(self.answerer.tokenizer, [parts_of(question, history=history)])
         for first in range(0, len(parts), 2):
@@ -112,10 +112,3 @@ class Chat:
                 return prompt
         note(f"too long: the question and the room for its answer take {wanted} of --max_length {self.max_length} tokens")
         return None
-
-
-def ask_user(prompt: str) -> str:
-    """A line from the user. The prompt is shown on a terminal only: elsewhere stdout is for answers."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(prompt)
-    return input()

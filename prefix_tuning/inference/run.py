@@ -1,4 +1,4 @@
-"""What infer.py does: the model with its prefixes is loaded, and one of four tasks carried out."""
+"""A run of infer.py: it loads the model with its prefixes and does one of four tasks."""
 
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from prefix_tuning.settings import MAX_LENGTH, BaseArguments
 
 
 def infer(config: InferConfig) -> None:
-    """Does what `config` asks for. Of several processes that torchrun has started, each answers its share of a file.
+    """Does the task that `config` asks for. If torchrun has started several processes, each answers its share of a file.
 
     Raises UserError for a mistake in the settings or the data.
     """
@@ -45,7 +45,7 @@ def infer(config: InferConfig) -> None:
         with out_of_memory_explained(model.device, lambda: hint):
             answerer = Answerer(model, tokenizer, decoding_options(config), config.seed)
             if config.chat:
-                from prefix_tuning.inference.chat import Chat  # its import of readline is for terminals only
+                from prefix_tuning.inference.chat import Chat  # it imports readline, which only a chat needs
 
                 Chat(answerer, config.max_length or MAX_LENGTH, config.compare, names_with_history(config)).run()
             elif config.input and config.output:
@@ -61,8 +61,8 @@ def open_model(
 ) -> tuple[PrefixBloom, PreTrainedTokenizerBase]:
     """The base with all prefixes attached, and its tokenizer.
 
-    folders: of the prefixes, by name; without another name in `config`, the first one's base is used. parts: how many
-    processes share one copy of the base.
+    folders: name of each prefix -> its folder. If `config` names no base, the base of the first prefix is used. parts:
+    number of processes that share one copy of the base.
     """
     prefixes = {name: load_prefix(folder) for name, folder in folders.items()}
     first = next(iter(prefixes))
@@ -77,21 +77,21 @@ def open_model(
 
 
 def names_with_history(config: InferConfig) -> set[str]:
-    """Whom --chat asks with the conversation so far: the prefixes whose files record history in their training rows, or all
-    with --history. The base, which reads any text, is asked as they are: with history if any of them is.
+    """The names that read the whole conversation in --chat: prefixes whose files record history in their training rows or,
+    with --history, all prefixes. If there are any, the base is among them too: it can read any text.
     """
     names = {name for name, folder in config.named_prefixes().items() if config.history or recorded_history(folder)}
     return names | {BASE} if names else names
 
 
 def decoding_options(config: InferConfig) -> dict:
-    """The flags of the group "decoding" as options of transformers' `generate`."""
+    """The flags of the group "decoding", as options for transformers' `generate`."""
     names = ["do_sample", "repetition_penalty", "num_beams", "num_return_sequences"]
     if config.do_sample:
         names += ["temperature", "top_p", "top_k"]
     options = {name: getattr(config, name) for name in names}
     if config.cache == "static":
         options["cache_implementation"] = "static"
-    # In a chat, half of max_length at most: the rest is for the conversation.
+    # In a chat, an answer takes at most half of max_length, and the rest is for the conversation.
     longest = min(128, (config.max_length or MAX_LENGTH) // 2) if config.chat else 128
     return options | {"max_new_tokens": config.max_new_tokens or longest}

@@ -1,4 +1,4 @@
-"""Loss and perplexity of given answers, by the base and by every prefix."""
+"""Computes loss and perplexity of given answers, with the base alone and with every prefix."""
 
 import sys
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ def score(
     given: Mapping[str, str],
     output: str | None,
 ) -> None:
-    """Prints a table of the dataset's rows, and over all their labels; `output`: also writes it there, as JSON.
+    """Prints a table with a line for each row of the dataset, and one over the labels of all rows.
 
-    given: what --columns says about the dataset.
+    given: the parsed --columns. output: a file that also gets the table, as JSON.
     """
     with distributed.local_main_first():
         rows = load_rows(dataset, splits=("test", "validation", "train"), given=given, say=distributed.note)
         tokenized = tokenize(rows, tokenizer, max_length=sys.maxsize)
     names, max_tokens = model.names, suggested_max_tokens(model, is_sharded(model))
-    columns = []  # one per name: the summed loss in nats and the number of labels, of each row and then of all
+    columns = []  # one per name: (summed loss in nats, number of labels) of each row, and then of all rows
     for name in names:
         losses = row_losses(model, tokenized, model.prefixes.get(name), max_tokens)
         column = list(tqdm(losses, total=len(rows), unit="row", desc=name, disable=not distributed.is_main()))
@@ -50,7 +50,7 @@ def score(
 
 
 def _print_table(names: list[str], questions: list[str], figures: list[dict]) -> None:
-    """figures: those of each question, and then those of all."""
+    """figures: a dict for each question, and then one for all."""
     columns = "".join(f"    {name} loss{'perplexity':>12}" for name in names)
     print(f"{'row':>6}{'labels':>8}{columns}  question")
     labels = [*((str(number), question) for number, question in enumerate(questions, start=1)), ("all", "")]

@@ -19,7 +19,7 @@ from prefix_tuning.settings import (
 )
 from prefix_tuning.text import as_text
 
-# What a run does is one of these, by the setting that asks for it.
+# A run does one of these tasks. By the setting that asks for it: how messages name it.
 _TASKS = {"question": "a question", "chat": "--chat", "input": "--input", "score": "--score"}
 
 
@@ -39,13 +39,13 @@ class AskArguments:
     input: str | None = flag(
         None,
         "Answer the rows of a .jsonl, .json, .csv, .tsv or .parquet file: instruction (or question, prompt, query), input, "
-        "system and history, or talks up to what the user said last, as for train.py; also prefix (a name, or base), where "
-        "there is such a column.",
+        "system and history, as for train.py; or talks, up to the user's last message. A column prefix may name the prefix "
+        "(or base) that answers the row.",
         is_path=True,
     )
     score: str | None = flag(
         None,
-        "Loss and perplexity of given answers by the base and every prefix: questions with answers, or talks, as for "
+        "Loss and perplexity of given answers, with the base and with every prefix: rows with answers, or talks, as for "
         "train.py.",
         is_path=True,
     )
@@ -65,11 +65,11 @@ class AskArguments:
         at_least=1,
         needs=_tasks("input"),
     )
-    compare: bool = flag(False, "Answer by the frozen base alone, and by every prefix.", needs=_tasks("question", "chat"))
+    compare: bool = flag(False, "Answer with the frozen base alone and with every prefix.", needs=_tasks("question", "chat"))
     history: bool = flag(
         False,
-        "With --chat: keep the conversation for every prefix. Without this flag, only those whose training rows had history "
-        "see it; the others are asked each question by itself.",
+        "With --chat: keep the conversation for every prefix. Without this flag, only prefixes whose training rows had "
+        "history see it; the others are asked each question by itself.",
         needs=_tasks("chat"),
     )
 
@@ -81,8 +81,8 @@ class DecodingArguments:
     max_new_tokens: int | None = flag(None, "Longest answer, in tokens. Default: 128.", at_least=1, needs=_ANSWERING)
     max_length: int | None = flag(
         None,
-        "Longest question and answer together, in tokens, instead of --max_new_tokens. With --chat: of the conversation, "
-        f"the most that the model sees, answer included. Default: {MAX_LENGTH}, as train.py's.",
+        "Longest question and answer together, in tokens, instead of --max_new_tokens. With --chat: the most that the model "
+        f"sees of the conversation, answer included. Default: {MAX_LENGTH}, as for train.py.",
         at_least=1,
         needs=_tasks("question", "chat"),
     )
@@ -114,7 +114,7 @@ class Prefixes:
     prefix: list[str] = field(default_factory=lambda: ["./chatbot"])
 
     def named_prefixes(self) -> dict[str, str]:
-        """The folder or hub name of every --prefix, by the prefix's name: that of NAME=DIR, else the last part of DIR."""
+        """Name of each prefix -> its folder or hub name. The name is NAME of NAME=DIR, else the last part of DIR."""
         folders: dict[str, str] = {}
         for given in self.prefix:
             name, equals, folder = given.partition("=")
@@ -122,7 +122,7 @@ class Prefixes:
                 name, folder = Path(os.path.realpath(given)).name, given
             check_path("prefix", folder)
             if name == "base" or not name:
-                hint = f"give it another name than {name!r}: --prefix NAME=DIR; base is the model's"
+                hint = f"give it another name than {name!r}: --prefix NAME=DIR; base means the model without a prefix"
                 raise UserError(f"--prefix {given}: {hint}")
             if name in folders:
                 hint = "give it another name: --prefix NAME=DIR"
@@ -133,7 +133,7 @@ class Prefixes:
 
 @dataclass
 class InferConfig(DecodingArguments, SharedBaseArguments, AskArguments, Prefixes):
-    """All settings of infer.py. Raises UserError for values that make no sense."""
+    """All settings of infer.py. Raises UserError for values that make no sense, alone or together."""
 
     question: str | None = None
 

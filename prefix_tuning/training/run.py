@@ -12,8 +12,7 @@ from datasets import Dataset
 
 from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.identity import fingerprint
-from prefix_tuning.base_model.layers import compile_now
-from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.base_model.loading import compile_now, load_base
 from prefix_tuning.base_model.sharding import is_sharded, parts_of_base
 from prefix_tuning.data.rows import digest, encode, has_history, usable_rows
 from prefix_tuning.data.splits import load_splits

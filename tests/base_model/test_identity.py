@@ -1,4 +1,5 @@
 import copy
+import os
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ def test_names_in_files_hold_on_any_machine(tmp_path, monkeypatch):
     assert portable_name("/no/longer/there.jsonl") == "local:there.jsonl"
     monkeypatch.chdir(tmp_path)
     assert portable_name(".") == f"local:{tmp_path.name}"
+    os.mkdir("名".encode("gbk"))
+    os.chdir("名".encode("gbk"))
+    assert portable_name(".") == "local:\ufffd\ufffd"
     assert base_of("./chatbot", "Langboat/bloom-1b4-zh") == "Langboat/bloom-1b4-zh"
     for recorded in (f"local:{tmp_path.name}", None, ""):
         with pytest.raises(UserError, match=r"\./chatbot: .*--model_name_or_path PATH"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import examples_of, loss_and_gradient, prefix_config, random_bloom, relative
 
-from prefix_tuning.base_model.layers import compile_now, wrap_layers
+from prefix_tuning.base_model.loading import compile_now, wrap_layers
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.encoder import PrefixEncoder

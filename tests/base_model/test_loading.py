@@ -130,7 +130,7 @@ def test_an_adapter_beside_the_weights_is_left_out_and_named(tmp_path, tokenizer
     loaded, _ = load_base(str(tmp_path), torch.float32, torch.device("cpu"))
     assert loaded.state_dict().keys() == weights.keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
-    assert f"{tmp_path}: the adapter beside its weights (adapter_config.json) is left out" in capsys.readouterr().err
+    assert f"{tmp_path}: the adapter beside its weights (adapter_config.json) is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,20 @@
 import copy
 import gc
 import json
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import complete, examples_of, random_bloom
+from helpers import complete, examples_of, forks, random_bloom
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from prefix_tuning import bundled, distributed
 from prefix_tuning.base_model.identity import fingerprint
-from prefix_tuning.base_model.layers import wrap_layers
-from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.base_model.loading import load_base, wrap_layers
 from prefix_tuning.base_model.sharding import load_sharded, parts_of_base
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.data.rows import prompt_of
@@ -228,3 +228,35 @@ def test_the_degree_says_how_many_processes_share_a_copy(group, monkeypatch):
     for degree in (0, 3, 8):
         with pytest.raises(UserError, match=f"--shard_degree {degree}"):
             parts_of_base(True, degree)
+
+
+# Frees 128 MB of weights while small tensors between them stay in use. The exit code says how many MB it still holds.
+FREE_WEIGHTS = """
+import os, sys, torch
+from prefix_tuning.base_model.sharding import return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+if mended:
+    return_freed_memory()
+large = torch.ones(2**21)
+del large  # after this, glibc takes blocks of up to this size from its heap
+before, weights, small = resident(), [], []
+for _ in range(64):
+    weights.append(torch.ones(2**19))
+    small.append(torch.ones(2**8))
+del weights
+sys.exit((resident() - before) // 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems have another malloc")
+def test_the_memory_of_freed_weights_goes_back_to_the_system():
+    held = {}
+    for mended in (False, True):
+        process = forks().Process(target=exec, args=(FREE_WEIGHTS, {"mended": mended}))
+        process.start()
+        process.join()
+        held[mended] = process.exitcode
+    assert held[False] > 100 and held[True] < 10

@@ -11,8 +11,8 @@ from helpers import FRANCE, GREEDY, complete, metrics_of, questions, run_infer, 
 from transformers import AutoTokenizer, BloomForCausalLM, GenerationConfig
 
 from prefix_tuning import PrefixBloom, bundled, load_prefix
-from prefix_tuning.base_model.loading import load_base
-from prefix_tuning.base_model.special_tokens import align_special_tokens, ends_of, recorded_end
+from prefix_tuning.base_model.identity import recorded_end
+from prefix_tuning.base_model.loading import align_special_tokens, ends_of, load_base
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.training.run import train
 

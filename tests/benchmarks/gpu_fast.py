@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity
 from transformers import AutoTokenizer
 
 from prefix_tuning import PrefixBloom, bundled
-from prefix_tuning.base_model.layers import wrap_layers
+from prefix_tuning.base_model.loading import wrap_layers
 from prefix_tuning.devices import PRECISIONS, is_out_of_memory, make_reproducible
 from prefix_tuning.model.attention import attention_bias
 from prefix_tuning.model.batch import Example, pack

@@ -51,7 +51,7 @@ def work(args) -> None:
     from transformers import AutoConfig
 
     from prefix_tuning import distributed
-    from prefix_tuning.base_model.layers import wrap_layers
+    from prefix_tuning.base_model.loading import wrap_layers
     from prefix_tuning.base_model.sharding import load_sharded
     from prefix_tuning.model.bloom import Bloom
 

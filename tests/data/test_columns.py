@@ -92,7 +92,7 @@ UNCLEAR = {
     "question answer prompt response": ("", True, "can be read in more than one way: 'question', 'answer', 'prompt', 'res"),
     "question answer messages": ("", True, "more than one way.*--columns instruction=NAME,output=NAME or messages=NAME"),
     "messages conversations": ("", True, "more than one way"),
-    "frage antwort": ("", True, "are not known as those of question and answer: 'frage', 'antwort'; say .*--columns inst"),
+    "frage antwort": ("", True, "are not known as question and answer: 'frage', 'antwort'; say .*--columns inst"),
     "instruction response": ("", True, "are not known as"),
     "frage": ("instruction=frage", True, "are not known as"),
     "question answer": (
@@ -253,9 +253,7 @@ def test_a_systems_text_comes_before_what_the_user_says_first(tmp_path):
     alone, both = ({"system": "s"} | talk("a", "b", system=system)[0] for system in (None, "s"))
     line = ["each row of messages is read as a talk"]
     assert read(tmp_path, alone, both) == ([ours("s\na", "b")] * 2, line)
-    with pytest.raises(
-        UserError, match="line 1: has two texts of a system, one in 'system' and another in 'messages'; leave"
-    ):
+    with pytest.raises(UserError, match="line 1: has two system texts, one in 'system' and another in 'messages'; leave"):
         read(tmp_path, alone | talk("a", "b", system="t")[0])
     with pytest.raises(UserError, match="line 1: 'system' must be a text, not 1"):
         read(tmp_path, row | {"system": 1})
@@ -306,7 +304,7 @@ def test_a_name_that_is_no_text_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b", "\\ud83d": 1, "x\\ny": 2}', "utf-8")
     said = []
     load_rows(str(tmp_path / "a.jsonl"), TRAIN, say=said.append)
-    assert said == [f"{tmp_path / 'a.jsonl'}: not read: \\ud83d, x y"]
+    assert said == [f"{tmp_path / 'a.jsonl'}: not read: '\\ud83d', 'x\\ny'"]
 
 
 def test_a_column_of_the_last_row_alone_is_named(tmp_path):

@@ -1,11 +1,14 @@
 import copy
+import hashlib
 import json
 import resource
 from itertools import pairwise
 
 import pytest
+import tokenizers
 from datasets import concatenate_datasets
 from helpers import GOOD, REAL_ROWS, TRAIN, needs_real_rows, write_jsonl
+from transformers import PreTrainedTokenizerFast
 
 from prefix_tuning.data import readers
 from prefix_tuning.data import rows as rows_module
@@ -87,12 +90,12 @@ def test_damaged_files_of_the_cache_are_made_anew(tmp_path, tokenizer, monkeypat
         assert (rows.to_list(), tokenize(rows, tokenizer, 64).to_list()) == expected, file.name
 
 
-def test_the_cache_knows_the_program(rows_file, tokenizer, monkeypatch):
+def test_a_new_version_of_rows_or_tokens_makes_the_cache_anew(rows_file, tokenizer, monkeypatch):
     rows = load_rows(str(rows_file), TRAIN)
     first = tokenize(rows, tokenizer, 64)
-    for part in (rows_module, readers):
+    for part, version in ((rows_module, "TOKENS_VERSION"), (readers, "ROWS_VERSION")):
         with monkeypatch.context() as patch:
-            patch.setattr(part, "_THIS_CODE", "of a later version")
+            patch.setattr(part, version, 10**6)
             again = load_rows(str(rows_file), TRAIN)
             assert (again.cache_files != rows.cache_files) == (part is readers)
             assert tokenize(again, tokenizer, 64).cache_files != first.cache_files
@@ -304,3 +307,26 @@ def test_a_digest_covers_the_history(tmp_path):
     one, other = (talk_rows(tmp_path, [text, "b", "c", "d"])[1] for text in "ax")
     assert digest(one) != digest(other)
     assert digest(one) == digest(talk_rows(tmp_path, ["a", "b", "c", "d"])[1])
+
+
+def test_who_changes_rows_or_tokens_raises_their_version(tmp_path):
+    """Else users would keep what is in their cache. If this fails, raise the version and put in the new hash."""
+    said = [("system", "s"), ("user", "法国？"), ("assistant", "巴黎"), ("user", "b"), ("assistant", "c")]
+    talk = [{"role": role, "content": text, "weight": int(text != "巴黎")} for role, text in said]
+    files = [
+        [{"question": "a", "input": "b", "answer": "c", "history": [["d", "e"]], "system": "f", "id": 1}],
+        [{"question": "g", "context": "h", "answer": "长" * 30}],
+        [{"messages": talk}],
+    ]
+    lines = []
+    sources = [write_jsonl(tmp_path / f"{number}.jsonl", *rows) for number, rows in enumerate(files)]
+    rows = concatenate_datasets([load_rows(source, TRAIN, say=lines.append) for source in sources])
+    letters = sorted({*json.dumps(files, ensure_ascii=False), *"Human: Assistant:\n"})
+    model = tokenizers.models.WordLevel({token: number for number, token in enumerate(["</s>", *letters])})
+    by_letter = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), eos_token="</s>")
+    by_letter.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokens = encode(rows, by_letter, 40).to_list()
+    assert max(len(row["input_ids"]) for row in tokens) == 40  # a token for each letter
+    found = [json.dumps([rows.to_list(), [line.partition(": ")[2] for line in lines]]), json.dumps(tokens)]
+    assert [hashlib.sha256(text.encode()).hexdigest()[:12] for text in found] == ["da200e33a93e", "4aeb636d63cc"]
+    assert (readers.ROWS_VERSION, rows_module.TOKENS_VERSION) == (1, 1)

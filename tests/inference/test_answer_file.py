@@ -161,7 +161,7 @@ EDITED = {
 
 
 @pytest.mark.parametrize("edit", EDITED.values(), ids=EDITED)
-@pytest.mark.parametrize("killed", [b"", b'{"instruction": "\xe7\xac', b'{"instruction": "\xe7\xac\xac4"\r\n\n'])
+@pytest.mark.parametrize("killed", [b"", b'{"instruction": "\xe7\xac', b'{"instruction": "\xe7\xac\xac4"'])
 def test_a_line_answers_its_row_however_it_is_written(tmp_path, edit, killed):
     rows = [{"instruction": f"第{number}", "id": number, "odd": ["\ud800", None]} for number in range(1, 7)]
     source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "answers.jsonl"
@@ -199,10 +199,14 @@ def test_what_a_person_broke_is_named_and_stays(tmp_path):
         '["instruction", "a", "response"]': "line 2: does not answer row 2",
         good + "\n" + good: "line 3: does not answer row 3",
     }.items():
-        output.write_text(f"{good}\n{broken}", "utf-8")
+        output.write_text(f"{good}\n{broken}\n", "utf-8")
         with pytest.raises(UserError, match=message):
             rows_done(output, read_questions(str(source), []))
-        assert output.read_text("utf-8") == f"{good}\n{broken}"
+        assert output.read_text("utf-8") == f"{good}\n{broken}\n"
+    output.write_text("my notes", "utf-8")  # without a line break, but not how the line of a row begins
+    with pytest.raises(UserError, match="line 1: is not JSON; mend it"):
+        rows_done(output, read_questions(str(source), []))
+    assert output.read_text("utf-8") == "my notes"
 
 
 def test_what_a_person_edited_is_kept_and_the_rest_answered(tmp_path, prefixes):
@@ -283,5 +287,5 @@ def test_questions_may_be_in_other_columns(tmp_path, prefixes, capsys):
         assert f"{source}: {name} is read as instruction; not part of the question: id\n" in capsys.readouterr().err
         assert read_lines(output) == [{name: row["instruction"], "id": "1", "response": row["output"]}]
     flags = ["--input", source, "--output", tmp_path / "a.jsonl", *prefixes]
-    refuses("row 1: its columns are not known as those of question and answer: 'frage', 'id'", *flags)
+    refuses("row 1: its columns are not known as question and answer: 'frage', 'id'", *flags)
     refuses("row 1: has no column 'x', which --columns names; it has 'frage', 'id'", *flags, "--columns", "instruction=x")
