@@ -159,3 +159,13 @@ def test_a_conversation_is_kept_for_all_on_request_only(tuned):
 def test_an_output_that_is_a_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--output .* is no file; name another"):
         check_output(str(tmp_path), None, resume=True)
+
+
+@pytest.mark.parametrize("flags", ["hello --model_name_or_path", "--input", "--score", "--input a.jsonl --output"])
+def test_a_path_of_links_in_a_circle_is_one_line(tmp_path, flags):
+    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
+    words = [*flags.split(), str(tmp_path / "circle.jsonl")]
+    if words[0] == "--input" and "--output" not in words:
+        words += ["--output", "b.jsonl"]
+    with pytest.raises(UserError, match=r"circle\.jsonl: Too many levels of symbolic links"):
+        parse_infer_config(words)
