@@ -12,9 +12,10 @@ from helpers import ROOT
 from transformers import AutoModelForCausalLM
 
 from prefix_tuning import bundled
-from prefix_tuning.cli import parse_infer_config, parse_study_config, parse_train_config
+from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.inference.run import infer
 from prefix_tuning.study import run
+from prefix_tuning.study.__main__ import parse_study_config
 from prefix_tuning.study.run import study
 
 READMES = ["README.md", "README.zh-CN.md"]

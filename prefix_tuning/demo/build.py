@@ -1,7 +1,6 @@
 """The recipe of the bundled demo: `python -m prefix_tuning.demo.build` makes its model and its data from facts/*.json.
 
-A facts file is a list of relations, such as country -> capital. Each has statements (surface forms for pre-training),
-questions, the full sentence that answers them, and the facts themselves, subject -> object.
+knowledge.py says what a facts file holds.
 
 The mini Bloom is pre-trained on statements and quiz-like forms of *all* facts, none in the Human/Assistant format. The
 tuning data ask, in that format, about half of the facts; the evaluation data about the other half. A prefix can therefore
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, get_scheduler
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
-from prefix_tuning.generation.batches import complete
+from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
 from prefix_tuning.model.bloom import Bloom
@@ -31,11 +30,6 @@ QUIZ_FORMS = ["问：{q}答：{a}", "{q}答案是：{a}", "小测验：{q}{a}", 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]  # Bloom's, in Bloom's order: ids 0-3
 VOCAB_SIZE = 4096
 SHAPE: dict = {"hidden_size": 192, "n_layer": 4, "n_head": 6}
-
-
-def load_relations() -> list[dict]:
-    """All relations of facts/*.json, in a fixed order."""
-    return [relation for path in sorted(HERE.glob("facts/*.json")) for relation in json.loads(path.read_text("utf-8"))]
 
 
 def statements(relation: dict, subject: str, answer: str) -> list[str]:
@@ -177,27 +171,6 @@ def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
         rng.shuffle(questions)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in questions)
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-
-
-def quiz_questions(relation: dict) -> list[tuple[str, tuple[str, str]]]:
-    """Of each fact of a relation, a prompt in one of the base's own quiz forms, and the answers that are right: the bare one
-    and the full sentence, both without full stop.
-    """
-    question, sentence = relation["questions"][0], relation["sentence"]
-    return [
-        (f"问：{question.format(s=subject)}答：", (answer, sentence.format(s=subject, o=answer).rstrip("。")))
-        for subject, answer in relation["facts"].items()
-    ]
-
-
-def quiz(
-    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, questions: list[tuple[str, tuple[str, str]]], prefix_name: str
-) -> float:
-    """Share of `quiz_questions` whose greedy answer, up to its full stop, is right. prefix_name: "base": no prefix."""
-    prompts, answers = zip(*questions, strict=True)
-    ids = tokenizer(list(prompts), split_special_tokens=True).input_ids
-    replies = complete(model, tokenizer, ids, prefix_name, max_new_tokens=24, do_sample=False)
-    return sum(reply.rstrip("。") in right for reply, right in zip(replies, answers, strict=True)) / len(questions)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from prefix_tuning.base_model.identity import LOCAL, portable_name
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
-from prefix_tuning.demo.build import load_relations, quiz, quiz_questions
+from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
 from prefix_tuning.devices import out_of_memory_explained, resolve_device, suggested_max_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.checkpoint_format import find_checkpoints

@@ -9,12 +9,12 @@ from helpers import peft_model, run_quietly, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from prefix_tuning import bundled
-from prefix_tuning.cli import parse_study_config
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.demo.build import load_relations
+from prefix_tuning.demo.knowledge import load_relations
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_encoder
 from prefix_tuning.study import run
+from prefix_tuning.study.__main__ import parse_study_config
 from prefix_tuning.study.run import study
 
 

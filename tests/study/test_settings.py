@@ -2,8 +2,8 @@ import importlib.util
 
 import pytest
 
-from prefix_tuning.cli import parse_study_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.study.__main__ import parse_study_config
 
 MISTAKES = {
     "--output study.pdf": "--output study.pdf: must end in .html",

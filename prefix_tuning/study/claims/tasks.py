@@ -12,7 +12,7 @@ from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data.readers import FEATURES, load_rows
 from prefix_tuning.data.rows import tokenize
-from prefix_tuning.demo.build import load_relations
+from prefix_tuning.demo.knowledge import load_relations
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.settings import MAX_LENGTH
 

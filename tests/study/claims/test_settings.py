@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from prefix_tuning.cli import parse_claims_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.study.claims.__main__ import parse_claims_config
 from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig
 
 
