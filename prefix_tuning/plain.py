@@ -76,8 +76,8 @@ def loss_of(base: BloomForCausalLM, prefix: torch.Tensor, ids: torch.Tensor, lab
 
 
 def new_encoder(base: BloomForCausalLM) -> PrefixEncoder:
-    shape, width = base.config, base.config.hidden_size  # the encoder's hidden layer is as wide as the base's
-    return PrefixEncoder(PrefixConfig(NUM_VIRTUAL_TOKENS, shape.n_layer, shape.n_head, width, width, prefix_projection=True))
+    config = PrefixConfig.of(base.config, NUM_VIRTUAL_TOKENS)  # the encoder's hidden layer is as wide as the base's
+    return PrefixEncoder(config)
 
 
 def train(base: BloomForCausalLM, encoder: PrefixEncoder, examples: list) -> list[tuple[float, float]]:

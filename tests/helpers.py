@@ -34,7 +34,7 @@ from prefix_tuning.files.names import ADAPTER_FILE, ENCODER_FILE, METRICS_FILE
 from prefix_tuning.generation import batches
 from prefix_tuning.inference.run import infer
 from prefix_tuning.model.batch import IGNORED, Example, count_labels, pack
-from prefix_tuning.model.bloom import Bloom, prefix_cache
+from prefix_tuning.model.bloom import Bloom, empty_prefix, prefix_cache
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training import evaluator, inputs
 from prefix_tuning.training.run import train
@@ -68,8 +68,7 @@ def random_bloom(seed=0, dtype=torch.float32, **options) -> Bloom:
 
 
 def prefix_config(model, tokens=5, projection=True, width=None) -> PrefixConfig:
-    shape = model.config
-    return PrefixConfig(tokens, shape.n_layer, shape.n_head, shape.hidden_size, width or shape.hidden_size, projection)
+    return PrefixConfig.of(model.config, tokens, width, projection)
 
 
 def examples_of(lengths, vocab_size=4096, seed=0, prompt_share=0.5) -> list[Example]:
@@ -85,9 +84,7 @@ def examples_of(lengths, vocab_size=4096, seed=0, prompt_share=0.5) -> list[Exam
 
 def plain_loss(model, examples, prefix):
     """plain.py's loss, by transformers' own forward with the prefix as past_key_values: nats, summed over all rows."""
-    if prefix is None:
-        shape = model.config
-        prefix = torch.empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
+    prefix = empty_prefix(model.config) if prefix is None else prefix
     rows = [(torch.tensor([example.input_ids]), torch.tensor([example.labels])) for example in examples]
     return sum(plain.loss_of(model, prefix, *row) for row in rows)
 

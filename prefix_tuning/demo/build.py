@@ -22,7 +22,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast,
 from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import Bloom, head_logits
 
 HERE = Path(__file__).parent
 # How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.
@@ -132,7 +132,7 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
             labels = sum(len(example.input_ids) - 1 for example in examples)
             for batch in pack(examples, max_tokens=8192):
                 batch = batch.to(device)
-                logits = F.linear(model.packed_hidden(batch, prefix=None), model.lm_head.weight)
+                logits = head_logits(model.packed_hidden(batch, prefix=None), model.lm_head.weight)
                 part = F.cross_entropy(logits, batch.labels, reduction="sum") / labels
                 part.backward()
                 loss += part.detach()

@@ -36,7 +36,7 @@ from prefix_tuning.files.names import ENCODER_FILE
 from prefix_tuning.files.prefixes import SavedPrefix, save_prefix
 from prefix_tuning.generation.cache import CACHE, PrefixedCache, has_prefixes, is_supported, set_prefix_mask
 from prefix_tuning.generation.options import check_options, copies_of_a_row, guess_mask, new_tokens, resolve_options
-from prefix_tuning.model.bloom import Bloom, add_packed_forward, prefix_cache
+from prefix_tuning.model.bloom import Bloom, add_packed_forward, empty_prefix, prefix_cache
 
 BASE = "base"  # the name for no prefix
 _BY_POSITION = list(inspect.signature(BloomForCausalLM.generate).parameters)[3:-1]  # after generation_config
@@ -196,8 +196,7 @@ class PrefixBloom(Bloom):
 
     def _prefixes_of(self, prefix_name: Names, rows: int) -> list[torch.Tensor]:
         """The prefix of each row, (L, 2, H, P, D); the base's has no tokens."""
-        shape = self.config
-        none = torch.empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
+        none = empty_prefix(self.config)
         return [self.prefixes.get(name, none).to(self.device, self.dtype) for name in self.names_of(prefix_name, rows)]
 
     def prepend(

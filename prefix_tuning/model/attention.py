@@ -2,7 +2,7 @@
 
 Legend: R rows, T tokens of all rows (packed, batch.py), S tokens of the longest row, H heads, P prefix tokens, D head_dim.
 
-Prefix and text meet in two lines, `torch.cat` in `attend_padded` and in `_query_chunks`. For token i of a row, in each head:
+Prefix and text meet in two lines, `torch.cat` in `as_grid` and in `_query_chunks`. For token i of a row, in each head:
 
     scores  = q_i . [K_prefix ; K_row]^T / sqrt(D) + bias_i           (P + S)
     context = softmax(scores) @ [V_prefix ; V_row]                    (D)
@@ -89,11 +89,15 @@ def attend(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Te
 
 def attend_padded(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor) -> torch.Tensor:
     """`attend` on all rows at once, as a grid that is padded to the longest row."""
+    context = F.scaled_dot_product_attention(*as_grid(qkv, prefix, batch), attn_mask=bias)
+    return batch.from_grid(context.transpose(1, 2))
+
+
+def as_grid(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (R, H, S, D), keys and values (R, H, P + S, D) of all rows, the prefix's keys and values in front."""
     query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (R, H, S, D)
     prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1).expand(-1, batch.rows, -1, -1, -1)
-    key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)  # (R, H, P + S, D)
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return batch.from_grid(context.transpose(1, 2))
+    return query, torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
 
 
 def attend_rows(

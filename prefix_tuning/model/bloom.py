@@ -28,7 +28,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from transformers import BloomForCausalLM, Cache, DynamicCache
+from transformers import BloomConfig, BloomForCausalLM, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
@@ -85,11 +85,10 @@ class Bloom(BloomForCausalLM):
         prefix: (L, 2, H, P, D), or None for the base alone. The same numbers as transformers' forward with the prefix as
         past_key_values and the rows padded to one length.
         """
-        body, shape = self.transformer, self.config
+        body = self.transformer
         hidden = body.word_embeddings_layernorm(F.embedding(batch.input_ids, self.gathered(body.word_embeddings.weight)))
-        if prefix is None:
-            prefix = hidden.new_empty(shape.n_layer, 2, shape.n_head, 0, shape.hidden_size // shape.n_head)
-        bias = attention_bias(shape.n_head, prefix.shape[3], batch.max_length, hidden)
+        prefix = empty_prefix(self.config).to(hidden) if prefix is None else prefix
+        bias = attention_bias(self.config.n_head, prefix.shape[3], batch.max_length, hidden)
         for layer, block in enumerate(cast(list[PackedBlock], body.h)):
             hidden = block.forward_packed(hidden, batch, bias, prefix[layer], only_labels=layer == len(body.h) - 1)
         return body.ln_f(hidden)
@@ -100,6 +99,11 @@ def add_packed_forward(model: BloomForCausalLM) -> None:
     for block in model.transformer.h:
         if not isinstance(block, PackedBlock):  # sharding derives a class of its own from it, which must stay
             block.__class__ = PackedBlock
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The logits of hidden (N, E) by the head's weight (V, E): (N, V), at least float32."""
+    return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -129,7 +133,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden, dtype=losses.dtype) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
             part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
-            log_probabilities = F.linear(hidden[part], weight).to(losses.dtype).log_softmax(-1)
+            log_probabilities = head_logits(hidden[part], weight).log_softmax(-1)
             label = labels[part].unsqueeze(1)
             losses[part] = -log_probabilities.gather(1, label).squeeze(1)
             if grad is not None:
@@ -148,6 +152,11 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx, grad_losses):
         (grad,) = ctx.saved_tensors
         return (grad * grad_losses.unsqueeze(1)).to(ctx.dtype), None, None
+
+
+def empty_prefix(config: BloomConfig) -> torch.Tensor:
+    """The prefix of no tokens for a base of this shape, which is the base alone: (L, 2, H, 0, D), float32."""
+    return torch.empty(config.n_layer, 2, config.n_head, 0, config.hidden_size // config.n_head)
 
 
 def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tuple[Cache, torch.Tensor]:

@@ -47,6 +47,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import BloomConfig
 
 from prefix_tuning.errors import UserError
 
@@ -74,6 +75,14 @@ class PrefixConfig:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.token_dim % self.num_attention_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} does not divide token_dim {self.token_dim}")
+
+    @classmethod
+    def of(
+        cls, base: BloomConfig, num_virtual_tokens: int, width: int | None = None, prefix_projection: bool = True
+    ) -> "PrefixConfig":
+        """The shape that fits a base. width: of the encoder's hidden layer; None: the base's hidden size."""
+        hidden = base.hidden_size
+        return cls(num_virtual_tokens, base.n_layer, base.n_head, hidden, width or hidden, prefix_projection)
 
 
 class PrefixEncoder(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
-from prefix_tuning.study.scoring import score
+from prefix_tuning.study.scoring import score_prefix
 
 STEPS = 10  # of the way from one prefix to the other
 
@@ -40,7 +40,7 @@ def mixtures(
     def scores(prefix: torch.Tensor) -> dict[str, dict[str, float]]:
         found = {}
         for name, batches in rows.items():
-            found[name] = score(base, batches, prefix)._asdict()
+            found[name] = score_prefix(base, batches, prefix)._asdict()
             advance(sum(batch.rows for batch in batches))
         return found
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from prefix_tuning.model.attention import attention_bias
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedBlock
-from prefix_tuning.study.scoring import Score, Tally, score
+from prefix_tuning.study.scoring import Score, Tally, score_prefix
 from prefix_tuning.study.shares import heads_by_share
 
 MOST_HEADS = 64  # that are removed one by one; of a larger base, those to which the prefix owes the most attention
@@ -51,15 +51,15 @@ def removals(
             tally.add(base, batch, hidden)
             advance(batch.rows)
     parts = [
-        {"kind": part.kind, **part.place, **tally.score()._asdict()} for part, tally in zip(removed, tallies, strict=True)
+        {"kind": part.kind, **part.place, **tally.total()._asdict()} for part, tally in zip(removed, tallies, strict=True)
     ]
     for side, kind in enumerate(("values only", "keys only")):
         half = prefix.clone()
         half[:, side] = 0
-        parts.append({"kind": kind, **score(base, batches, half)._asdict()})
+        parts.append({"kind": kind, **score_prefix(base, batches, half)._asdict()})
         advance(whole.rows)
     parts.sort(key=lambda part: -part["loss"])
-    return {"whole": whole.score()._asdict(), "base": alone._asdict(), "parts": parts, "left_out": len(places[MOST_HEADS:])}
+    return {"whole": whole.total()._asdict(), "base": alone._asdict(), "parts": parts, "left_out": len(places[MOST_HEADS:])}
 
 
 def passes_of_removals(prefix: torch.Tensor) -> int:

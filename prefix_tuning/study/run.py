@@ -31,7 +31,7 @@ from prefix_tuning.study.mixing import mixtures, passes_of_mixtures
 from prefix_tuning.study.page import write_page
 from prefix_tuning.study.question import follow
 from prefix_tuning.study.removal import passes_of_removals, removals
-from prefix_tuning.study.scoring import batches_of, spaced, spaced_places
+from prefix_tuning.study.scoring import pack_rows, spaced, spaced_indices
 from prefix_tuning.study.sections import sections_of, summary
 from prefix_tuning.study.settings import StudyConfig
 from prefix_tuning.study.shares import attention_shares
@@ -120,8 +120,8 @@ def prepare(name: str, rows: Dataset, config: StudyConfig, model: PrefixBloom, t
     few = spaced(tokenized, GROWTH_ROWS)
     return Rows(
         portable_name(name).removeprefix(LOCAL),
-        batches_of(tokenized, max_tokens),
-        batches_of(few, max_tokens),
+        pack_rows(tokenized, max_tokens),
+        pack_rows(few, max_tokens),
         few_used=len(few),
         used=len(tokenized),
         cut=sum(ids[-1] != tokenizer.eos_token_id for ids in tokenized["input_ids"]),
@@ -148,7 +148,7 @@ def measure(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dic
     pairs = [(names[0], other) for other in names[1:]]
     used = max(one.used for one in rows.values())
     every = _quiz_of(model)
-    facts = [every[place] for place in spaced_places(len(every), QUIZ_QUESTIONS * used)]
+    facts = [every[place] for place in spaced_indices(len(every), QUIZ_QUESTIONS * used)]
     sets = {one.name: one for one in rows.values()}
     total = sum(one.used for one in sets.values()) + QUIZ_COST * len(facts) * len(model.names)
     growing = {

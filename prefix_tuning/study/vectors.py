@@ -15,7 +15,7 @@ from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedBlock
 from prefix_tuning.study.attention import attending
 from prefix_tuning.study.question import token_text
-from prefix_tuning.study.scoring import Score, score
+from prefix_tuning.study.scoring import Score, score_prefix
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEAREST = 5  # words of each prefix token
@@ -37,7 +37,7 @@ def score_base(base: Bloom, batches: list[Batch]) -> tuple[Score, list[list[list
         return attend_and_note
 
     with attending(base, attend_in):
-        scored = score(base, batches, None)
+        scored = score_prefix(base, batches, None)
     return scored, [_quantiles(torch.cat(parts).T) for parts in norms]
 
 

@@ -75,15 +75,7 @@ def count_steps(config: TrainConfig, rows: int, rows_per_step: int, progress: Pr
 
 def prefix_config_of(config: TrainConfig, base: Bloom) -> PrefixConfig:
     """The shape of a new prefix for this base."""
-    shape = base.config
-    return PrefixConfig(
-        num_virtual_tokens=config.num_virtual_tokens,
-        num_layers=shape.n_layer,
-        num_attention_heads=shape.n_head,
-        token_dim=shape.hidden_size,
-        encoder_hidden_size=config.encoder_hidden_size or shape.hidden_size,
-        prefix_projection=config.prefix_projection,
-    )
+    return PrefixConfig.of(base.config, config.num_virtual_tokens, config.encoder_hidden_size, config.prefix_projection)
 
 
 def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:

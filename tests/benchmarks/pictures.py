@@ -26,7 +26,7 @@ def draw_training(path: Path) -> None:
     from transformers import TrainerCallback
 
     from prefix_tuning import bundled
-    from prefix_tuning.study.scoring import batches_of, score, spaced
+    from prefix_tuning.study.scoring import pack_rows, score_prefix, spaced
     from prefix_tuning.training.inputs import read_inputs
     from prefix_tuning.training.loop import optimizer_step
     from prefix_tuning.training.settings import TrainConfig
@@ -37,14 +37,14 @@ def draw_training(path: Path) -> None:
     config = TrainConfig(**demo, num_train_epochs=1)
     inputs = read_inputs(config, torch.float32, torch.device("cpu"))
     rows = concatenate_datasets([inputs.train_set.shuffle(seed=epoch) for epoch in epochs])
-    held_out = batches_of(spaced(inputs.eval_set, HELD_OUT), inputs.max_tokens)
+    held_out = pack_rows(spaced(inputs.eval_set, HELD_OUT), inputs.max_tokens)
     state, steps = begin(config, inputs._replace(train_set=rows), resumed=None)
     encoder, initial = state.encoder, {name: weight.clone() for name, weight in state.encoder.state_dict().items()}
     curves = {}
 
     def measure(name: str, step: int) -> None:
         if step in (*STEPS, steps.total):
-            scored = score(inputs.base, held_out, encoder.bake() if step else None)
+            scored = score_prefix(inputs.base, held_out, encoder.bake() if step else None)
             curves.setdefault(name, []).append((step, *scored))
             print(
                 f"{name:16s} step {step:3d}: held-out loss {scored.loss:.4f}, exact match {scored.exact_match:.1%}",

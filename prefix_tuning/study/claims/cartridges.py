@@ -10,24 +10,18 @@ from typing import NamedTuple
 import torch.nn.functional as F
 
 from prefix_tuning.study.claims.lab import Lab
-from prefix_tuning.study.claims.record import Chart, Claim, Finding, Part, Table, above, percent
+from prefix_tuning.study.claims.record import Chart, Finding, Part, Table, Text, above, finding, joined, label, say
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.tables import both, label, medians, table_of, training
+from prefix_tuning.study.claims.tables import bars_of, named, table_of, training
 from prefix_tuning.study.claims.tasks import load_task
 from prefix_tuning.study.claims.trials import Trial, held_out_batches, tune
 from prefix_tuning.study.mixing import mix
-from prefix_tuning.study.page import Text
 
+PAPER = "Diaz 2025, arXiv 2508.17032"
 STYLES = ("short", "sentence")
-MIXES = {
-    "own": Text("自己的", "own"),
-    "other keys": Text("换键", "keys of the other"),
-    "other values": Text("换值", "values of the other"),
-}
-STARTS = {
-    "prefix": Text("MLP，随机开始", "MLP, random start"),
-    "direct from text": Text("直接，从文本开始", "direct pairs from a text"),
-}
+STARTS = ("prefix", "direct from text")
+MIXES = ("own", "other keys", "other values")
+Scores = dict[str, dict[str, float]]  # one seed's: exact match by style and mix; and "moved", a cosine by style
 
 
 class Exchange(NamedTuple):
@@ -38,138 +32,91 @@ class Exchange(NamedTuple):
     seed: int
 
 
-def exchange_pairs(job: Exchange, scale: Scale) -> dict[str, dict[str, float]]:
+def exchange_pairs(job: Exchange, scale: Scale) -> Scores:
     """Trains a prefix for each style from the same start, and gives each the other's keys, then the other's values.
 
-    Returns exact match by style and by MIXES; and, as "moved", the mean cosine of each style's keys with the start's.
+    moved: the mean cosine of each style's keys with the start's.
     """
     start = tune(Trial(job.method), replace(scale, steps=0), 0.0, job.seed).encoder.bake()
     tuned = [
         tune(Trial(job.method, task=style), scale, rate, job.seed) for style, rate in zip(STYLES, job.rates, strict=True)
     ]
     pairs = [run.encoder.bake() for run in tuned]
-    found: dict[str, dict[str, float]] = {"moved": {}}
+    found: Scores = {"moved": {}}
     for own, other, run, style in zip(pairs, reversed(pairs), tuned, STYLES, strict=True):
         batches = held_out_batches(load_task(style), scale)
         mixed = own, mix(other, own), mix(own, other)
-        found[style] = {name: run.score(batches, prefix).exact_match for name, prefix in zip(MIXES, mixed, strict=True)}
+        found[style] = {name: run.score_on(batches, prefix).exact_match for name, prefix in zip(MIXES, mixed, strict=True)}
         found["moved"][style] = F.cosine_similarity(own[:, 0], start[:, 0], dim=-1).mean().item()
     return found
 
 
-EXCHANGE = Claim(
-    Text("在任务之间交换键", "Keys exchanged between tasks"),
-    "Diaz 2025, arXiv 2508.17032",
-    Text(
-        "键像稳定、可共享的路由，在任务之间换掉代价很小；学到的内容主要在值里。",
-        "Keys are stable routers that tasks can share: to exchange them costs little, while most of what is learnt "
-        "lies in the values.",
-    ),
-    Text(
-        "论文在不同语料之间交换；这里事实相同，回答的形式不同：short 与 sentence，从同一起点训练，"
-        "另一种形式的回答算错。相符：换键后两个任务都保住八成以上的完全匹配；"
-        "两个任务都是换键（留自己的值）好于换值（留自己的键）。",
-        "The paper exchanges between corpora; here the facts are the same and the form of the answer differs: short "
-        "and sentence, trained from the same start, and an answer in the other's form is wrong. Agreement: with the "
-        "other's keys both keep at least 80 % of their exact match; in both, the other's keys with own values do "
-        "better than the other's values with own keys.",
-    ),
-)
-
-
 def exchange(lab: Lab) -> Finding:
-    """The same start, as otherwise the tokens of two prefixes have nothing to do with each other."""
-    trials = [Trial(method, task=style) for method in STARTS for style in STYLES]
-    rates = [found.rate for found in lab.measure(*trials)]
+    """Trained: a prefix for each style of answer, both from one start: the virtual tokens of two prefixes from different
+    starts have nothing to do with each other. Compared: each with the other's keys, and with the other's values.
+
+    Agrees: with the other's keys both keep 80 % of their exact match; in both, that is better than the other's values.
+    """
+    trials = {(method, style): Trial(method, task=style) for method in STARTS for style in STYLES}
+    rates = {key: one.rate for key, one in lab.run_trials(trials).items()}
     jobs = [
-        Exchange(method, (rates[2 * place], rates[2 * place + 1]), seed)
-        for place, method in enumerate(STARTS)
+        Exchange(method, (rates[method, "short"], rates[method, "sentence"]), seed)
+        for method in STARTS
         for seed in lab.scale.seeds
     ]
     results = lab.run(exchange_pairs, jobs)
     parts, charts = [], []
-    table: Table = [[Text("任务", "task"), *MIXES.values(), Text("键与起点的余弦", "cosine of keys with the start")]]
-    for method, title in STARTS.items():
+    table: Table = [[say("task"), *(say(f"exchange.{name}") for name in MIXES), say("exchange.cosine")]]
+    for method in STARTS:
         found = [result for job, result in zip(jobs, results, strict=True) if job.method == method]
+        start, middle = say(f"exchange.{method}"), medians(found)
         for style in STYLES:
-            middle = [statistics.median(one[style][name] for one in found) for name in MIXES]
-            moved = statistics.median(one["moved"][style] for one in found)
-            table.append([both(Text(style, style), title), *map(percent, middle), f"{moved:.2f}"])
-        parts += parts_of_exchange(title, found)
-        series = {
-            label(text): [statistics.median(one[style][name] for one in found) for style in STYLES]
-            for name, text in MIXES.items()
-        }
-        charts.append(Chart("bar", f"task · 任务（{title.en}）", "exact match · 完全匹配", list(STYLES), series))
-    return EXCHANGE.finding(training(lab.scale), parts, table, charts)
+            shares = (f"{middle[style][name]:.1%}" for name in MIXES)
+            table.append([joined([Text(style, style), start], "，", ", "), *shares, f"{middle['moved'][style]:.2f}"])
+        parts += parts_of_exchange(start, found)
+        series = {label(say(f"exchange.{name}")): [middle[style][name] for style in STYLES] for name in MIXES}
+        axis = f"{label(say('task'))}（{start.en}）"
+        charts.append(Chart("bar", axis, label(say("axis.exact_match")), list(STYLES), series))
+    return finding("exchange", PAPER, training(lab.scale), parts, table, charts)
 
 
-def parts_of_exchange(title: Text, found: list[dict[str, dict[str, float]]]) -> list[Part]:
-    """found: what `exchange_pairs` returned for each seed."""
-    middle = {name: [statistics.median(one[style][name] for one in found) for style in STYLES] for name in MIXES}
-    own, keys, values = (" / ".join(map(percent, middle[name])) for name in MIXES)
-    keeps = [mixed >= 0.8 * whole for mixed, whole in zip(middle["other keys"], middle["own"], strict=True)]
-    by_style = [
+def medians(found: list[Scores]) -> Scores:
+    """Over the seeds."""
+    return {
+        row: {name: statistics.median(one[row][name] for one in found) for name in names} for row, names in found[0].items()
+    }
+
+
+def parts_of_exchange(start: Text, found: list[Scores]) -> list[Part]:
+    """found: for each seed, what `exchange_pairs` returned."""
+    middle = medians(found)
+    own, keys, values = (" / ".join(f"{middle[style][name]:.1%}" for style in STYLES) for name in MIXES)
+    keeps = [middle[style]["other keys"] >= 0.8 * middle[style]["own"] for style in STYLES]
+    keys_better = [
         above([one[style]["other keys"] for one in found], [one[style]["other values"] for one in found]) for style in STYLES
     ]
     return [
-        Part(Text(f"{title.zh}：换键 {own} → {keys}", f"{title.en}: other keys {own} -> {keys}"), all(keeps)),
+        Part(say("exchange.keys", start=start, own=own, mixed=keys), all(keeps)),
         Part(
-            Text(f"{title.zh}：换值 → {values}", f"{title.en}: other values -> {values}"),
-            by_style[0] if by_style[0] == by_style[1] else None,
+            say("exchange.values", start=start, mixed=values), keys_better[0] if keys_better[0] == keys_better[1] else None
         ),
     ]
 
 
-FIXED_KEYS = Claim(
-    Text(
-        "只训练值，键随机固定",
-        "Values alone, behind random fixed keys",
-    ),
-    "Diaz 2025, arXiv 2508.17032",
-    Text(
-        "学到的内容主要在值里；键是稳定的路由。",
-        "Most of what is learnt lies in the values; keys are stable routers.",
-    ),
-    Text(
-        "论文没有这样说，这是我们的问题：如果键只是路由，要不要训练？值来自 MLP，键从不改变：标准正态，或冻结模型为 "
-        "16 个随机词算出的键。因此不判断是否相符。",
-        "A question of ours, as the paper does not say so: if keys only route, do they have to be trained? The MLP "
-        "emits values only; keys never change: standard normal, or those that the frozen base computes for 16 random "
-        "words. So there is no verdict.",
-    ),
-)
-
-
 def fixed_keys(lab: Lab) -> Finding:
-    """Values that are trained behind random keys, which never change."""
-    trials = [Trial(method) for method in ("prefix", "fixed normal", "fixed words")]
-    measured = lab.measure(*trials)
-    shares = medians(measured)
-    fixed = [
-        Text("固定：正态随机键", "fixed: normal random keys"),
-        Text("固定：随机词的键", "fixed: keys of random words"),
-    ]
-    return FIXED_KEYS.finding(
+    """Trained: keys and values, and values alone behind random keys. No verdict: the question is ours, not the paper's."""
+    found = lab.run_trials({method: Trial(method) for method in ("prefix", "fixed normal", "fixed words")})
+    share = {method: one.median("exact_match") for method, one in found.items()}
+    return finding(
+        "fixed_keys",
+        PAPER,
         training(lab.scale),
         [
             Part(
-                Text(
-                    f"{name.zh} {percent(share)}（训练键：{percent(shares[0])}）",
-                    f"{name.en} {percent(share)}, trained {percent(shares[0])}",
-                ),
-                None,
+                say("fixed_keys.found", keys=say(f"fixed_keys.{method}"), share=share[method], trained=share["prefix"]), None
             )
-            for name, share in zip(fixed, shares[1:], strict=True)
+            for method in ("fixed normal", "fixed words")
         ],
-        table_of(Text("键", "keys"), [Text("键也训练", "keys trained, too"), *fixed], measured),
-        [
-            Chart(
-                "bar",
-                "keys · 键",
-                "exact match · 完全匹配",
-                ["trained · 训练", "fixed normal · 固定正态", "fixed words · 固定词"],
-                {"exact match · 完全匹配": [*shares]},
-            )
-        ],
+        table_of(say("keys"), named("fixed_keys", found)),
+        [bars_of(named("bar", found), "keys")],
     )

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom, cached_pairs
+from prefix_tuning.model.bloom import Bloom, cached_pairs, empty_prefix
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.study.attention import attending
 from prefix_tuning.study.claims.forms import attend_infix
@@ -40,11 +40,11 @@ class Emitter(nn.Module):
 
 
 class SeparateEncoders(Emitter):
-    """Keys and values from an embedding and an MLP each, with nothing shared (Le et al. 2025, arXiv 2410.02200)."""
+    """Keys from one embedding and MLP, values from another, nothing shared (Le et al. 2025, arXiv 2410.02200)."""
 
     def __init__(self, config: PrefixConfig):
         super().__init__()
-        self.keys, self.values = PrefixEncoder(config), PrefixEncoder(config)  # half of what each emits has no use
+        self.keys, self.values = PrefixEncoder(config), PrefixEncoder(config)  # half of each output is unused
 
     def forward(self) -> torch.Tensor:
         return mix(self.keys(), self.values())
@@ -67,8 +67,8 @@ class FixedKeys(Emitter):
 class EmbeddingOnly(Emitter):
     """Prompt tuning: P trained embeddings in front of the text (Li & Liang 2021, section 7.2; Lester et al. 2021).
 
-    They attend to nothing of the text, so the keys and values that the frozen base computes of them are the same for all
-    rows: a prefix, but only such a one as P inputs can have. Starts with the embeddings of P words drawn at random.
+    They attend to nothing of the text, so the frozen base computes the same keys and values from them for all rows. These
+    form a prefix, but only one that P inputs can produce. The embeddings start as those of P words drawn at random.
     """
 
     def __init__(self, base: Bloom, tokens: int):
@@ -84,23 +84,21 @@ class EmbeddingOnly(Emitter):
 
 
 class TrainableBloom(Bloom):
-    """A Bloom whose own weights are trained: the loss has gradients for all of them, the head included."""
+    """A Bloom whose own weights are trained: the loss has gradients for all of them, including the head's."""
 
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         return F.cross_entropy(label_logits(self, batch, prefix), batch.labels, reduction="none")
 
 
 class FullTuning(Emitter):
-    """All weights of a base, and a prefix of no tokens: the backward pass of a batch leaves their gradients in them."""
+    """All weights of a base, and a prefix of no tokens. The backward pass of a batch leaves its gradients in the weights."""
 
     def __init__(self, base: TrainableBloom):
         super().__init__()
         self.base = base
 
     def forward(self) -> torch.Tensor:
-        shape = self.base.config
-        head_dim = shape.hidden_size // shape.n_head
-        return torch.zeros(shape.n_layer, 2, shape.n_head, 0, head_dim, requires_grad=True)
+        return empty_prefix(self.base.config).requires_grad_()
 
 
 Encoder = PrefixEncoder | Emitter
@@ -109,12 +107,12 @@ Encoder = PrefixEncoder | Emitter
 class Method(NamedTuple):
     """A way to adapt the base.
 
-    make: called with the frozen base, its tokenizer and P; returns the base to train with, which is a copy where its own
-    weights change, and what is trained. first_place: where the search for its rate begins, in half decades above 1.
+    make: called with the frozen base, its tokenizer and P. Returns the base to train with, a copy if its own weights change,
+    and the encoder, which is trained. first_rate: the index of the rate that the search begins with (learning_rate.rate_at).
     """
 
     make: Callable[[Bloom, PreTrainedTokenizerBase, int], tuple[Bloom, Encoder]]
-    first_place: int
+    first_rate: int
     infix: bool = False
 
     def attention(self, base: Bloom) -> AbstractContextManager[None]:
@@ -122,28 +120,31 @@ class Method(NamedTuple):
         return attending(base, lambda layer: attend_infix) if self.infix else nullcontext()
 
 
-def config_for(base: Bloom, tokens: int, projection: bool = True) -> PrefixConfig:
-    shape = base.config
-    return PrefixConfig(tokens, shape.n_layer, shape.n_head, shape.hidden_size, shape.hidden_size, projection)
-
-
 def emitter(
     base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int, projection: bool = True, text: str = ""
 ) -> tuple[Bloom, Encoder]:
     """The encoder of this package at a random start, or from the pairs of a text."""
-    encoder = PrefixEncoder(config_for(base, tokens, projection))
+    encoder = PrefixEncoder(PrefixConfig.of(base.config, tokens, prefix_projection=projection))
     if text:
         encoder.initialize("text", text_prefix(base, tokenizer, text, tokens))
     return base, encoder
 
 
+def separate(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
+    return base, SeparateEncoders(PrefixConfig.of(base.config, tokens))
+
+
+def embeddings(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
+    return base, EmbeddingOnly(base, tokens)
+
+
 def fixed_normal(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
-    config = config_for(base, tokens)
+    config = PrefixConfig.of(base.config, tokens)
     return base, FixedKeys(config, torch.randn_like(PrefixEncoder(config).bake()[:, 0]))
 
 
 def fixed_words(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
-    return base, FixedKeys(config_for(base, tokens), EmbeddingOnly(base, tokens).bake()[:, 0])
+    return base, FixedKeys(PrefixConfig.of(base.config, tokens), EmbeddingOnly(base, tokens).bake()[:, 0])
 
 
 def full(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
@@ -155,13 +156,13 @@ def full(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[
 METHODS = {
     "prefix": Method(emitter, -4),
     "direct": Method(partial(emitter, projection=False), -1),
-    "separate": Method(lambda base, tokenizer, tokens: (base, SeparateEncoders(config_for(base, tokens))), -4),
+    "separate": Method(separate, -4),
     "related": Method(partial(emitter, text=RELATED), -4),
     "unrelated": Method(partial(emitter, text=UNRELATED), -4),
     "direct from text": Method(partial(emitter, projection=False, text=RELATED), -1),
     "fixed normal": Method(fixed_normal, -4),
     "fixed words": Method(fixed_words, -4),
-    "embeddings": Method(lambda base, tokenizer, tokens: (base, EmbeddingOnly(base, tokens)), -2),
+    "embeddings": Method(embeddings, -2),
     "infix": Method(emitter, -4, infix=True),
     "full": Method(full, -6),
 }

@@ -1,18 +1,25 @@
-"""What a claim's experiment leaves: texts in both languages, a table, charts and numbers, as JSON."""
+"""What an experiment leaves: a finding of texts in both languages, a table and charts, which JSON can hold.
+
+All prose of the experiments and of their page is in texts.json; `say` reads it.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from prefix_tuning.study.page import Text
+from prefix_tuning.study.texts import Texts
 
+TEXTS = Texts(Path(__file__).with_name("texts.json"))
+say = TEXTS.say
 Table = list[list[str | Text]]  # its first row is the head
 
 
 @dataclass
 class Chart:
-    """One picture: lines or bars over x, one for each series; a None is a gap. Titles are short, in both languages."""
+    """One picture: lines or bars over x, one for each series. A value of None is a gap. Titles are in both languages."""
 
     kind: str  # "line" or "bar"
     x_title: str
@@ -25,8 +32,9 @@ class Chart:
 
 @dataclass
 class Part:
-    """One statement of a claim: what came out here, with its figures, and whether that agrees with the paper. None: that is
-    open, as the seeds differ by more than what is compared, or as the paper claims nothing of it.
+    """One statement of a claim: what came out here, with its figures, and whether that agrees with the paper.
+
+    agrees is None where this is open: the seeds differ by more than what is compared, or the paper claims nothing.
     """
 
     found: Text
@@ -35,8 +43,9 @@ class Part:
 
 @dataclass
 class Finding:
-    """A claim of a paper and what its experiment found. says: the paper's words in ours, with its figures. ran: what was run
-    here, and what would count as agreement.
+    """A claim of a paper and what its experiment found.
+
+    says: the paper's claim in our words, with its figures. ran: what was run here, and what would count as agreement.
     """
 
     title: Text
@@ -49,16 +58,14 @@ class Finding:
 
     @property
     def verdict(self) -> Text:
-        kinds = {True: Text("相符", "agrees"), False: Text("不符", "DISAGREES"), None: Text("未定", "open")}
-        counts = {kind: sum(part.agrees is kind for part in self.parts) for kind in kinds}
+        """One word if all parts say the same, else how many parts agree, disagree and are open."""
+        counts = {agrees: sum(part.agrees is agrees for part in self.parts) for agrees in (True, False, None)}
         if len(self.parts) in counts.values():
-            return kinds[self.parts[0].agrees]
-        found = [(kinds[kind], count) for kind, count in counts.items() if count]
-        zh, en = (
-            "，".join(f"{count} 处{kind.zh}" for kind, count in found),
-            ", ".join(f"{kind.en} {n}x" for kind, n in found),
-        )
-        return Text(zh, en)
+            return say(f"verdict.{self.parts[0].agrees}")
+        counted = [
+            say("verdict.count", count=count, verdict=say(f"verdict.{agrees}")) for agrees, count in counts.items() if count
+        ]
+        return joined(counted, "，", ", ")
 
     def line(self) -> str:
         """The verdict in one line."""
@@ -69,26 +76,30 @@ class Finding:
         return dataclasses.asdict(self) | {"verdict": self.verdict.en, "line": self.line()}
 
 
+def finding(
+    claim: str, source: str, trained: Text, parts: list[Part], table: Table, charts: list[Chart], **fields: object
+) -> Finding:
+    """The finding of a claim, whose title and prose are in texts.json under its name.
+
+    source: the paper and its section. trained: how, as a sentence. fields: what the text about the experiment names.
+    """
+    here = say(f"{claim}.here", **fields)
+    ran = Text(trained.zh + here.zh, f"{trained.en} {here.en}")
+    return Finding(say(f"{claim}.title"), source, say(f"{claim}.says"), ran, parts, table, charts)
+
+
 def above(first: Sequence[float], second: Sequence[float]) -> bool | None:
-    """Whether one is higher than the other, in figures of several seeds; None if some seeds say so and some do not."""
+    """Whether the first is higher than the second, where each has a figure per seed. None if their ranges overlap."""
     if min(first) > max(second):
         return True
     return False if max(first) < min(second) else None
 
 
-class Claim(NamedTuple):
-    """What is known of a claim before its experiment. here: what the experiment is, and what counts as agreement."""
-
-    title: Text
-    source: str
-    says: Text
-    here: Text
-
-    def finding(self, trained: Text, parts: list[Part], table: Table, charts: list[Chart]) -> Finding:
-        """trained: how, as a sentence."""
-        ran = Text(trained.zh + self.here.zh, f"{trained.en} {self.here.en}")
-        return Finding(self.title, self.source, self.says, ran, parts, table, charts)
+def joined(texts: Sequence[Text], zh: str, en: str) -> Text:
+    """Several texts as one. zh, en: what stands between them in each language."""
+    return Text(zh.join(text.zh for text in texts), en.join(text.en for text in texts))
 
 
-def percent(share: float) -> str:
-    return f"{share:.1%}"
+def label(text: Text) -> str:
+    """A text in a picture, which the page's language switch does not reach: both languages."""
+    return text.en if text.en == text.zh else f"{text.en} · {text.zh}"

@@ -1,4 +1,4 @@
-"""The command: one claim after the other, each written as soon as it is done."""
+"""The command: it tries one claim after the other and writes each as soon as it is done."""
 
 import json
 import time
@@ -11,12 +11,11 @@ from tqdm import tqdm
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.writing import write_json
 from prefix_tuning.study.claims.cartridges import exchange, fixed_keys
-from prefix_tuning.study.claims.he import gated
+from prefix_tuning.study.claims.identities import gated, scaled
 from prefix_tuning.study.claims.lab import Lab, two_processes
 from prefix_tuning.study.claims.le import shared
-from prefix_tuning.study.claims.li_liang import infix, length, projection
-from prefix_tuning.study.claims.li_liang_data import extrapolation, low_data, words
-from prefix_tuning.study.claims.petrov import identity, unlock
+from prefix_tuning.study.claims.li_liang import extrapolation, infix, length, low_data, projection, words
+from prefix_tuning.study.claims.petrov import unlock
 from prefix_tuning.study.claims.record import Finding
 from prefix_tuning.study.claims.report import write_claims
 from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig, Scale
@@ -32,7 +31,7 @@ CLAIMS: dict[str, Experiment] = {
     "projection": projection,
     "extrapolation": extrapolation,
     "shared": shared,
-    "identity": identity,
+    "identity": scaled,
     "unlock": unlock,
     "gated": gated,
     "exchange": exchange,
@@ -41,7 +40,7 @@ CLAIMS: dict[str, Experiment] = {
 
 
 def try_claims(config: ClaimsConfig) -> None:
-    """The command. Raises UserError if the output cannot be written, or if its .json is no such record."""
+    """The command. Raises UserError if the output cannot be written, or if its .json is no record of this command."""
     scale = QUICK if config.quick else FULL
     if config.quick:
         print("quick: one seed, fewer steps and points; the full run's figures may differ")
@@ -50,8 +49,9 @@ def try_claims(config: ClaimsConfig) -> None:
 
 
 def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool) -> None:
-    """Runs the claims, but for what the record beside `page` holds already: the record is written after each training, the
-    page after each claim. Prints a line for each claim.
+    """Runs the claims and prints a line for each. What the record beside `page` holds already is not run again.
+
+    The record is written after each training, the page after each claim.
     """
     record_file, scale = page.with_suffix(".json"), scale_record(lab.scale)
     lab.results = results_in(record_file, scale)
@@ -79,7 +79,7 @@ def scale_record(scale: Scale) -> dict[str, Any]:
 
 def results_in(record_file: Path, scale: dict[str, Any]) -> dict[str, Any]:
     """What an earlier start has measured; nothing, if there was none. Raises UserError if the file holds something else, or
-    was written at another scale: --quick, say.
+    was written at another scale: with --quick, for example.
     """
     if not record_file.exists():
         return {}

@@ -1,84 +1,71 @@
-"""The measured trials of a claim as a table of the page."""
+"""Measured trials as a table of the page and as its pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from prefix_tuning import bundled
-from prefix_tuning.study.claims.record import Chart, Table, percent
+from prefix_tuning.study.claims.record import Chart, Table, Text, joined, label, say
 from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.trials import Measured
-from prefix_tuning.study.page import Text
+
+FIGURES = ("train_loss", "held_out_loss", "exact_match")
+ByRows = Mapping[tuple[Any, str], Measured]  # trials by training rows (None: all of them) and method
 
 
-def table_of(what: Text, names: list[str | Text], measured: list[Measured]) -> Table:
-    """A row for each trial: name, rate, medians over the seeds, and the exact match of each seed. what: the names' head."""
-    head: list[str | Text] = [
-        what,
-        Text("学习率", "rate"),
-        Text("训练损失", "training loss"),
-        Text("留出损失", "held-out loss"),
-        Text("完全匹配", "exact match"),
-        Text("各种子", "each seed"),
-    ]
-    return [head, *([name, *cells_of(found)] for name, found in zip(names, measured, strict=True))]
+def table_of(first: Text, measured: Mapping[Text, Measured] | Mapping[str, Measured]) -> Table:
+    """A row for each trial: name, rate, medians over the seeds, and the exact match of each seed. first: heads the names."""
+    table: Table = [[first, *map(say, ("rate", *FIGURES, "each_seed"))]]
+    for name, found in measured.items():
+        train_loss, held_out_loss, match = map(found.median, FIGURES)
+        seeds = ", ".join(f"{share:.1%}" for share in found.exact_match)
+        table.append([name, f"{found.rate:g}", f"{train_loss:.4f}", f"{held_out_loss:.4f}", f"{match:.1%}", seeds])
+    return table
 
 
-def cells_of(found: Measured) -> list[str | Text]:
-    return [
-        f"{found.rate:g}",
-        f"{found.median('train_loss'):.4f}",
-        f"{found.median('held_out_loss'):.4f}",
-        percent(found.median("exact_match")),
-        ", ".join(percent(share) for share in found.exact_match),
-    ]
+def chart_of(
+    figure: str, axis: Text, x: Sequence[int | str | Text], series: Mapping[Text, Iterable[Measured]], lines: bool = False
+) -> Chart:
+    """A picture of one of FIGURES, as medians over the seeds: bars, or lines over the logarithm of x. axis: what x is."""
+    values = {label(name): [found.median(figure) for found in trials] for name, trials in series.items()}
+    ticks = [label(one) if isinstance(one, Text) else one for one in x]
+    return Chart("line" if lines else "bar", label(axis), label(say(f"axis.{figure}")), ticks, values, log_x=lines)
 
 
-def medians(measured: list[Measured], figure: str = "exact_match") -> list[float]:
-    return [found.median(figure) for found in measured]
+def bars_of(measured: Mapping[Text, Measured], axis: str = "method") -> Chart:
+    """The exact match of each trial as a bar."""
+    return chart_of("exact_match", say(axis), list(measured), {say("exact_match"): measured.values()})
 
 
-def both(first: Text, second: Text) -> Text:
-    """Two names as one."""
-    return Text(f"{first.zh}，{second.zh}", f"{first.en}, {second.en}")
+def named(claim: str, measured: Mapping[str, Measured]) -> dict[Text, Measured]:
+    """Trials by the names that texts.json has for them under a claim."""
+    return {say(f"{claim}.{key}"): found for key, found in measured.items()}
 
 
-def label(text: Text) -> str:
-    """A name in a chart, which the page's switch does not reach."""
-    return f"{text.en} · {text.zh}"
+def named_by_rows(claim: str, measured: ByRows) -> dict[Text, Measured]:
+    """The same for trials by rows and method."""
+    return {
+        joined([say(f"{claim}.{method}"), rows_text(size)], "，", ", "): found for (size, method), found in measured.items()
+    }
+
+
+def chart_by_rows(claim: str, measured: ByRows, figure: str, lines: bool = False) -> Chart:
+    """One of FIGURES over the number of training rows, a bar or a line for each method."""
+    sizes, methods = (list(dict.fromkeys(keys)) for keys in zip(*measured, strict=True))
+    ticks = sizes if lines else [str(size) if size else say("all") for size in sizes]
+    series = {say(f"{claim}.{method}"): [measured[size, method] for size in sizes] for method in methods}
+    return chart_of(figure, say("axis.rows"), ticks, series, lines)
 
 
 def rows_text(size: int | None) -> Text:
-    """The name of a training set of so many rows; None: all of them."""
-    return Text(f"{size} 行", f"{size} rows") if size else Text("全部行", "all rows")
-
-
-TITLES = {"held_out_loss": "held-out loss, nats · 留出损失", "exact_match": "exact match · 完全匹配"}
-
-
-def bars_over_rows(sizes: Sequence[int | None], methods: Sequence[Text], measured: list[Measured], figure: str) -> Chart:
-    """A bar for each method at each size. measured: of each size, those of the methods in their order. figure: of TITLES."""
-    values, ticks = medians(measured, figure), [str(size or "all · 全部") for size in sizes]
-    series = {label(name): values[place :: len(methods)] for place, name in enumerate(methods)}
-    return Chart("bar", "training rows · 训练行数", TITLES[figure], ticks, series)
+    """The name of a training set of this size. None: all rows."""
+    return say("rows", size=size) if size else say("rows.all")
 
 
 def training(scale: Scale, rows: int | None = None) -> Text:
-    """How the trials of a claim were trained, as a sentence. rows: of the training set, if that is not said elsewhere."""
-    steps, each, seeds, scored = scale.steps, scale.rows_per_step, len(scale.seeds), scale.scored
-    of_zh, of_en = (f"（共 {rows} 行）", f" out of {rows}") if rows else ("", "")
-    return Text(
-        f"每次训练 {steps} 步，每步 {each} 行{of_zh}，float32；"
-        f"每种方法各自在半个数量级的网格上按另外的留出行选学习率（用第一个种子）；{seeds} 个种子取中位数；在至多 "
-        f"{scored} 个留出问题上评分。未定：各种子的范围有重叠。",
-        f"Each training: {steps} steps of {each} rows{of_en}, float32; each method at its own best rate of a grid of "
-        f"half decades, chosen with the first seed on other held-out rows; median of {seeds} seeds; scored on at most "
-        f"{scored} held-out questions. Open: the ranges of the seeds overlap.",
-    )
+    """How the trials of a claim were trained, as a sentence. rows: of the training set, if nothing else says it."""
+    return say("trained", scale=scale, seeds=len(scale.seeds), rows=say("trained.rows", rows=rows) if rows else "")
 
 
 def training_once(scale: Scale) -> Text:
     """How the one prefix of a claim was trained, as a sentence."""
-    rate = bundled.SETTINGS["learning_rate"]
-    return Text(
-        f"一个训练了 {scale.steps} 步的前缀，学习率为演示的 {rate:g}。",
-        f"One prefix, tuned for {scale.steps} steps at the demo's rate of {rate:g}.",
-    )
+    return say("trained.once", steps=scale.steps, rate=bundled.SETTINGS["learning_rate"])

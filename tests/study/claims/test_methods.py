@@ -5,8 +5,9 @@ import torch
 from helpers import examples_of, random_bloom, step_of, training_state
 
 from prefix_tuning.model.batch import pack
+from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.study.attention import attending
-from prefix_tuning.study.claims.methods import METHODS, EmbeddingOnly, FixedKeys, config_for
+from prefix_tuning.study.claims.methods import METHODS, EmbeddingOnly, FixedKeys
 from prefix_tuning.study.scoring import label_logits
 from prefix_tuning.training.loop import optimizer_step
 
@@ -78,7 +79,7 @@ def test_the_first_gradient_of_full_fine_tuning_is_that_of_transformers(model, t
 
 def test_fixed_keys_stay_fixed_and_values_move(model):
     torch.manual_seed(0)
-    config = config_for(model, 3)
+    config = PrefixConfig.of(model.config, 3)
     keys = torch.randn(3, 6, 3, 8)
     encoder = FixedKeys(config, keys.clone())
     values = encoder.bake()[:, 1]

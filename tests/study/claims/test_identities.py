@@ -5,7 +5,7 @@ from helpers import examples_of, random_prefix
 
 from prefix_tuning.model.batch import pack
 from prefix_tuning.study.attention import watching
-from prefix_tuning.study.claims.checks import check_identities, tuned_errors
+from prefix_tuning.study.claims.identities import check_identities, gated, tuned_errors
 from prefix_tuning.study.claims.lab import Lab
 
 
@@ -27,12 +27,12 @@ def test_both_identities_hold_in_every_layer_and_head(base):
 
 def test_an_error_would_be_seen(base, monkeypatch):
     """A gate that is off by a thousandth."""
-    from prefix_tuning.study.claims import checks, forms
+    from prefix_tuning.study.claims import forms, identities
 
     def off(qkv, pairs, batch, bias, only_labels):
         return forms.attend_gated(qkv, pairs * 1.001, batch, bias, only_labels)
 
-    monkeypatch.setattr(checks, "attend_gated", off)
+    monkeypatch.setattr(identities, "attend_gated", off)
     found = check_identities(base, next(pack(examples_of([9, 5]), 1000)), random_prefix(base))
     assert found.gated.max() > 1e-6 and found.logits > 1e-6
 
@@ -41,3 +41,9 @@ def test_the_prefix_of_the_check_is_tuned(tiny):
     found = tuned_errors(Lab(tiny))
     assert found.scaled.max() < 1e-6 and found.share.min() > 0 and found.share.max() < 1
     assert found.logits < 1e-6 < found.largest_logit
+
+
+def test_both_forms_are_the_same_numbers(tiny):
+    finding = gated(Lab(tiny))
+    assert finding.verdict.en == "agrees" and len(finding.parts) == 2
+    assert [len(row) for row in finding.table] == [7] * 5
