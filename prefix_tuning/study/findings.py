@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from prefix_tuning.generation.prefix_bloom import BASE
-from prefix_tuning.study.page import Text
+from prefix_tuning.study.page import Text, joined
 from prefix_tuning.study.shares import heads_by_share
 from prefix_tuning.study.texts import say
 
@@ -70,8 +70,7 @@ def pair(pair: dict, prefixes: dict) -> Text:
 
 def quiz(quiz: dict) -> Text:
     tuned = [say("quiz.with", name=name, share=share) for name, share in quiz["right"].items() if name != BASE]
-    each = Text("，".join(text.zh for text in tuned), ", ".join(text.en for text in tuned))
-    return say("quiz.found", base=quiz["right"][BASE], each=each)
+    return say("quiz.found", base=quiz["right"][BASE], each=joined(tuned))
 
 
 def growth(name: str, prefix: dict) -> Text:

@@ -24,6 +24,11 @@ class Text(NamedTuple):
         return "".join(f'<span lang="{name}">{html.escape(text)}</span>' for name, text in self._asdict().items())
 
 
+def joined(texts: Sequence[Text], zh: str = "，", en: str = ", ") -> Text:
+    """Several texts as one. zh, en: what stands between them in each language."""
+    return Text(zh.join(text.zh for text in texts), en.join(text.en for text in texts))
+
+
 class Section(NamedTuple):
     """A part of the page: a heading, what was found, a sentence of how to read the pictures, pictures, a table, and notes.
 

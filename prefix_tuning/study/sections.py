@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from prefix_tuning.study import figures, findings
-from prefix_tuning.study.page import Section, Text
+from prefix_tuning.study.page import Section, Text, joined
 from prefix_tuning.study.plotting import short_name
 from prefix_tuning.study.texts import say
 
@@ -21,8 +21,7 @@ def summary(numbers: dict) -> Text:
     for name, prefix in numbers["prefixes"].items():
         cut = say("prefix.cut", rows_cut=prefix["rows_cut"]) if prefix["rows_cut"] else Text("", "")
         each.append(say("prefix", name=name, cut=cut, **prefix))
-    prefixes = Text("、".join(text.zh for text in each), ", ".join(text.en for text in each))
-    return say("summary", base=numbers["base"], precision=numbers["precision"], prefixes=prefixes)
+    return say("summary", base=numbers["base"], precision=numbers["precision"], prefixes=joined(each, "、"))
 
 
 def sections_of(numbers: dict) -> list[Section]:

@@ -53,12 +53,12 @@ class StudyConfig(StudyArguments, StudyBaseArguments, Prefixes):
         self.question = self.question and as_text(self.question, "--question")
         self.columns = self.columns and as_text(self.columns, "--columns")
         parse_columns(self.columns)
-        if importlib.util.find_spec("plotly") is None:
-            raise UserError("the study's pictures need a package that is not here: pip install plotly")
 
 
 def check_page(output: str) -> None:
-    """Raises UserError unless the page, and the .json of its numbers beside it, can be written."""
+    """Raises UserError unless the page and the .json of its numbers can be written, and plotly is there to draw it."""
+    if importlib.util.find_spec("plotly") is None:
+        raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
     page = Path(output).absolute()
     if page.suffix != ".html":
         raise UserError(f"--output {output}: must end in .html; the numbers go beside it, to a .json")

@@ -5,21 +5,23 @@ import string
 import numpy as np
 import pytest
 
-from prefix_tuning.study import sections
+from prefix_tuning.study import sections, texts
+from prefix_tuning.study.claims import record
 from prefix_tuning.study.page import Text, write_page
 from prefix_tuning.study.question import MOST_MAPS
 from prefix_tuning.study.removal import MOST_HEADS
 from prefix_tuning.study.run import rounded
 from prefix_tuning.study.sections import sections_of, share_out, summary
-from prefix_tuning.study.texts import TEXTS, say
+from prefix_tuning.study.texts import say
 
 
 def fields(text):
     return {name.split("[")[0] for _, name, _, _ in string.Formatter().parse(text) if name}
 
 
-def test_both_languages_say_the_same_fields():
-    for key, text in TEXTS.items():
+@pytest.mark.parametrize("texts", [texts.TEXTS, record.TEXTS])
+def test_both_languages_say_the_same_fields(texts):
+    for key, text in texts.by_key.items():
         assert set(text) == {"zh", "en"} and all(text.values()), key
         assert fields(text["zh"]) == fields(text["en"]), key
 

@@ -11,21 +11,22 @@ Legend: L layers, H heads, T tokens of all rows, P prefix tokens, D head_dim, S 
 """
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import torch
 
 from prefix_tuning import bundled
+from prefix_tuning.model.attention import as_grid
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.study.attention import attend_with_weights, attending
-from prefix_tuning.study.claims.forms import attend_gated
 from prefix_tuning.study.claims.lab import Lab
-from prefix_tuning.study.claims.record import Chart, Finding, Part, Table, Text, finding, label, say
+from prefix_tuning.study.claims.record import Chart, Finding, Part, Table, finding, label, say, training_once
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.tables import training_once
 from prefix_tuning.study.claims.tasks import load_task
 from prefix_tuning.study.claims.trials import Trial, sample_batches, tune
+from prefix_tuning.study.page import Text
 from prefix_tuning.study.scoring import label_logits
 
 EXACT = 1e-6  # larger errors are not rounding
@@ -38,15 +39,15 @@ class Errors(NamedTuple):
     scaled (L, H): the context, from (1 - share) times the context without a prefix plus the prefix's weights times values.
     gated (L, H): the context, from He et al.'s form.
     share (L, H): no difference, but the mean share of the prefix.
-    logits: of the whole model with the gated form in every layer. largest_logit: to compare it with.
+    logits: the logits of the whole model, with the gated form in every layer. largest_logit: to compare that with.
     """
 
     weights: torch.Tensor
     scaled: torch.Tensor
     gated: torch.Tensor
     share: torch.Tensor
-    logits: float
-    largest_logit: float
+    logits: torch.Tensor
+    largest_logit: torch.Tensor
 
 
 @torch.no_grad()
@@ -75,8 +76,25 @@ def check_identities(base: Bloom, batch: Batch, prefix: torch.Tensor) -> Errors:
     plain = label_logits(base, batch, prefix)
     with attending(base, lambda layer: attend_gated):
         logits = label_logits(base, batch, prefix)
-    weights, scaled, gated, share = (torch.stack(layers) for layers in zip(*found, strict=True))
-    return Errors(weights, scaled, gated, share, (logits - plain).abs().max().item(), plain.abs().max().item())
+    return Errors._make([*map(torch.stack, zip(*found, strict=True)), (logits - plain).abs().max(), plain.abs().max()])
+
+
+def attend_gated(
+    qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: torch.Tensor, only_labels: bool
+) -> torch.Tensor:
+    """The adapter form of He et al. 2021 (arXiv 2110.04366, section 3.1): the prefix beside the attention, behind a gate.
+
+    (1 - share) * softmax(q K^T) V + share * softmax(q P_k^T) P_v
+
+    These are two separate softmaxes; the share follows from their sums.
+    """
+    query, key, value = as_grid(qkv, prefix, batch)
+    length = prefix.shape[2]
+    scores = query @ key.mT / math.sqrt(query.shape[-1]) + bias  # (R, H, S, P + S)
+    on_prefix, on_text = scores[..., :length], scores[..., length:]
+    share = torch.sigmoid(on_prefix.logsumexp(-1, keepdim=True) - on_text.logsumexp(-1, keepdim=True))
+    of_text, of_prefix = on_text.softmax(-1) @ value[:, :, length:], on_prefix.softmax(-1) @ value[:, :, :length]
+    return batch.from_grid(((1 - share) * of_text + share * of_prefix).transpose(1, 2))
 
 
 def identities_of(task: str, scale: Scale) -> dict[str, Any]:
@@ -84,14 +102,13 @@ def identities_of(task: str, scale: Scale) -> dict[str, Any]:
     tuned = tune(Trial("prefix", task), scale, bundled.SETTINGS["learning_rate"], scale.seeds[0])
     batch = sample_batches(load_task(task).held_out, min(64, scale.scored))[0]
     found = check_identities(tuned.base, batch, tuned.encoder.bake())
-    return {name: torch.as_tensor(value).tolist() for name, value in found._asdict().items()}
+    return {name: error.tolist() for name, error in found._asdict().items()}
 
 
 def tuned_errors(lab: Lab) -> Errors:
     """The errors with a tuned prefix."""
     (found,) = lab.run(identities_of, ["short"])
-    weights, scaled, gated, share, *logits = (torch.tensor(found[name]) for name in Errors._fields)
-    return Errors(weights, scaled, gated, share, *(number.item() for number in logits))
+    return Errors(**{name: torch.tensor(error) for name, error in found.items()})
 
 
 def scaled(lab: Lab) -> Finding:
@@ -105,15 +122,9 @@ def scaled(lab: Lab) -> Finding:
     for layer, share in enumerate(errors.share):
         differences = (f"{error[layer].max().item():.1e}" for error in (errors.weights, errors.scaled))
         table.append([str(layer), f"{share.mean().item():.1%}", *differences])
-    return finding(
-        "identity",
-        "Petrov et al. 2023, arXiv 2310.19698, section 4",
-        training_once(lab.scale),
-        [Part(say("identity.error", worst=worst), worst <= EXACT)],
-        table,
-        [bars_by_layer(errors.share, say("axis.share"))],
-        exact=EXACT,
-    )
+    parts, chart = [Part(say("identity.error", worst=worst), worst <= EXACT)], bars_by_layer(errors.share, say("axis.share"))
+    source = "Petrov et al. 2023, arXiv 2310.19698, section 4"
+    return finding("identity", source, training_once(lab.scale), parts, table, [chart], exact=EXACT)
 
 
 def gated(lab: Lab) -> Finding:
@@ -125,18 +136,16 @@ def gated(lab: Lab) -> Finding:
     worst = errors.gated.max().item()
     table: Table = [[say("layer"), *(say("head", head=head) for head in range(errors.gated.shape[1]))]]
     table += [[str(layer), *(f"{error:.1e}" for error in heads)] for layer, heads in enumerate(errors.gated.tolist())]
-    return finding(
-        "gated",
+    logits, largest = errors.logits.item(), errors.largest_logit.item()
+    parts = [
+        Part(say("gated.error", worst=worst), worst <= EXACT),
+        Part(say("gated.logits", error=logits, largest=largest), logits <= EXACT),
+    ]
+    source, chart = (
         "He et al. 2021, arXiv 2110.04366, section 3.1",
-        training_once(lab.scale),
-        [
-            Part(say("gated.error", worst=worst), worst <= EXACT),
-            Part(say("gated.logits", error=errors.logits, largest=errors.largest_logit), errors.logits <= EXACT),
-        ],
-        table,
-        [bars_by_layer(errors.gated, say("axis.error"), log_y=True)],
-        exact=EXACT,
+        bars_by_layer(errors.gated, say("axis.error"), log_y=True),
     )
+    return finding("gated", source, training_once(lab.scale), parts, table, [chart], exact=EXACT)
 
 
 def bars_by_layer(figures: torch.Tensor, axis: Text, log_y: bool = False) -> Chart:

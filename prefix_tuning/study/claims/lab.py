@@ -80,6 +80,5 @@ def init_worker() -> None:
 
 
 def end_with(parent: BaseProcess) -> None:
-    """Waits until the parent ends, and ends this process."""
     parent.join()
     os._exit(1)

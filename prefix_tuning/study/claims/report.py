@@ -4,8 +4,8 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from prefix_tuning.study.claims.record import Chart, Finding, Table, Text, joined, say
-from prefix_tuning.study.page import Section, write_page
+from prefix_tuning.study.claims.record import Chart, Finding, Table, say
+from prefix_tuning.study.page import Section, Text, joined, write_page
 from prefix_tuning.study.plotting import styled
 
 

@@ -10,42 +10,37 @@ from tqdm import tqdm
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.writing import write_json
-from prefix_tuning.study.claims.cartridges import exchange, fixed_keys
-from prefix_tuning.study.claims.identities import gated, scaled
+from prefix_tuning.study.claims import exchange, experiments, identities
 from prefix_tuning.study.claims.lab import Lab, two_processes
-from prefix_tuning.study.claims.le import shared
-from prefix_tuning.study.claims.li_liang import extrapolation, infix, length, low_data, projection, words
-from prefix_tuning.study.claims.petrov import unlock
 from prefix_tuning.study.claims.record import Finding
 from prefix_tuning.study.claims.report import write_claims
-from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig, Scale
+from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig
 
 Experiment = Callable[[Lab], Finding]
 
 # In the order of the page, by their names in the JSON.
 CLAIMS: dict[str, Experiment] = {
-    "length": length,
-    "infix": infix,
-    "low_data": low_data,
-    "words": words,
-    "projection": projection,
-    "extrapolation": extrapolation,
-    "shared": shared,
-    "identity": scaled,
-    "unlock": unlock,
-    "gated": gated,
-    "exchange": exchange,
-    "fixed_keys": fixed_keys,
+    "length": experiments.length,
+    "infix": experiments.infix,
+    "low_data": experiments.low_data,
+    "words": experiments.words,
+    "projection": experiments.projection,
+    "extrapolation": experiments.extrapolation,
+    "shared": experiments.shared,
+    "identity": identities.scaled,
+    "unlock": experiments.unlock,
+    "gated": identities.gated,
+    "exchange": exchange.exchange,
+    "fixed_keys": experiments.fixed_keys,
 }
 
 
 def try_claims(config: ClaimsConfig) -> None:
     """The command. Raises UserError if the output cannot be written, or if its .json is no record of this command."""
-    scale = QUICK if config.quick else FULL
     if config.quick:
         print("quick: one seed, fewer steps and points; the full run's figures may differ")
     with two_processes() as imap:
-        run_claims(Lab(scale, imap), CLAIMS, Path(config.output), config.quick)
+        run_claims(Lab(QUICK if config.quick else FULL, imap), CLAIMS, Path(config.output), config.quick)
 
 
 def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool) -> None:
@@ -53,7 +48,7 @@ def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool)
 
     The record is written after each training, the page after each claim.
     """
-    record_file, scale = page.with_suffix(".json"), scale_record(lab.scale)
+    record_file, scale = page.with_suffix(".json"), json.loads(json.dumps(vars(lab.scale)))
     lab.results = results_in(record_file, scale)
     findings: dict[str, Finding] = {}
 
@@ -70,11 +65,6 @@ def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool)
         keep()
         write_claims(page, list(findings.values()), quick)
     tqdm.write(f"{page} and {record_file}: {len(findings)} claims")
-
-
-def scale_record(scale: Scale) -> dict[str, Any]:
-    """The scale as it comes back from JSON."""
-    return json.loads(json.dumps(vars(scale)))
 
 
 def results_in(record_file: Path, scale: dict[str, Any]) -> dict[str, Any]:

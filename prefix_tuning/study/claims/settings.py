@@ -1,9 +1,7 @@
 """The settings of the claims' command, and how large its experiments are. Imports no torch."""
 
-import importlib.util
 from dataclasses import dataclass
 
-from prefix_tuning.errors import UserError
 from prefix_tuning.settings import check_flags, flag
 from prefix_tuning.study.settings import check_page
 
@@ -27,8 +25,6 @@ class ClaimsConfig:
     def __post_init__(self) -> None:
         check_flags(self)
         check_page(self.output)
-        if importlib.util.find_spec("plotly") is None:
-            raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -12,9 +11,9 @@ from datasets import Dataset
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.model.encoder import PrefixEncoder
-from prefix_tuning.study.claims.methods import METHODS, Encoder, Method
+from prefix_tuning.study.claims.methods import METHODS, Encoder, FullTuning, Method
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.tasks import Task, bundled_base, load_task
+from prefix_tuning.study.claims.tasks import bundled_base, load_task
 from prefix_tuning.study.scoring import Score, pack_rows, score_prefix, spaced
 from prefix_tuning.training.learning_rate import rate_at, walk_downhill
 from prefix_tuning.training.loop import optimizer_step
@@ -71,8 +70,9 @@ def tune(trial: Trial, scale: Scale, rate: float, seed: int) -> Tuned:
     frozen, tokenizer = bundled_base()
     method, rows = METHODS[trial.method], drawn(load_task(trial.task).train, trial.rows, seed)
     torch.manual_seed(seed)
-    base, emitting = method.make(frozen, tokenizer, trial.tokens)
-    encoder = cast(PrefixEncoder, emitting)  # the loop only needs something that emits a prefix
+    made = method.make(frozen, tokenizer, trial.tokens)
+    base = made.base if isinstance(made, FullTuning) else frozen
+    encoder = cast(PrefixEncoder, made)  # the loop only needs something that emits a prefix
     schedule = make_schedule("linear", 0, scale.steps)
     state = TrainingState(encoder, make_optimizer(encoder, 0.0), schedule, MAX_GRAD_NORM, loss_scaling=False)
     state.progress.peak_learning_rate = rate
@@ -107,7 +107,10 @@ def measure(trial: Trial, scale: Scale) -> Measured:
     best = min(losses, key=lambda index: losses[index])
     runs = [tuned[best], *(tune(trial, scale, rate_at(best), seed) for seed in scale.seeds[1:])]
     tried = {f"{rate_at(index):g}": loss if math.isfinite(loss) else None for index, loss in sorted(losses.items())}
-    return Measured(rate_at(best), tried, *score_runs(runs, trial, task, scale))
+    held_out = [run.score_on(sample_batches(task.held_out, scale.scored)) for run in runs]
+    trained_on = (drawn(task.train, trial.rows, seed) for seed in scale.seeds)
+    train = [run.score_on(sample_batches(rows, scale.scored)).loss for run, rows in zip(runs, trained_on, strict=True)]
+    return Measured(rate_at(best), tried, train, *map(list, zip(*held_out, strict=True)))
 
 
 class Longer(NamedTuple):
@@ -121,21 +124,7 @@ class Longer(NamedTuple):
 def train_longer(job: Longer, scale: Scale) -> dict[str, float]:
     """Its scores on held-out rows."""
     tuned = tune(job.trial, replace(scale, steps=job.times * scale.steps), job.rate, scale.seeds[0])
-    return tuned.score_on(held_out_batches(load_task(job.trial.task), scale))._asdict()
-
-
-def score_runs(
-    runs: Sequence[Tuned], trial: Trial, task: Task, scale: Scale
-) -> tuple[list[float], list[float], list[float]]:
-    """For each run: the loss on a sample of its training rows, the loss on held-out rows, the exact match there."""
-    held_out = [run.score_on(held_out_batches(task, scale)) for run in runs]
-    trained_on = (drawn(task.train, trial.rows, seed) for seed in scale.seeds)
-    train = [run.score_on(sample_batches(rows, scale.scored)).loss for run, rows in zip(runs, trained_on, strict=True)]
-    return train, [found.loss for found in held_out], [found.exact_match for found in held_out]
-
-
-def held_out_batches(task: Task, scale: Scale) -> list[Batch]:
-    return sample_batches(task.held_out, scale.scored)
+    return tuned.score_on(sample_batches(load_task(job.trial.task).held_out, scale.scored))._asdict()
 
 
 def sample_batches(rows: Dataset, count: int) -> list[Batch]:

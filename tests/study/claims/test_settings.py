@@ -39,4 +39,4 @@ def test_help_says_what_a_second_start_does(capsys):
     with pytest.raises(SystemExit):
         parse_claims_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "trains nothing anew that stands there" in text and "--quick" in text and "most used" not in text
+    assert "reuses the trainings that it finds there" in text and "--quick" in text and "most used" not in text

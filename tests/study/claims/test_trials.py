@@ -66,3 +66,11 @@ def test_a_real_trial(tiny, method):
 def test_a_loss_that_is_no_number_counts_as_infinite(base, monkeypatch):
     monkeypatch.setattr(trials, "score_prefix", lambda *arguments: Score(math.nan, 0.0))
     assert Tuned(METHODS["prefix"], base, None).score_on([], torch.zeros(1)).loss == math.inf
+
+
+def test_more_steps_are_more_steps(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trials, "tune", lambda trial, scale, rate, seed: seen.append((scale.steps, rate, seed)))
+    with pytest.raises(AttributeError):  # nothing was trained
+        trials.train_longer(trials.Longer(trials.Trial("prefix"), 0.01, 10), tiny)
+    assert seen == [(10 * tiny.steps, 0.01, 1)]

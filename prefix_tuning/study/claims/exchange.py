@@ -1,6 +1,5 @@
-"""What was found about Cartridges, caches of keys and values that are trained on a text (Eyuboglu et al. 2025, arXiv
-2506.06266): Diaz 2025, "Learned Structure in Cartridges: Keys as Shareable Routers in Self-Studied Representations",
-https://arxiv.org/abs/2508.17032.
+"""Keys and values exchanged between two prefixes. Diaz 2025, "Learned Structure in Cartridges: Keys as Shareable Routers in
+Self-Studied Representations", https://arxiv.org/abs/2508.17032, did this with caches that are trained on a text.
 """
 
 import statistics
@@ -10,14 +9,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 
 from prefix_tuning.study.claims.lab import Lab
-from prefix_tuning.study.claims.record import Chart, Finding, Part, Table, Text, above, finding, joined, label, say
+from prefix_tuning.study.claims.record import Chart, Finding, Part, Table, above, finding, label, say, training
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.tables import bars_of, named, table_of, training
 from prefix_tuning.study.claims.tasks import load_task
-from prefix_tuning.study.claims.trials import Trial, held_out_batches, tune
+from prefix_tuning.study.claims.trials import Trial, sample_batches, tune
 from prefix_tuning.study.mixing import mix
+from prefix_tuning.study.page import Text, joined
 
-PAPER = "Diaz 2025, arXiv 2508.17032"
 STYLES = ("short", "sentence")
 STARTS = ("prefix", "direct from text")
 MIXES = ("own", "other keys", "other values")
@@ -44,7 +42,7 @@ def exchange_pairs(job: Exchange, scale: Scale) -> Scores:
     pairs = [run.encoder.bake() for run in tuned]
     found: Scores = {"moved": {}}
     for own, other, run, style in zip(pairs, reversed(pairs), tuned, STYLES, strict=True):
-        batches = held_out_batches(load_task(style), scale)
+        batches = sample_batches(load_task(style).held_out, scale.scored)
         mixed = own, mix(other, own), mix(own, other)
         found[style] = {name: run.score_on(batches, prefix).exact_match for name, prefix in zip(MIXES, mixed, strict=True)}
         found["moved"][style] = F.cosine_similarity(own[:, 0], start[:, 0], dim=-1).mean().item()
@@ -59,11 +57,8 @@ def exchange(lab: Lab) -> Finding:
     """
     trials = {(method, style): Trial(method, task=style) for method in STARTS for style in STYLES}
     rates = {key: one.rate for key, one in lab.run_trials(trials).items()}
-    jobs = [
-        Exchange(method, (rates[method, "short"], rates[method, "sentence"]), seed)
-        for method in STARTS
-        for seed in lab.scale.seeds
-    ]
+    of_both = {method: (rates[method, "short"], rates[method, "sentence"]) for method in STARTS}
+    jobs = [Exchange(method, of_both[method], seed) for method in STARTS for seed in lab.scale.seeds]
     results = lab.run(exchange_pairs, jobs)
     parts, charts = [], []
     table: Table = [[say("task"), *(say(f"exchange.{name}") for name in MIXES), say("exchange.cosine")]]
@@ -72,12 +67,12 @@ def exchange(lab: Lab) -> Finding:
         start, middle = say(f"exchange.{method}"), medians(found)
         for style in STYLES:
             shares = (f"{middle[style][name]:.1%}" for name in MIXES)
-            table.append([joined([Text(style, style), start], "，", ", "), *shares, f"{middle['moved'][style]:.2f}"])
+            table.append([joined([Text(style, style), start]), *shares, f"{middle['moved'][style]:.2f}"])
         parts += parts_of_exchange(start, found)
         series = {label(say(f"exchange.{name}")): [middle[style][name] for style in STYLES] for name in MIXES}
         axis = f"{label(say('task'))}（{start.en}）"
         charts.append(Chart("bar", axis, label(say("axis.exact_match")), list(STYLES), series))
-    return finding("exchange", PAPER, training(lab.scale), parts, table, charts)
+    return finding("exchange", "Diaz 2025, arXiv 2508.17032", training(lab.scale), parts, table, charts)
 
 
 def medians(found: list[Scores]) -> Scores:
@@ -97,26 +92,5 @@ def parts_of_exchange(start: Text, found: list[Scores]) -> list[Part]:
     ]
     return [
         Part(say("exchange.keys", start=start, own=own, mixed=keys), all(keeps)),
-        Part(
-            say("exchange.values", start=start, mixed=values), keys_better[0] if keys_better[0] == keys_better[1] else None
-        ),
+        Part(say("exchange.values", start=start, mixed=values), keys_better[0] if len({*keys_better}) == 1 else None),
     ]
-
-
-def fixed_keys(lab: Lab) -> Finding:
-    """Trained: keys and values, and values alone behind random keys. No verdict: the question is ours, not the paper's."""
-    found = lab.run_trials({method: Trial(method) for method in ("prefix", "fixed normal", "fixed words")})
-    share = {method: one.median("exact_match") for method, one in found.items()}
-    return finding(
-        "fixed_keys",
-        PAPER,
-        training(lab.scale),
-        [
-            Part(
-                say("fixed_keys.found", keys=say(f"fixed_keys.{method}"), share=share[method], trained=share["prefix"]), None
-            )
-            for method in ("fixed normal", "fixed words")
-        ],
-        table_of(say("keys"), named("fixed_keys", found)),
-        [bars_of(named("bar", found), "keys")],
-    )

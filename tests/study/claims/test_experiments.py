@@ -1,12 +1,17 @@
+"""Each claim on staged figures: what agrees, what does not, and what is open."""
+
 import math
 
-from prefix_tuning.study.claims.li_liang import (
+from prefix_tuning.study.claims.experiments import (
     extrapolation,
     factor_beside_the_best,
+    fixed_keys,
     infix,
     length,
     low_data,
     projection,
+    shared,
+    unlock,
     words,
 )
 from prefix_tuning.study.claims.trials import Measured
@@ -63,3 +68,21 @@ def test_extrapolation_asks_for_match_and_loss(staged):
     better, worse = (1, 0.5, 0.9), (1, 1.5, 0.8)
     assert staged(extrapolation, lambda trial: better if trial.method == "prefix" else worse) == [True, True]
     assert staged(extrapolation, lambda trial: worse if trial.method == "prefix" else better) == [False, False]
+
+
+def test_shared_is_held_against_both_at_each_size(staged):
+    losses = {"prefix": 1.0, "separate": 0.9, "direct": 1.1}
+    assert staged(shared, lambda trial: (1, losses[trial.method], 0.5)) == [True, False] * 3
+
+
+def test_unlock_has_a_known_task_a_new_one_and_a_control(staged):
+    found = {("short", "prefix"): 0.9, ("reversed", "prefix"): 0.0, ("copied", "prefix"): 0.7}
+    assert staged(unlock, lambda trial: (1, 1, found.get((trial.task, trial.method), 0.9))) == [True] * 5
+    found["copied", "prefix"] = 0.0  # then it is not the order
+    assert staged(unlock, lambda trial: (1, 1, found.get((trial.task, trial.method), 0.9))) == [True] * 4 + [None]
+    assert staged(unlock, lambda trial: (1, 1, 0.4)) == [False] * 4 + [None]
+
+
+def test_fixed_keys_are_no_claim_of_the_paper(staged):
+    shares = {"prefix": 0.9, "fixed normal": 0.86, "fixed words": 0.8}
+    assert staged(fixed_keys, lambda trial: (1, 1, shares[trial.method])) == [None, None]
