@@ -1,4 +1,4 @@
-"""What was found: for each part of the page one sentence, made of the numbers of run.py."""
+"""What was found: one sentence for each part of the page, made from the numbers of run.py."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from prefix_tuning.study.page import Text, joined
 from prefix_tuning.study.shares import heads_by_share
 from prefix_tuning.study.texts import say
 
-UNSEEN = 0.01  # share of attention below which a head does not look at the prefix
-LIGHT = 1.1  # times the loss: a part whose removal costs less matters little
-MOST_OF = 0.9  # of the sum of squared singular values
+UNSEEN = 0.01  # a head with a smaller share of attention does not look at the prefix
+LIGHT = 1.1  # a part matters little if the loss without it is below LIGHT times the loss
+MOST_OF = 0.9  # the singular values that are counted hold this part of the sum of squares
 
 
 def attention(name: str, prefix: dict) -> Text:

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from prefix_tuning.study.claims.record import Chart, Finding, Table, say
 from prefix_tuning.study.page import Section, Text, joined, write_page
-from prefix_tuning.study.plotting import styled
+from prefix_tuning.study.plot_style import styled
 
 
 def write_claims(path: Path, findings: list[Finding], quick: bool) -> None:
