@@ -3,8 +3,8 @@
 knowledge.py says what a facts file holds.
 
 The mini Bloom is pre-trained on statements and quiz-like forms of *all* facts, none in the Human/Assistant format. The
-tuning data ask, in that format, about half of the facts; the evaluation data about the other half. A prefix can therefore
-teach the model how to answer, but not what: what it answers about the other half, the frozen weights knew.
+tuning data ask about half of the facts in that format, the evaluation data about the other half. A prefix can therefore
+teach the model how to answer, but not what: the answers about the other half come from the frozen weights.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def document(rng: random.Random, facts: list[tuple[dict, str, str]]) -> str:
 def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
     """Byte-level BPE over subjects, objects and the pieces of the forms.
 
-    Training on the pieces keeps merges from reaching across a subject's border, so a name is cut the same way in every form.
+    Because it is trained on pieces, no merge crosses the border of a subject: a name has the same tokens in every form.
     """
     pieces = list(QUIZ_FORMS) * 50
     for relation in relations:
@@ -83,7 +83,7 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
         vocab_size=VOCAB_SIZE,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=12,  # bytes: four ideographs, lest whole questions become one token
+        max_token_length=12,  # bytes: 4 ideographs, so that no whole question becomes one token
         show_progress=False,
     )
     tokenizer.train_from_iterator(pieces, trainer)
@@ -100,7 +100,7 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> BloomForCausalLM:
-    """Trains a mini Bloom on documents of one to three sentences, by the same packed forward that prefix tuning uses."""
+    """Trains a mini Bloom on documents of one to three sentences, with the packed forward that prefix tuning uses."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     device = torch.device(args.device)
@@ -119,7 +119,7 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
     total_steps = args.epochs * -(-len(facts) // args.batch_size)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=total_steps // 20, num_training_steps=total_steps)
     bar = tqdm(total=total_steps, desc="pre-training", unit="step")
-    for _ in range(args.epochs):  # an epoch shows every fact once, in a form drawn afresh
+    for _ in range(args.epochs):  # an epoch shows every fact once, in a form that is drawn anew
         rng.shuffle(facts)
         for start in range(0, len(facts), args.batch_size):
             documents, left = [], facts[start : start + args.batch_size]
@@ -148,12 +148,12 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
 
 
 def same_fact(subject: str, answer: str) -> str:
-    """A key that a fact shares with itself turned round: antonyms both ways, 3加5 and 5加3. They use the same characters."""
+    """A key that a fact shares with its reverse, 高 -> 低 with 低 -> 高 and 3加5 with 5加3: their characters, sorted."""
     return "".join(sorted(subject + answer))
 
 
 def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
-    """Splits every relation's facts in two halves and asks each fact twice, in two styles of answer."""
+    """Splits the facts of every relation into two halves and asks each fact twice, in two styles of answer."""
     rng = random.Random(seed)
     rows: dict[str, list[dict[str, str]]] = {name: [] for name in ("short", "short-eval", "sentence", "sentence-eval")}
     for relation in relations:

@@ -32,8 +32,8 @@ def joined(texts: Sequence[Text], zh: str = "，", en: str = ", ") -> Text:
 class Section(NamedTuple):
     """A part of the page: a heading, what was found, how to read the pictures, the pictures, a table, and notes.
 
-    figures: the pictures in a tuple are side by side where the screen is wide enough, else below each other. table: its first
-    row is the head.
+    figures: pictures in a tuple are side by side where the screen is wide enough, else below each other.
+    table: its first row is the head.
     """
 
     title: Text

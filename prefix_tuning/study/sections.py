@@ -10,8 +10,8 @@ from prefix_tuning.study.page import Section, Text, joined
 from prefix_tuning.study.plot_style import short_name
 from prefix_tuning.study.texts import say
 
-# Bytes: the page takes 6 MB at most, and plotly.js takes 4.8 of them. Of the ROOM that is left, each prefix takes OF_A_PREFIX
-# for most of its pictures. Those that grow with rows and base, distances and questions, share the rest.
+# Bytes: the page takes 6 MB at most, and plotly.js takes 4.8 of them. Of the ROOM that is left, each prefix takes
+# OF_A_PREFIX for most of its pictures. Those that grow with rows and base, distances and questions, share the rest.
 ROOM, OF_A_PREFIX, DISTANCE_SHARE, QUESTION_SHARE = 1_000_000, 60_000, 0.4, 0.6
 
 

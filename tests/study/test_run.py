@@ -46,7 +46,7 @@ def test_two_prefixes_become_a_page_and_its_numbers(tuned, tmp_path, capsys):
     assert page.count('class="plotly-graph-div"') == 2 * 8 + 4 + 2 + 1
     for said in (
         "虚拟词的数目不同",
-        "they differ in length",
+        "they have different lengths",
         "--save_steps 50",
         "12 of the 3218 rows of bundled:short)",
     ):
