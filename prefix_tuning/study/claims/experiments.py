@@ -89,13 +89,13 @@ def low_data(lab: Lab) -> Finding:
         statistics.mean(prefix.exact_match[seed] - full.exact_match[seed] for prefix, full in pairs)
         for seed in range(len(lab.scale.seeds))
     ]
-    first, *_, last = [prefix.median("exact_match") - full.median("exact_match") for prefix, full in (*pairs, pairs[-1])]
+    leads = [prefix.median("exact_match") - full.median("exact_match") for prefix, full in pairs]
+    first, last = leads[0], leads[-1]
     parts = [
         Part(say("low_data.mean", mean=100 * statistics.median(by_seed)), above(by_seed, [0.0])),
         Part(say("low_data.lead", first=100 * first, last=100 * last), last < first if first > 0 else None),
     ]
-    table = table_of(say("method and rows"), named("method", found))
-    chart = chart_by_rows("method", found, "exact_match", lines=True)
+    table, chart = table_of(say("method and rows"), named("method", found)), chart_by_rows("method", found, lines=True)
     source = f"{LI_LIANG}, section 6.3, figure 3"
     return finding("low_data", source, training(lab.scale), parts, table, [chart], fewest=FEWEST)
 

@@ -136,7 +136,7 @@ def named(claim: str, measured: Mapping[Any, Measured]) -> dict[Text, Measured]:
     return dict(zip(names, measured.values(), strict=True))
 
 
-def chart_by_rows(claim: str, measured: ByRows, figure: str, lines: bool = False) -> Chart:
+def chart_by_rows(claim: str, measured: ByRows, figure: str = "exact_match", lines: bool = False) -> Chart:
     """One of FIGURES over the number of training rows, a bar or a line for each method."""
     sizes, methods = (list(dict.fromkeys(keys)) for keys in zip(*measured, strict=True))
     ticks = sizes if lines else [str(size) if size else say("all") for size in sizes]
