@@ -1,4 +1,4 @@
-"""The exceptions that are not bugs, which cli.py turns into one line on stderr and an exit code."""
+"""The exceptions that are not bugs, which command.py turns into one line on stderr and an exit code."""
 
 
 class UserError(Exception):

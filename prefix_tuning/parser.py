@@ -1,4 +1,5 @@
-"""From dataclasses to flags, by transformers' HfArgumentParser. Importing it takes about a second, so only cli.py does."""
+"""From dataclasses to flags, by transformers' HfArgumentParser. Importing it takes about a second, so the commands
+import it when they start, and not before."""
 
 import argparse
 import dataclasses
@@ -78,6 +79,17 @@ class Parser(HfArgumentParser):
             if action.const is False:  # the --no_X that HfArgumentParser adds to a switch X that is on by default
                 action.help = action.default = argparse.SUPPRESS
         self.most_used = most_used
+
+    def add_prefix_flag(self, remark: str = "") -> None:
+        """Adds --prefix, whose default is in inference/settings.py. remark: what else its help says."""
+        self.add_argument(
+            "--prefix",
+            action="append",
+            default=argparse.SUPPRESS,
+            metavar="[NAME=]DIR",
+            help="A prefix: an output folder of train.py, a PEFT adapter's folder, or either's name on the hub. May be "
+            f"repeated{remark} (default: ./chatbot).",
+        )
 
     def format_help(self) -> str:
         """The help, with the most used flags in a group at the top."""

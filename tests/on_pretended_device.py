@@ -23,10 +23,10 @@ from helpers import (
     training_state,
     write_jsonl,
 )
-from prefix_tuning.base_model.loading import compile_now, load_base
 from safetensors.torch import load_file, save_file
 
 from prefix_tuning import bundled, plain
+from prefix_tuning.base_model.loading import compile_now, load_base
 from prefix_tuning.evaluation import evaluate_loss
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import PrefixBloom

@@ -52,6 +52,20 @@ def test_flags_are_read_before_torch_is_imported():
     assert result.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.parametrize("name", ["train", "infer"])
+def test_help_loads_nothing_of_the_study_or_the_demo_s_recipe(name):
+    code = f"""
+import sys
+from prefix_tuning.cli import parse_{name}_config
+try:
+    parse_{name}_config(["--help"])
+except SystemExit:
+    print([module for module in sys.modules if module.startswith(("prefix_tuning.study", "prefix_tuning.demo"))])
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
 def test_help_names_every_flag_once_in_groups():
     text = run_script("train.py", "--help").stdout
     for group in ("model:", "data:", "prefix:", "training:", "output:"):
@@ -127,7 +141,7 @@ def test_closed_streams_and_a_stderr_without_a_reader_are_no_error(trained):
 def test_the_module_of_the_commands_names_them():
     result = subprocess.run([sys.executable, "-m", "prefix_tuning.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: prefix_tuning.cli is no command; run train.py, infer.py, ")
+    assert result.stderr.startswith("error: prefix_tuning.cli is no command; run train.py or infer.py")
 
 
 @pytest.mark.parametrize("script, first", [("train.py", "dataset"), ("infer.py", "question")])

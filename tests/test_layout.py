@@ -27,7 +27,9 @@ FLOORS = [
     ["generation"],
     ["evaluation"],
     ["training", "inference"],
-    ["demo", "parser", "cli", "plain", "study"],
+    ["parser", "command"],
+    ["demo.knowledge"],
+    ["cli", "plain", "study", "demo"],  # the product's commands and its page, and beside them research and the demo's recipe
 ]
 PARTS = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # A private name of transformers, which its HfArgumentParser reads off dataclasses.
@@ -66,15 +68,22 @@ def own_imports(tree: ast.AST) -> set[str]:
 def test_a_file_imports_from_below_only(module):
     for other in own_imports(TREES[module]):
         here, there = part_of(module), part_of(other)
-        assert (
-            here == there
-            or PARTS[there] < PARTS[here]
-            or {here, there} <= {*FLOORS[-1], "settings", "signals", "distributed"}
-        )
+        assert here == there or PARTS[there] < PARTS[here] or {here, there} <= {"settings", "signals", "distributed"}
 
 
 def test_there_is_no_circle():
     graphlib.TopologicalSorter({module: own_imports(tree) for module, tree in TREES.items()}).prepare()
+
+
+def test_the_product_needs_neither_the_study_nor_the_demo_s_recipe():
+    """Whatever the commands, the page and PrefixBloom import, at the top of a file or inside of a function."""
+    needed, left = set(), {"cli", "plain", "generation.prefix_bloom", "files.prefixes"}
+    while left:
+        needed |= left
+        left = {other for module in left for other in own_imports(TREES[module])} - needed
+    assert {"training.run", "inference.run"} <= needed
+    assert not [module for module in needed if module.split(".")[0] in ("study", "demo")]
+    assert not [module for module in TREES if "demo.build" in own_imports(TREES[module])]
 
 
 def test_the_mechanism_needs_nothing_but_torch_transformers_and_errors():

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from prefix_tuning import bundled, plain
-from prefix_tuning.cli import parse_infer_config, parse_study_config, parse_train_config
+from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.inference.run import infer
 from prefix_tuning.study import run
+from prefix_tuning.study.__main__ import parse_study_config
 from prefix_tuning.study.run import study
 from prefix_tuning.training.run import train
 

@@ -1,11 +1,10 @@
 """The recipe of the bundled demo: `python -m prefix_tuning.demo.build` makes its model and its data from facts/*.json.
 
-A facts file is a list of relations, such as country -> capital. Each has statements (surface forms for pre-training),
-questions, the full sentence that answers them, and the facts themselves, subject -> object.
+knowledge.py says what a facts file holds.
 
 The mini Bloom is pre-trained on statements and quiz-like forms of *all* facts, none in the Human/Assistant format. The
-tuning data ask, in that format, about half of the facts; the evaluation data about the other half. A prefix can therefore
-teach the model how to answer, but not what: what it answers about the other half, the frozen weights knew.
+tuning data ask about half of the facts in that format, the evaluation data about the other half. A prefix can therefore
+teach the model how to answer, but not what: the answers about the other half come from the frozen weights.
 """
 
 import argparse
@@ -18,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, get_scheduler
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
-from prefix_tuning.generation.batches import complete
+from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import Bloom, head_logits
 
 HERE = Path(__file__).parent
 # How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.
@@ -31,11 +30,6 @@ QUIZ_FORMS = ["问：{q}答：{a}", "{q}答案是：{a}", "小测验：{q}{a}", 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]  # Bloom's, in Bloom's order: ids 0-3
 VOCAB_SIZE = 4096
 SHAPE: dict = {"hidden_size": 192, "n_layer": 4, "n_head": 6}
-
-
-def load_relations() -> list[dict]:
-    """All relations of facts/*.json, in a fixed order."""
-    return [relation for path in sorted(HERE.glob("facts/*.json")) for relation in json.loads(path.read_text("utf-8"))]
 
 
 def statements(relation: dict, subject: str, answer: str) -> list[str]:
@@ -66,7 +60,7 @@ def document(rng: random.Random, facts: list[tuple[dict, str, str]]) -> str:
 def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
     """Byte-level BPE over subjects, objects and the pieces of the forms.
 
-    Training on the pieces keeps merges from reaching across a subject's border, so a name is cut the same way in every form.
+    Because it is trained on pieces, no merge crosses the border of a subject: a name has the same tokens in every form.
     """
     pieces = list(QUIZ_FORMS) * 50
     for relation in relations:
@@ -89,7 +83,7 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
         vocab_size=VOCAB_SIZE,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=12,  # bytes: four ideographs, lest whole questions become one token
+        max_token_length=12,  # bytes: 4 ideographs, so that no whole question becomes one token
         show_progress=False,
     )
     tokenizer.train_from_iterator(pieces, trainer)
@@ -106,7 +100,7 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> BloomForCausalLM:
-    """Trains a mini Bloom on documents of one to three sentences, by the same packed forward that prefix tuning uses."""
+    """Trains a mini Bloom on documents of one to three sentences, with the packed forward that prefix tuning uses."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     device = torch.device(args.device)
@@ -125,7 +119,7 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
     total_steps = args.epochs * -(-len(facts) // args.batch_size)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=total_steps // 20, num_training_steps=total_steps)
     bar = tqdm(total=total_steps, desc="pre-training", unit="step")
-    for _ in range(args.epochs):  # an epoch shows every fact once, in a form drawn afresh
+    for _ in range(args.epochs):  # an epoch shows every fact once, in a form that is drawn anew
         rng.shuffle(facts)
         for start in range(0, len(facts), args.batch_size):
             documents, left = [], facts[start : start + args.batch_size]
@@ -138,7 +132,7 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
             labels = sum(len(example.input_ids) - 1 for example in examples)
             for batch in pack(examples, max_tokens=8192):
                 batch = batch.to(device)
-                logits = F.linear(model.packed_hidden(batch, prefix=None), model.lm_head.weight)
+                logits = head_logits(model.packed_hidden(batch, prefix=None), model.lm_head.weight)
                 part = F.cross_entropy(logits, batch.labels, reduction="sum") / labels
                 part.backward()
                 loss += part.detach()
@@ -154,12 +148,12 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
 
 
 def same_fact(subject: str, answer: str) -> str:
-    """A key that a fact shares with itself turned round: antonyms both ways, 3加5 and 5加3. They use the same characters."""
+    """A key that a fact shares with its reverse, 高 -> 低 with 低 -> 高 and 3加5 with 5加3: their characters, sorted."""
     return "".join(sorted(subject + answer))
 
 
 def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
-    """Splits every relation's facts in two halves and asks each fact twice, in two styles of answer."""
+    """Splits the facts of every relation into two halves and asks each fact twice, in two styles of answer."""
     rng = random.Random(seed)
     rows: dict[str, list[dict[str, str]]] = {name: [] for name in ("short", "short-eval", "sentence", "sentence-eval")}
     for relation in relations:
@@ -177,27 +171,6 @@ def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
         rng.shuffle(questions)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in questions)
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-
-
-def quiz_questions(relation: dict) -> list[tuple[str, tuple[str, str]]]:
-    """Of each fact of a relation, a prompt in one of the base's own quiz forms, and the answers that are right: the bare one
-    and the full sentence, both without full stop.
-    """
-    question, sentence = relation["questions"][0], relation["sentence"]
-    return [
-        (f"问：{question.format(s=subject)}答：", (answer, sentence.format(s=subject, o=answer).rstrip("。")))
-        for subject, answer in relation["facts"].items()
-    ]
-
-
-def quiz(
-    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, questions: list[tuple[str, tuple[str, str]]], prefix_name: str
-) -> float:
-    """Share of `quiz_questions` whose greedy answer, up to its full stop, is right. prefix_name: "base": no prefix."""
-    prompts, answers = zip(*questions, strict=True)
-    ids = tokenizer(list(prompts), split_special_tokens=True).input_ids
-    replies = complete(model, tokenizer, ids, prefix_name, max_new_tokens=24, do_sample=False)
-    return sum(reply.rstrip("。") in right for reply, right in zip(replies, answers, strict=True)) / len(questions)
 
 
 def main() -> None:

@@ -1,17 +1,17 @@
-"""What was found: for each part of the page one sentence, made of the numbers of run.py."""
+"""What was found: one sentence for each part of the page, made from the numbers of run.py."""
 
 import itertools
 
 import numpy as np
 
 from prefix_tuning.generation.prefix_bloom import BASE
-from prefix_tuning.study.page import Text
+from prefix_tuning.study.page import Text, joined
 from prefix_tuning.study.shares import heads_by_share
 from prefix_tuning.study.texts import say
 
-UNSEEN = 0.01  # share of attention below which a head does not look at the prefix
-LIGHT = 1.1  # times the loss: a part whose removal costs less matters little
-MOST_OF = 0.9  # of the sum of squared singular values
+UNSEEN = 0.01  # a head with a smaller share of attention does not look at the prefix
+LIGHT = 1.1  # a part matters little if the loss without it is below LIGHT times the loss
+MOST_OF = 0.9  # the singular values that are counted hold this part of the sum of squares
 
 
 def attention(name: str, prefix: dict) -> Text:
@@ -70,8 +70,7 @@ def pair(pair: dict, prefixes: dict) -> Text:
 
 def quiz(quiz: dict) -> Text:
     tuned = [say("quiz.with", name=name, share=share) for name, share in quiz["right"].items() if name != BASE]
-    each = Text("，".join(text.zh for text in tuned), ", ".join(text.en for text in tuned))
-    return say("quiz.found", base=quiz["right"][BASE], each=each)
+    return say("quiz.found", base=quiz["right"][BASE], each=joined(tuned))
 
 
 def growth(name: str, prefix: dict) -> Text:

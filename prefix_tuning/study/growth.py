@@ -1,4 +1,4 @@
-"""Training seen from inside: what the prefix was at each checkpoint that its run kept."""
+"""Training seen from inside: the prefix at each checkpoint that its run kept."""
 
 import json
 import sys
@@ -15,16 +15,20 @@ from prefix_tuning.study.shares import attention_shares
 from prefix_tuning.training.checkpoints import Resumed, find_checkpoints, load_checkpoint, step_of
 from prefix_tuning.training.output import read_metrics
 
-MOST_CHECKPOINTS = 24  # evenly spaced, if there are more
+MOST_CHECKPOINTS = 24  # if there are more, evenly spaced ones
 
 
 def growth(base: Bloom, batches: list[Batch], folder: Path, prefix: torch.Tensor) -> dict | None:
-    """The prefix at every checkpoint in an output folder, and the one that was saved at the end. Damaged checkpoints are
-    skipped and named on stderr. None if there is no intact one, or no intact metrics.jsonl.
+    """The prefix at the checkpoints in an output folder, and the prefix that was saved at the end.
 
-    stages: by step: norm, the mean length of its keys and of its values, each of D numbers (2); share, of attention, mean
-    over heads, by layer (L); singular_values, of the prefix as a matrix (P, L * 2 * H * D), descending (P). losses: [step,
-    loss] of the training rows, held_out: [step, loss]. left_out: checkpoints that were not looked at.
+    Damaged checkpoints are skipped and named on stderr. Returns None if no checkpoint or no metrics.jsonl is intact, else
+
+    stages: in the order of the steps, the step and
+        norm: the mean length of its keys and of its values, vectors of D numbers (2)
+        share: of attention, mean over heads, by layer (L)
+        singular_values: of the prefix as a matrix (P, L * 2 * H * D), descending (P)
+    losses, held_out: [step, loss] on training rows and on held-out rows
+    left_out: number of checkpoints that were not looked at
     """
     paths = find_checkpoints(folder)
     chosen = some_checkpoints(paths)
@@ -53,13 +57,13 @@ def growth(base: Bloom, batches: list[Batch], folder: Path, prefix: torch.Tensor
 
 
 def some_checkpoints(paths: list[Path]) -> list[Path]:
-    """At most MOST_CHECKPOINTS of them, evenly spaced, with the first and the last."""
-    places = torch.linspace(0, len(paths) - 1, min(len(paths), MOST_CHECKPOINTS))
-    return [paths[round(place)] for place in places.tolist()]
+    """Up to MOST_CHECKPOINTS of the paths, evenly spaced, with the first and the last."""
+    indices = torch.linspace(0, len(paths) - 1, min(len(paths), MOST_CHECKPOINTS))
+    return [paths[round(index)] for index in indices.tolist()]
 
 
 def saved_step(records: list[dict], settings: dict) -> int:
-    """The step whose prefix a finished run has saved: the last, or with save_best that of the lowest loss on held-out rows.
+    """The step whose prefix a finished run has saved: the last, or with save_best the one with the lowest held-out loss.
 
     records, settings: of its metrics.jsonl and training_config.json. Raises ValueError if there are no such records.
     """
@@ -80,5 +84,5 @@ def _stage(base: Bloom, batches: list[Batch], prefix: torch.Tensor) -> dict:
 
 
 def singular_values(prefix: torch.Tensor) -> list[float]:
-    """Those of a prefix (L, 2, H, P, D) as a matrix with a row for each of its tokens: P numbers, descending."""
+    """The singular values of a prefix (L, 2, H, P, D) as a matrix with a row for each token: P numbers, descending."""
     return torch.linalg.svdvals(prefix.movedim(3, 0).flatten(1).cpu().double()).tolist()

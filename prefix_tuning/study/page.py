@@ -1,4 +1,4 @@
-"""A page of pictures that people can hover: one HTML file that needs no network, in Chinese and English."""
+"""A page of interactive pictures: one HTML file that needs no network, in Chinese and English."""
 
 import html
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 class Text(NamedTuple):
-    """What is said in both languages; the page's switch shows one of them."""
+    """A text in both languages; the page's switch shows one of them."""
 
     zh: str
     en: str
@@ -24,10 +24,15 @@ class Text(NamedTuple):
         return "".join(f'<span lang="{name}">{html.escape(text)}</span>' for name, text in self._asdict().items())
 
 
-class Section(NamedTuple):
-    """A part of the page: a heading, what was found, a sentence of how to read the pictures, pictures, a table, and notes.
+def joined(texts: Sequence[Text], zh: str = "，", en: str = ", ") -> Text:
+    """Several texts as one. zh, en: what stands between them in each language."""
+    return Text(zh.join(text.zh for text in texts), en.join(text.en for text in texts))
 
-    figures: those of a tuple stand side by side where the screen is wide enough, and below each other where it is not.
+
+class Section(NamedTuple):
+    """A part of the page: a heading, what was found, how to read the pictures, the pictures, a table, and notes.
+
+    figures: pictures in a tuple are side by side where the screen is wide enough, else below each other.
     table: its first row is the head.
     """
 
@@ -59,8 +64,9 @@ def _cell(cell: str | Text) -> str:
 
 
 def _picture(figure: go.Figure) -> str:
-    """A figure whose title is a caption of the page, which breaks into lines as a title in a picture does not. Where the
-    screen is narrower than the least width in the figure's layout.meta, the picture scrolls.
+    """A figure with its title as a caption of the page, because a title inside the picture would not break into lines.
+
+    Where the screen is narrower than the least width in the figure's layout.meta, the picture scrolls.
     """
     caption, least = figure.layout.title.text, (figure.layout.meta or {}).get("least_width", 0)
     untitled = go.Figure(figure).update_layout(title=None, margin={"t": 20})
@@ -70,7 +76,7 @@ def _picture(figure: go.Figure) -> str:
 
 
 def write_page(path: Path, title: Text, summary: Text, sections: list[Section]) -> None:
-    """Writes the page, whole or not at all. plotly.js, 4.8 MB, is part of the file."""
+    """Writes the page, whole or not at all. The file contains plotly.js (4.8 MB)."""
     anchors = [f"section-{number}" for number in range(1, len(sections) + 1)]
     links = [f'<li><a href="#{at}">{one.title.html()}</a></li>' for at, one in zip(anchors, sections, strict=True)]
     parts = {

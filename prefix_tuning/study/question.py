@@ -11,23 +11,23 @@ from prefix_tuning.study.scoring import label_logits
 from prefix_tuning.study.shares import heads_by_share
 
 MOST_NEW_TOKENS = 48
-LIKELIEST = 5  # tokens that are named for each place
-MOST_MAPS = 64  # layers x heads whose attention is kept; of a larger base, those to which the prefix owes the most attention
+LIKELIEST = 5  # tokens that are named at each position
+MOST_MAPS = 64  # heads whose attention is kept: those that give the prefix the most
 
 
 @torch.no_grad()
 def follow(
     model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, prompt: list[int], name: str, shares: list[list[float]]
 ) -> dict:
-    """Follows a prompt, token ids, and the greedy answer that the prefix `name` gives.
+    """Follows a prompt (token ids) and the greedy answer that the prefix `name` gives, T tokens together.
 
-    shares: (L, H), of `attention_shares`.
+    shares: (L, H), from `attention_shares`. Returns
 
-    question: the prompt's text. answers: by base and prefix. tokens: of the prompt and the prefix's answer, T texts. prompt:
-    how many of them are the prompt's.
-    expected: of each token after the first, T - 1, by base and prefix: the probability of that token, and the likeliest ones
-    with theirs.
-    attention: of some layers and heads, the weights that each token gives to each prefix token (T, P).
+    question: the prompt's text
+    answers: the base's and the prefix's
+    tokens: the T tokens as texts; the first `prompt` of them are the prompt
+    expected: by base and by prefix, for each of the T - 1 tokens after the first: its probability, and the likeliest tokens
+    attention: for some layers and heads, the weights that each token gives to each prefix token (T, P)
     """
     replies = {"base": _reply(model, prompt, BASE), "prefix": _reply(model, prompt, name)}
     ids = prompt + replies["prefix"]
@@ -54,14 +54,14 @@ def follow(
 
 
 def _reply(model: PrefixBloom, prompt: list[int], name: str) -> list[int]:
-    """The greedy answer's token ids, EOS included unless it is longer than MOST_NEW_TOKENS."""
+    """The token ids of the greedy answer: up to MOST_NEW_TOKENS, EOS included."""
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(ids, prefix_name=name, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
     return output[0, len(prompt) :].tolist()
 
 
 def _expected(tokenizer: PreTrainedTokenizerBase, probabilities: torch.Tensor, labels: torch.Tensor) -> list[dict]:
-    """probabilities: (N, V). Of each label, its own and the likeliest tokens'."""
+    """For each label, its probability and the likeliest tokens with theirs. probabilities: (N, V)."""
     own = probabilities.gather(1, labels[:, None]).flatten().tolist()
     likeliest = zip(*(x.tolist() for x in probabilities.topk(LIKELIEST)), strict=True)
     return [
@@ -74,7 +74,7 @@ def _expected(tokenizer: PreTrainedTokenizerBase, probabilities: torch.Tensor, l
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text; where it is a part of a character, its bytes in hexadecimal."""
+    """A token as text. If it is only a part of a character: its bytes in hexadecimal, as <e5 8c>."""
     text = str(tokenizer.decode([token]))
     if "\N{REPLACEMENT CHARACTER}" not in text:
         return text

@@ -1,4 +1,4 @@
-"""What breaks without a part of the prefix: a layer's pairs, a head's, a token's, all keys, all values."""
+"""What breaks without a part of the prefix: the pairs of a layer, a head or a token, all keys, all values."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from prefix_tuning.model.attention import attention_bias
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedBlock
-from prefix_tuning.study.scoring import Score, Tally, score
+from prefix_tuning.study.scoring import Score, Tally, score_prefix
 from prefix_tuning.study.shares import heads_by_share
 
-MOST_HEADS = 64  # that are removed one by one; of a larger base, those to which the prefix owes the most attention
+MOST_HEADS = 64  # heads that are removed one by one: those that give the prefix the most attention
 
 
 class Part(NamedTuple):
-    """A part of a prefix: its kind, where it is, and its pairs (L, H, P), bool. first: the first layer that has some."""
+    """A part of a prefix. where: its layer, head or token. pairs: (L, H, P), bool. first: its first layer."""
 
     kind: str
-    place: dict[str, int]
+    where: dict[str, int]
     pairs: torch.Tensor
     first: int
 
@@ -34,16 +34,18 @@ def removals(
 ) -> dict:
     """Loss and exact match without each part of a prefix (L, 2, H, P, D), the worst loss first.
 
-    shares: (L, H), of `attention_shares`. alone: the score of the base. advance: is called with the number of rows that have
-    passed through the base, in all `passes_of_removals` times those of the batches. Removed pairs take no share of the
-    attention, as if they had never been there. With "keys only", values are 0, so that the prefix only draws attention away
-    from the text; with "values only", keys are 0, so that the distance alone decides how much of each value is added.
+    shares: (L, H), from `attention_shares`. alone: the score of the base. advance: is called with the number of rows that
+    have passed through the base; together, each row passes `passes_of_removals` times.
 
-    whole, base: the scores of the prefix and of the base alone. parts: of each removal its kind (layer, head, token, keys
-    only, values only), its place and its scores. left_out: heads that were not removed.
+    Removed pairs take no share of the attention, as if they had never been there. With "keys only", values are 0: the prefix
+    only draws attention away from the text. With "values only", keys are 0: the distance alone decides how much of each
+    value is added.
+
+    whole, base: the scores of the prefix and of the base alone. parts: for each removal its kind (layer, head, token, keys
+    only, values only), where it is, and its scores. left_out: number of heads that were not removed.
     """
-    places = heads_by_share(shares)
-    removed = list(_parts(prefix, sorted(places[:MOST_HEADS])))
+    heads = heads_by_share(shares)
+    removed = list(_parts(prefix, sorted(heads[:MOST_HEADS])))
     whole, tallies = Tally(), [Tally() for _ in removed]
     for batch in batches:
         batch = batch.to(base.device)
@@ -51,28 +53,29 @@ def removals(
             tally.add(base, batch, hidden)
             advance(batch.rows)
     parts = [
-        {"kind": part.kind, **part.place, **tally.score()._asdict()} for part, tally in zip(removed, tallies, strict=True)
+        {"kind": part.kind, **part.where, **tally.total()._asdict()} for part, tally in zip(removed, tallies, strict=True)
     ]
     for side, kind in enumerate(("values only", "keys only")):
         half = prefix.clone()
         half[:, side] = 0
-        parts.append({"kind": kind, **score(base, batches, half)._asdict()})
+        parts.append({"kind": kind, **score_prefix(base, batches, half)._asdict()})
         advance(whole.rows)
     parts.sort(key=lambda part: -part["loss"])
-    return {"whole": whole.score()._asdict(), "base": alone._asdict(), "parts": parts, "left_out": len(places[MOST_HEADS:])}
+    return {"whole": whole.total()._asdict(), "base": alone._asdict(), "parts": parts, "left_out": len(heads[MOST_HEADS:])}
 
 
 def passes_of_removals(prefix: torch.Tensor) -> int:
-    """How often `removals` runs the rows through the base: for each part, for the two halves, and for the whole prefix."""
+    """How often `removals` runs the rows through the base: for the whole prefix, each part and both halves."""
     layers, _, heads, length, _ = prefix.shape
     return layers + min(MOST_HEADS, layers * heads) + length + 3
 
 
 @torch.no_grad()
 def _hidden_without(base: Bloom, batch: Batch, prefix: torch.Tensor, parts: list[Part]) -> Iterator[torch.Tensor]:
-    """What the head reads at the labels, (N, E), with the whole prefix, and then without each part.
+    """The input of the head at the labels, (N, E): with the whole prefix, and then without each part.
 
-    Layers below a part do not change without it: from the pass with the whole prefix, each part goes on at its first layer.
+    Layers below a part do not change without it. So each pass begins at the first layer of the part, with what the whole
+    prefix gave there.
     """
     body = base.transformer
     blocks = cast(list[PackedBlock], body.h)
@@ -98,13 +101,13 @@ def _hidden_without(base: Bloom, batch: Batch, prefix: torch.Tensor, parts: list
 
 
 def _parts(prefix: torch.Tensor, heads: list[tuple[int, int]]) -> Iterator[Part]:
-    """Everything that can be removed."""
+    """The parts that are removed one at a time."""
     layers, _, _, length, _ = prefix.shape
     nothing = torch.zeros_like(prefix[:, 0, :, :, 0], dtype=torch.bool)
 
-    def at(*place) -> torch.Tensor:
+    def at(*index) -> torch.Tensor:
         removed = nothing.clone()
-        removed[place] = True
+        removed[index] = True
         return removed
 
     for layer in range(layers):

@@ -1,4 +1,4 @@
-"""A study from its settings to its files: what is measured, in which order, and the page that is made of it."""
+"""A study from its settings to its files: what is measured, in which order, and the page that shows it."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from prefix_tuning.base_model.identity import LOCAL, portable_name
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
-from prefix_tuning.demo.build import load_relations, quiz, quiz_questions
+from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
 from prefix_tuning.devices import out_of_memory_explained, resolve_device, suggested_max_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import CONFIG_FILE
@@ -30,7 +30,7 @@ from prefix_tuning.study.mixing import mixtures, passes_of_mixtures
 from prefix_tuning.study.page import write_page
 from prefix_tuning.study.question import follow
 from prefix_tuning.study.removal import passes_of_removals, removals
-from prefix_tuning.study.scoring import batches_of, spaced, spaced_places
+from prefix_tuning.study.scoring import pack_rows, spaced, spaced_indices
 from prefix_tuning.study.sections import sections_of, summary
 from prefix_tuning.study.settings import StudyConfig
 from prefix_tuning.study.shares import attention_shares
@@ -38,18 +38,21 @@ from prefix_tuning.study.texts import say
 from prefix_tuning.study.vectors import nearest_words, prefix_norms, score_base
 from prefix_tuning.training.checkpoints import find_checkpoints
 
-ROWS, ROWS_OF_LARGE, LARGE = 200, 20, 100_000_000  # rows that are used by default, of a base with more weights than this
-GROWTH_ROWS = 64  # on which attention is measured at every checkpoint
+# Rows that are used by default: ROWS, or ROWS_OF_LARGE for a base of more than LARGE weights.
+ROWS, ROWS_OF_LARGE, LARGE = 200, 20, 100_000_000
+GROWTH_ROWS = 64  # rows on which attention is measured at every checkpoint
 QUIZ_QUESTIONS = 4  # for each row of a dataset
-QUESTIONS_AT_ONCE, QUIZ_COST = 320, 2  # of the quiz; answering one takes as long as QUIZ_COST rows in one pass
+# Quiz questions are answered QUESTIONS_AT_ONCE; one takes as long as QUIZ_COST rows in a forward pass.
+QUESTIONS_AT_ONCE, QUIZ_COST = 320, 2
 BAR = "{desc}{percentage:.0f} %|{bar}| about {remaining} left"
 
 
 class Rows(NamedTuple):
-    """Rows that a prefix is studied on: some of those that are `there`, evenly spaced.
+    """The rows of a dataset that a prefix is studied on.
 
-    few: again some of them. few_used: how many these are. used, cut: how many have labels, and how many of these were cut.
-    prompt: the token ids of the question that is followed: the first whose prompt is not too long.
+    there: number of rows in the dataset. used: number of rows in `batches`, evenly spaced and with labels. cut: how many of
+    these were cut. few_used: number of rows in `few`, a part of the used ones. prompt: the token ids of the question that is
+    followed.
     """
 
     name: str
@@ -67,12 +70,12 @@ def study(config: StudyConfig) -> None:
     device, folders = resolve_device(config.device), config.named_prefixes()
     names = {name: config.dataset or trained_on(name, folder) for name, folder in folders.items()}
     given, splits = parse_columns(config.columns), ("validation", "test", "train")
-    # Before the base, which may take minutes to load.
+    # Rows are read before the base, which may take minutes to load.
     sets = {name: load_rows(name, splits, given) for name in dict.fromkeys(names.values())}
     model, tokenizer = open_model(folders, config, device)
     with out_of_memory_explained(device, lambda: "try --precision auto, or a shorter --question"):
         rows = {name: prepare(name, one, config, model, tokenizer) for name, one in sets.items()}
-        numbers = measure(model, tokenizer, folders, {name: rows[dataset] for name, dataset in names.items()})
+        numbers = measure_prefixes(model, tokenizer, folders, {name: rows[dataset] for name, dataset in names.items()})
     page, numbers = Path(config.output), rounded(numbers, math.nan)
     with atomic_write(page.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(rounded(numbers, None), ensure_ascii=False), "utf-8")
@@ -81,7 +84,7 @@ def study(config: StudyConfig) -> None:
 
 
 def rounded(value: Any, not_finite: float | None) -> Any:
-    """Dicts and lists of numbers and texts, with 6 digits of each fraction. not_finite: instead of infinity and NaN, which
+    """Dicts and lists of numbers and texts, with floats rounded to 6 digits. not_finite: replaces infinity and NaN, which
     JSON does not have.
     """
     if isinstance(value, dict):
@@ -94,8 +97,9 @@ def rounded(value: Any, not_finite: float | None) -> Any:
 
 
 def trained_on(name: str, folder: str) -> str:
-    """The dataset that a prefix's folder names: the held-out rows of its training, else the training rows. Raises UserError
-    if it names none that can be found by its name.
+    """The dataset that a prefix's folder names: the held-out rows of its training, else the training rows.
+
+    Raises UserError if the folder names none, or only a local file, whose path it does not record.
     """
     path = locate(folder, CONFIG_FILE)
     try:
@@ -120,8 +124,8 @@ def prepare(name: str, rows: Dataset, config: StudyConfig, model: PrefixBloom, t
     few = spaced(tokenized, GROWTH_ROWS)
     return Rows(
         portable_name(name).removeprefix(LOCAL),
-        batches_of(tokenized, max_tokens),
-        batches_of(few, max_tokens),
+        pack_rows(tokenized, max_tokens),
+        pack_rows(few, max_tokens),
         few_used=len(few),
         used=len(tokenized),
         cut=sum(ids[-1] != tokenizer.eos_token_id for ids in tokenized["input_ids"]),
@@ -131,24 +135,26 @@ def prepare(name: str, rows: Dataset, config: StudyConfig, model: PrefixBloom, t
 
 
 def _prompt(question: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The question to follow as token ids: the given one, else that of the first row that fits, a talk's turns included."""
+    """The question to follow as token ids: the given one, else the first row's that fits, a talk's turns included."""
     if question:
         (ids,) = prompt_ids(tokenizer, [parts_of(question)])
         if len(ids) > MAX_LENGTH:
             raise UserError(f"--question takes {len(ids)} tokens; it must fit into {MAX_LENGTH}")
         return ids
     talks = [parts_of(row["instruction"], row["input"], row["history"]) for row in rows]
-    talks += [parts[:1] for parts in talks]  # of talks that are all too long, the first turn: one of them has a label
+    talks += [parts[:1] for parts in talks]  # if all talks are too long, the first turn of one fits: a row has a label
     return next(ids for ids in prompt_ids(tokenizer, talks) if len(ids) <= MAX_LENGTH)
 
 
-def measure(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dict[str, str], rows: dict[str, Rows]) -> dict:
-    """All numbers of the study, as study.json has them. folders, rows: of each prefix, by name."""
+def measure_prefixes(
+    model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dict[str, str], rows: dict[str, Rows]
+) -> dict:
+    """All numbers of the study, as study.json holds them. folders, rows: of each prefix, by name."""
     names, tensors = list(model.prefixes), model.prefixes
     pairs = [(names[0], other) for other in names[1:]]
     used = max(one.used for one in rows.values())
     every = _quiz_of(model)
-    facts = [every[place] for place in spaced_places(len(every), QUIZ_QUESTIONS * used)]
+    facts = [every[index] for index in spaced_indices(len(every), QUIZ_QUESTIONS * used)]
     sets = {one.name: one for one in rows.values()}
     total = sum(one.used for one in sets.values()) + QUIZ_COST * len(facts) * len(model.names)
     growing = {
@@ -159,12 +165,12 @@ def measure(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dic
         passes = passes_of_mixtures(*(tensors[name] for name in pair))
         total += passes * sum({rows[name].name: rows[name].used for name in pair}.values())
     print(
-        f"{total:,} rows pass through the base, the same {used} again for each part of a prefix that is removed; "
+        f"{total:,} rows pass through the base: the same {used} for each part of a prefix that is removed; "
         f"--rows {max(1, used // 4)} takes a quarter of the time"
     )
 
     with tqdm(total=total, bar_format=BAR) as bar:
-        # The base knows nothing of a prefix: one pass over its rows serves all prefixes that are studied on them.
+        # One pass of the base alone serves all prefixes that are studied on the same rows.
         alone = {}
         for name, one in sets.items():
             bar.set_description("base")
@@ -217,7 +223,7 @@ def measure(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dic
 def _quizzed(
     model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, facts: list, name: str, advance: Callable[[int], object]
 ) -> float:
-    """The share of the questions that are answered right with the prefix `name`."""
+    """The share of the questions that the prefix `name` answers right."""
     right = 0.0
     for start in range(0, len(facts), QUESTIONS_AT_ONCE):
         some = facts[start : start + QUESTIONS_AT_ONCE]
@@ -227,7 +233,7 @@ def _quizzed(
 
 
 def _quiz_of(model: PrefixBloom) -> list:
-    """Questions about all that the bundled base learnt in its pre-training; none for another base."""
+    """Questions about everything that the bundled base learnt in pre-training. Another base has none."""
     if portable_name(model.name_or_path or "") != bundled.MODEL:
         return []
     return [question for relation in load_relations() for question in quiz_questions(relation)]

@@ -1,4 +1,4 @@
-"""How well the base answers with a prefix: loss and exact match in one forward pass, for the many variants of a prefix."""
+"""How well the base answers with a prefix: loss and exact match in one forward pass."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from prefix_tuning.data.rows import take
 from prefix_tuning.model.batch import Batch, pack
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import Bloom, head_logits
 
 LABELS_AT_ONCE = 256  # rows of logits that exist at one time
 
@@ -22,70 +22,68 @@ class Score(NamedTuple):
 
 
 def interval(share: float, rows: int) -> tuple[float, float]:
-    """The interval in which the share lies for all rows like these, by Wilson, at 95 %."""
+    """The 95 % interval, by Wilson, for the share among all rows like these."""
     z = 1.96
     middle, half = share + z**2 / (2 * rows), z * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
     return (middle - half) / (1 + z**2 / rows), (middle + half) / (1 + z**2 / rows)
 
 
 def spaced(rows: Dataset, count: int) -> Dataset:
-    """So many of the rows, or all if there are fewer, evenly spaced."""
-    return rows.select(spaced_places(len(rows), count))
+    """Up to `count` of the rows, evenly spaced."""
+    return rows.select(spaced_indices(len(rows), count))
 
 
-def spaced_places(length: int, count: int) -> list[int]:
+def spaced_indices(length: int, count: int) -> list[int]:
     """Up to `count` indices below `length`, evenly spaced."""
     count = min(count, length)
-    return [place * length // count for place in range(count)]
+    return [number * length // count for number in range(count)]
 
 
-def batches_of(tokenized: Dataset, max_tokens: int) -> list[Batch]:
-    """The rows of `data.rows.tokenize`, packed."""
+def pack_rows(tokenized: Dataset, max_tokens: int) -> list[Batch]:
+    """The rows that `data.rows.tokenize` returns as packed batches."""
     return list(pack(take(tokenized, list(range(len(tokenized)))), max_tokens))
 
 
 def label_logits(base: Bloom, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
     """The logits at the labels of a batch: (N, V), at least float32. prefix: (L, 2, H, P, D), or None for the base alone."""
-    hidden = base.packed_hidden(batch, prefix)
-    logits = F.linear(hidden, base.gathered(base.lm_head.weight))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return head_logits(base.packed_hidden(batch, prefix), base.gathered(base.lm_head.weight))
 
 
 @torch.no_grad()
-def score(base: Bloom, batches: list[Batch], prefix: torch.Tensor | None) -> Score:
+def score_prefix(base: Bloom, batches: list[Batch], prefix: torch.Tensor | None) -> Score:
     """Loss and exact match over all batches. prefix: (L, 2, H, P, D), or None for the base alone."""
     tally = Tally()
     for batch in batches:
         batch = batch.to(base.device)
         tally.add(base, batch, base.packed_hidden(batch, prefix))
-    return tally.score()
+    return tally.total()
 
 
 class Tally:
     """The sums of a Score, batch by batch.
 
     Greedy generation repeats the answer of a row if and only if each of its labels, EOS included, is the likeliest token
-    after those before it. So no token has to be generated to know whether it would. Of a row that was cut, this holds for
-    what is left of its answer; of a talk, for all its answers, each after the true ones before it.
+    after the labels before it. So exact match needs no generation. If a row was cut, this holds for what is left of its
+    answer; in a talk, for all its answers, each after the true ones before it.
     """
 
     def __init__(self) -> None:
         self.loss, self.labels, self.right, self.rows = 0.0, 0, 0, 0
 
     def add(self, base: Bloom, batch: Batch, hidden: torch.Tensor) -> None:
-        """hidden: (N, E), what the head reads at the labels of the batch."""
+        """hidden: (N, E), the input of the head at the labels of the batch."""
         head = base.gathered(base.lm_head.weight)
         wrong = torch.zeros(batch.rows, dtype=torch.bool, device=base.device)
         parts = zip(*(x.split(LABELS_AT_ONCE) for x in (hidden, batch.labels, label_rows(batch))), strict=True)
         for part, expected, row in parts:
-            logits = F.linear(part, head).float()
+            logits = head_logits(part, head)
             self.loss += F.cross_entropy(logits, expected, reduction="sum").item()
             wrong[row[logits.argmax(dim=-1) != expected]] = True
         self.labels += len(batch.labels)
         self.right += int((~wrong).sum())
         self.rows += batch.rows
 
-    def score(self) -> Score:
+    def total(self) -> Score:
         return Score(self.loss / self.labels, self.right / self.rows)
 
 

@@ -1,17 +1,17 @@
-"""The page of a study: its parts in their order, made of the numbers of run.py. What it says stands in texts.json."""
+"""The page of a study: its sections in order, made from the numbers of run.py. Its texts are in texts.json."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from prefix_tuning.study import figures, findings
-from prefix_tuning.study.page import Section, Text
-from prefix_tuning.study.plotting import short_name
+from prefix_tuning.study import findings, plots
+from prefix_tuning.study.page import Section, Text, joined
+from prefix_tuning.study.plot_style import short_name
 from prefix_tuning.study.texts import say
 
-# Bytes. plotly.js takes 4.8 of the page's 6 MB; what the pictures of a prefix take that do not grow with rows and base is
-# subtracted from the rest, of which each of the two others gets a share.
+# Bytes: the page takes 6 MB at most, and plotly.js takes 4.8 of them. Of the ROOM that is left, each prefix takes
+# OF_A_PREFIX for most of its pictures. Those that grow with rows and base, distances and questions, share the rest.
 ROOM, OF_A_PREFIX, DISTANCE_SHARE, QUESTION_SHARE = 1_000_000, 60_000, 0.4, 0.6
 
 
@@ -21,22 +21,21 @@ def summary(numbers: dict) -> Text:
     for name, prefix in numbers["prefixes"].items():
         cut = say("prefix.cut", rows_cut=prefix["rows_cut"]) if prefix["rows_cut"] else Text("", "")
         each.append(say("prefix", name=name, cut=cut, **prefix))
-    prefixes = Text("、".join(text.zh for text in each), ", ".join(text.en for text in each))
-    return say("summary", base=numbers["base"], precision=numbers["precision"], prefixes=prefixes)
+    return say("summary", base=numbers["base"], precision=numbers["precision"], prefixes=joined(each, "、"))
 
 
 def sections_of(numbers: dict) -> list[Section]:
-    """numbers: of `run.measure`."""
+    """numbers: from `run.measure_prefixes`."""
     prefixes = numbers["prefixes"]
     return [
-        _section("attention", _drawn(figures.share_map, prefixes, "attention"), _found(findings.attention, prefixes)),
+        _section("attention", _drawn(plots.share_map, prefixes, "attention"), _found(findings.attention, prefixes)),
         _distance(prefixes),
         _question(prefixes),
         _removal(prefixes),
         _pairs(numbers["pairs"], prefixes),
         _quiz(numbers["quiz"]),
         _growth(prefixes),
-        _section("norms", _drawn(figures.norm_boxes, prefixes, "norms"), _found(findings.norms, prefixes)),
+        _section("norms", _drawn(plots.norm_boxes, prefixes, "norms"), _found(findings.norms, prefixes)),
         _words(prefixes),
     ]
 
@@ -52,7 +51,7 @@ def _section(
 
 
 def _drawn(draw: Callable[[dict, str], Any], prefixes: dict, key: str) -> list[Any]:
-    """What is drawn of each prefix, for which it has the numbers."""
+    """The pictures of each prefix that has the numbers."""
     return [draw(one[key], short_name(name)) for name, one in prefixes.items() if one[key]]
 
 
@@ -68,8 +67,8 @@ def _left_out(key: str, count: int) -> list[Text]:
 def share_out(share: float, prefixes: int, fixed: float, each: float, most: int) -> tuple[int, int]:
     """How many prefixes are drawn, and how many items (layers, heads) of each, within a share of the page.
 
-    A prefix takes `fixed` bytes and, for every item, of which there are `most`, `each`. One item of one prefix is always
-    drawn.
+    A prefix takes `fixed` bytes, and `each` bytes for each of its items. It has `most` items. One item of one prefix is
+    always drawn.
     """
     budget = share * (ROOM - OF_A_PREFIX * prefixes)
     drawn = max(1, min(prefixes, int(budget // (fixed + each))))
@@ -81,9 +80,9 @@ def _distance(prefixes: dict) -> Section:
     layers, heads = len(shares[0]["share"]), len(shares[0]["slopes"])
     line = 250 + 5.4 * max(len(one["by_distance"][0][0]) for one in shares)  # 4-byte numbers in base64
     drawn, count = share_out(DISTANCE_SHARE, len(prefixes), heads * line, heads * line, layers)
-    chosen = [place * layers // count for place in range(count)]
+    chosen = [number * layers // count for number in range(count)]
     pairs = zip(shares[:drawn], prefixes, strict=False)
-    pictures = [figures.share_by_distance(one, short_name(name), chosen) for one, name in pairs]
+    pictures = [plots.share_by_distance(one, short_name(name), chosen) for one, name in pairs]
     notes = _left_out("prefixes", len(prefixes) - drawn) + _left_out("layers", layers - count)
     farther = max(prefix["num_virtual_tokens"] for prefix in prefixes.values()) - 1
     return _section("distance", pictures, _found(findings.distance, prefixes), notes, farther=farther)
@@ -97,9 +96,9 @@ def _question(prefixes: dict) -> Section:
     heads = max(len(one["attention"]) for one in questions.values())
     drawn, count = share_out(QUESTION_SHARE, len(prefixes), 300 * tokens, weights, heads)
     pictures, notes = [], []
-    for place, (name, one) in enumerate(questions.items()):
-        if place < drawn:
-            pictures.append(figures.question_map(one, short_name(name), count))
+    for number, (name, one) in enumerate(questions.items()):
+        if number < drawn:
+            pictures.append(plots.question_map(one, short_name(name), count))
         answers = {"base": one["answers"]["base"], "answer": one["answers"]["prefix"]}
         notes.append(say("question.answers", name=name, question=one["question"], **answers))
     every = sum(map(len, next(iter(prefixes.values()))["attention"]["share"]))
@@ -109,13 +108,13 @@ def _question(prefixes: dict) -> Section:
 
 def _removal(prefixes: dict) -> Section:
     removals = {name: prefix["removal"] for name, prefix in prefixes.items()}
-    drawn = [figures.removal_bars(one, short_name(name), prefixes[name]["rows"]) for name, one in removals.items()]
+    drawn = [plots.removal_bars(one, short_name(name), prefixes[name]["rows"]) for name, one in removals.items()]
     notes = [
         say("removal.whole", name=name, rows=prefixes[name]["rows"], row=1 / prefixes[name]["rows"], **one)
         for name, one in removals.items()
     ]
     notes += _left_out("heads", max(one["left_out"] for one in removals.values()))
-    notes += _left_out("bars", max(len(one["parts"]) - figures.MOST_BARS for one in removals.values()))
+    notes += _left_out("bars", max(len(one["parts"]) - plots.MOST_BARS for one in removals.values()))
     return _section("removal", drawn, _found(findings.removal, prefixes), notes)
 
 
@@ -126,9 +125,9 @@ def _pairs(pairs: list[dict], prefixes: dict) -> Section:
     notes = []
     for pair in pairs:
         named = pair | {side: short_name(pair[side]) for side in ("first", "second")}
-        drawn.append(figures.combination_bars(named))
+        drawn.append(plots.combination_bars(named))
         if pair["between"]:
-            drawn += [figures.between_lines(named), figures.cosine_bars(named)]
+            drawn += [plots.between_lines(named), plots.cosine_bars(named)]
         else:
             notes.append(say("pairs.lengths", first=pair["first"], second=pair["second"]))
     notes += [say("pairs.first")] if len(pairs) > 1 else []
@@ -138,7 +137,7 @@ def _pairs(pairs: list[dict], prefixes: dict) -> Section:
 def _quiz(quiz: dict | None) -> Section:
     if quiz is None:
         return Section(say("quiz"), say("quiz.none"))
-    return _section("quiz", [figures.quiz_bars(quiz["right"])], [findings.quiz(quiz)], **quiz)
+    return _section("quiz", [plots.quiz_bars(quiz["right"])], [findings.quiz(quiz)], **quiz)
 
 
 def _growth(prefixes: dict) -> Section:
@@ -146,14 +145,14 @@ def _growth(prefixes: dict) -> Section:
     missing = ", ".join(name for name in prefixes if name not in grown)
     notes = [say("growth.none", names=missing)] if missing else []
     notes += _left_out("checkpoints", max((one["growth"]["left_out"] for one in grown.values()), default=0))
-    return _section("growth", _drawn(figures.growth_lines, prefixes, "growth"), _found(findings.growth, grown), notes)
+    return _section("growth", _drawn(plots.growth_lines, prefixes, "growth"), _found(findings.growth, grown), notes)
 
 
 def _words(prefixes: dict) -> Section:
     table: list[list[str | Text]] = [[say(f"words.{key}") for key in ("prefix", "token", "nearest", "unexplained")]]
     for name, prefix in prefixes.items():
-        for place, one in enumerate(prefix["nearest_words"]):
+        for token, one in enumerate(prefix["nearest_words"]):
             words = ", ".join(f"{text!r} {cosine:.2f}" for text, cosine in one["words"])
-            table.append([name, str(place), words, f"{one['unexplained']:.0%}"])
+            table.append([name, str(token), words, f"{one['unexplained']:.0%}"])
     found = _found(findings.words, prefixes)
     return Section(say("words"), say("words.reading"), table=table, notes=[say("words.warning")], found=found)

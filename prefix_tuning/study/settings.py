@@ -25,21 +25,21 @@ class StudyArguments:
     )
     columns: str | None = flag(None, COLUMNS_HELP)
     output: str = flag(
-        "study.html", "The page. All its numbers are written beside it, to a .json of the same name.", is_path=True
+        "study.html", "The page. Its numbers are written beside it, to a .json of the same name.", is_path=True
     )
     rows: int | None = flag(
         None,
         "How many rows of a dataset to use, evenly spaced, and 4 times as many quiz questions: half the rows take half the "
-        "time. Default: 200, of a base above 100 M weights 20.",
+        "time. Default: 200; 20 if the base has more than 100 M weights.",
         at_least=1,
     )
-    question: str | None = flag(None, "The question that is followed token by token. Default: that of the first row.")
+    question: str | None = flag(None, "The question that is followed token by token. Default: the first row's.")
 
 
 @dataclass
 class StudyBaseArguments(BaseArguments):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
-        "fp32", "Compute type of the base. auto: bf16 where there are units for it, which rounds the figures to 2 digits."
+        "fp32", "Compute type of the base. auto: bf16 where the hardware has units for it; its figures have 2 digits."
     )
 
 
@@ -53,12 +53,12 @@ class StudyConfig(StudyArguments, StudyBaseArguments, Prefixes):
         self.question = self.question and as_text(self.question, "--question")
         self.columns = self.columns and as_text(self.columns, "--columns")
         parse_columns(self.columns)
-        if importlib.util.find_spec("plotly") is None:
-            raise UserError("the study's pictures need a package that is not here: pip install plotly")
 
 
 def check_page(output: str) -> None:
-    """Raises UserError unless the page, and the .json of its numbers beside it, can be written."""
+    """Raises UserError unless the page and the .json of its numbers can be written, and plotly is there to draw it."""
+    if importlib.util.find_spec("plotly") is None:
+        raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
     page = Path(output).absolute()
     if page.suffix != ".html":
         raise UserError(f"--output {output}: must end in .html; the numbers go beside it, to a .json")

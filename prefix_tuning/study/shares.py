@@ -11,7 +11,7 @@ from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.study.attention import watching
 
-FEWEST_ROWS = 5  # that a mean over rows is taken of: farther from the prefix than the fifth longest row, it is not
+FEWEST_ROWS = 5  # a mean over fewer rows is not taken, so distances end with the fifth longest row
 
 
 @torch.no_grad()
@@ -25,29 +25,29 @@ def attention_shares(base: Bloom, batches: list[Batch], prefix: torch.Tensor) ->
     layers, _, heads, length, _ = prefix.shape
     longest = max(batch.max_length for batch in batches)
     answers, labels = torch.zeros(layers, heads, dtype=torch.float64), 0
-    by_place, rows = torch.zeros(layers, heads, longest, dtype=torch.float64), torch.zeros(longest)
+    by_distance, rows = torch.zeros(layers, heads, longest, dtype=torch.float64), torch.zeros(longest)
     for batch in batches:
         batch = batch.to(base.device)
-        places = torch.cat([torch.arange(tokens) for tokens in batch.lengths])
+        indices = torch.cat([torch.arange(tokens) for tokens in batch.lengths])  # of each token in its row
 
-        def add(layer: int, weights: torch.Tensor, batch: Batch = batch, places: torch.Tensor = places) -> None:
+        def add(layer: int, weights: torch.Tensor, batch: Batch = batch, indices: torch.Tensor = indices) -> None:
             share = batch.from_grid(weights[..., :length].sum(dim=-1).transpose(1, 2))  # (T, H)
             answers[layer] += share[batch.label_positions].cpu().double().sum(dim=0)
-            by_place[layer].index_add_(1, places, share.cpu().double().T)
+            by_distance[layer].index_add_(1, indices, share.cpu().double().T)
 
         with watching(base, add):
             base.packed_hidden(batch, prefix)
         labels += len(batch.labels)
-        rows += torch.bincount(places, minlength=longest)
+        rows += torch.bincount(indices, minlength=longest)
     enough = rows >= min(FEWEST_ROWS, rows[0].item())
     return {
         "share": (answers / labels).tolist(),
-        "by_distance": (by_place / rows)[:, :, enough].tolist(),
+        "by_distance": (by_distance / rows)[:, :, enough].tolist(),
         "slopes": alibi_slopes(heads).tolist(),
     }
 
 
 def heads_by_share(shares: list[list[float]]) -> list[tuple[int, int]]:
-    """Layer and head of all shares (L, H) of `attention_shares`, the largest first."""
-    places = [(layer, head) for layer, line in enumerate(shares) for head in range(len(line))]
-    return sorted(places, key=lambda place: -shares[place[0]][place[1]])
+    """Layer and head of each share (L, H), the largest share first."""
+    heads = [(layer, head) for layer, line in enumerate(shares) for head in range(len(line))]
+    return sorted(heads, key=lambda one: -shares[one[0]][one[1]])

@@ -1,4 +1,4 @@
-"""Keys and values of a prefix beside those of real text, and the words that it is nearest to.
+"""Keys and values of a prefix beside those of real text, and the words nearest to it.
 
 Legend: T tokens, L layers, H heads, P prefix tokens, D head_dim, E = H * D, V vocabulary.
 """
@@ -15,29 +15,29 @@ from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedBlock
 from prefix_tuning.study.attention import attending
 from prefix_tuning.study.question import token_text
-from prefix_tuning.study.scoring import Score, score
+from prefix_tuning.study.scoring import Score, score_prefix
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-NEAREST = 5  # words of each prefix token
-WORDS_AT_ONCE = 4096  # of the vocabulary
+NEAREST = 5  # words for each prefix token
+WORDS_AT_ONCE = 4096  # words of the vocabulary that are compared at once
 
 
 @torch.no_grad()
 def score_base(base: Bloom, batches: list[Batch]) -> tuple[Score, list[list[list[float]]]]:
-    """In one pass of the base alone, its score and the lengths of the keys and values, each of D numbers, that it computes
-    for text: QUANTILES over all heads and tokens, (L, 2, 5).
+    """Runs the base alone once. Returns its score, and the lengths of the keys and values that it computes for text: vectors
+    of D numbers, whose QUANTILES over all heads and tokens are (L, 2, 5).
     """
     norms: list[list[torch.Tensor]] = [[] for _ in base.transformer.h]
 
     def attend_in(layer: int):
-        def attend_and_note(qkv, *others):
+        def attend_and_keep_norms(qkv, *others):
             norms[layer].append(qkv[:, :, 1:].float().norm(dim=-1).flatten(0, 1))  # (T * H, 2)
             return attend(qkv, *others)
 
-        return attend_and_note
+        return attend_and_keep_norms
 
     with attending(base, attend_in):
-        scored = score(base, batches, None)
+        scored = score_prefix(base, batches, None)
     return scored, [_quantiles(torch.cat(parts).T) for parts in norms]
 
 
@@ -47,17 +47,18 @@ def prefix_norms(prefix: torch.Tensor) -> list[list[list[float]]]:
 
 
 def _quantiles(norms: torch.Tensor) -> list[list[float]]:
-    return np.quantile(norms.cpu().numpy(), QUANTILES, axis=-1).T.tolist()  # torch's takes 16 million numbers at most
+    return np.quantile(norms.cpu().numpy(), QUANTILES, axis=-1).T.tolist()  # torch.quantile takes 16 million numbers at most
 
 
 @torch.no_grad()
 def nearest_words(base: Bloom, tokenizer: PreTrainedTokenizerBase, prefix: torch.Tensor) -> list[dict]:
-    """The words nearest to each token of a prefix (L, 2, H, P, D), where a word's pair does not depend on its context.
+    """The words nearest to each token of a prefix (L, 2, H, P, D), in the first layer.
 
-    That is the first layer: there, key and value of a word are W x + b, with x (E) its embedding after the layer norms.
-    For each prefix token, the x whose pair is nearest to its own is found by least squares, and compared with all words'.
+    There, the pair of a word does not depend on its context: key and value are W x + b, where x (E) is the word's embedding
+    after the layer norms. For each prefix token, least squares find the x that best gives its pair. This x is compared with
+    the x of every word.
 
-    words: the nearest and their cosines. unexplained: what no x can give, as a share of the length of the pair, 0 to 1.
+    words: the nearest and their cosines. unexplained: the part of the pair that no x can give, as a share of its length.
     """
     body = base.transformer
     block = cast(PackedBlock, body.h[0])

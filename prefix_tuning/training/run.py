@@ -70,8 +70,8 @@ def train(config: TrainConfig) -> dict:
     make_reproducible(device)
     folder = Path(config.output_dir)
     with (
-        # As cli.py does, for programs that call this: they may write to a pipe whose reader Ctrl-C ends. A program without
-        # a console has neither stream.
+        # For programs that call this: they may write to a pipe whose reader Ctrl-C ends, as the commands may (command.py).
+        # A program without a console has neither stream.
         redirect_stdout(sys.stdout and Screen(sys.stdout)),
         redirect_stderr(sys.stderr and Screen(sys.stderr)),
         distributed.processes(device),

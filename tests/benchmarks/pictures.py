@@ -28,7 +28,7 @@ def draw_training(path: Path) -> None:
     from transformers import TrainerCallback
 
     from prefix_tuning import bundled
-    from prefix_tuning.study.scoring import batches_of, score, spaced
+    from prefix_tuning.study.scoring import pack_rows, score_prefix, spaced
     from prefix_tuning.training.loop import optimizer_step
     from prefix_tuning.training.settings import TrainConfig
 
@@ -36,13 +36,13 @@ def draw_training(path: Path) -> None:
     epochs = int(demo.pop("num_train_epochs"))
     config = TrainConfig(**demo, num_train_epochs=1)
     base, tokenizer, eval_set, state, steps = beginning(config, shuffled_epochs=epochs)
-    held_out = batches_of(spaced(eval_set, HELD_OUT), steps.max_tokens)
+    held_out = pack_rows(spaced(eval_set, HELD_OUT), steps.max_tokens)
     encoder, initial = state.encoder, {name: weight.clone() for name, weight in state.encoder.state_dict().items()}
     curves = {}
 
     def measure(name: str, step: int) -> None:
         if step in (*STEPS, steps.total):
-            scored = score(base, held_out, encoder.bake() if step else None)
+            scored = score_prefix(base, held_out, encoder.bake() if step else None)
             curves.setdefault(name, []).append((step, *scored))
             print(
                 f"{name:16s} step {step:3d}: held-out loss {scored.loss:.4f}, exact match {scored.exact_match:.1%}",

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, BloomForCausalLM
 
 from prefix_tuning import bundled
 from prefix_tuning.demo import build
+from prefix_tuning.demo.knowledge import load_relations
 
-RELATIONS = build.load_relations()
+RELATIONS = load_relations()
 NAMES = ("short", "sentence")
 
 

@@ -5,6 +5,7 @@ from peft import PrefixEncoder as PeftEncoder
 from peft import PrefixTuningConfig
 
 from prefix_tuning.errors import UserError
+from prefix_tuning.model.bloom import empty_prefix
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, flatten, unflatten
 
 BLOOM_1B4_ZH = PrefixConfig(10, 24, 16, 2048, 2048, prefix_projection=True)
@@ -23,6 +24,13 @@ def peft_encoder(config: PrefixConfig) -> PeftEncoder:
             num_transformer_submodules=1,
         )
     )
+
+
+def test_the_shape_follows_the_base():
+    base = random_bloom().config
+    assert PrefixConfig.of(base, 10) == PrefixConfig(10, 3, 6, 48, 48, prefix_projection=True)
+    assert PrefixConfig.of(base, 7, 20, False) == PrefixConfig(7, 3, 6, 48, 20, prefix_projection=False)
+    assert empty_prefix(base).shape == PrefixEncoder(PrefixConfig.of(base, 1)).bake()[:, :, :, :0].shape == (3, 2, 6, 0, 8)
 
 
 def test_bloom_1b4_zh_has_205_641_728_parameters():

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 from prefix_tuning import bundled
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import tokenize
-from prefix_tuning.study.scoring import batches_of
+from prefix_tuning.study.scoring import pack_rows
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def batches(tokenizer):
 
     def of(style):
         rows = load_rows(f"bundled:{style}-eval", ("train",)).select(range(24))
-        return batches_of(tokenize(rows, tokenizer, 256), max_tokens=300)
+        return pack_rows(tokenize(rows, tokenizer, 256), max_tokens=300)
 
     return {style: of(style) for style in ("short", "sentence")}
 

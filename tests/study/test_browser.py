@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prefix_tuning.cli import parse_study_config
-from prefix_tuning.demo.build import load_relations
+from prefix_tuning.demo.knowledge import load_relations
 from prefix_tuning.study import run
+from prefix_tuning.study.__main__ import parse_study_config
 from prefix_tuning.study.run import study
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; .ci/browser does it")

@@ -8,14 +8,14 @@ def test_attention_names_the_head_that_looks_most():
     said = findings.attention("short", {"attention": shares}).en
     assert "give 33% of their attention" in said and "head 0 of layer 1 gives the most, 80%; 1 of the 4 heads" in said
     said = findings.distance("short", {"attention": shares}).en
-    assert "token 1 to token 2" in said and "from 50% to 10% in the head of the steepest slope (0.25)" in said
-    assert "from 90% to 70% in that of the flattest (0.062)" in said
+    assert "token 1 to token 2" in said and "from 50% to 10% in the head with the steepest slope (0.25)" in said
+    assert "from 90% to 70% in the head with the flattest (0.062)" in said
 
 
 def test_a_question_s_first_token_of_the_answer():
     expected = {side: [{"probability": 0.5}, {"probability": last}] for side, last in (("base", 1e-7), ("prefix", 0.998))}
     said = findings.question("short", {"question": {"prompt": 2, "tokens": ["a", "b", "巴黎"], "expected": expected}}).en
-    assert "“巴黎”" in said and "of 99.8% with the prefix and of <0.1% by the base" in said
+    assert "“巴黎”" in said and "of 99.8% with the prefix and of <0.1% with the base" in said
 
 
 def test_the_worst_part_is_a_layer_a_head_or_a_token():
@@ -24,7 +24,8 @@ def test_the_worst_part_is_a_layer_a_head_or_a_token():
     parts += [{"kind": "token", "token": 7, "loss": 0.5, "exact_match": 0.9}]
     removal = {"whole": {"loss": 0.49, "exact_match": 0.95}, "parts": parts}
     said = findings.removal("short", {"removal": removal, "rows": 40})
-    assert "without head 1 of layer 3: the loss changes from 0.49 to 2 and 10 of 40 rows are right instead of 38" in said.en
+    assert "head 1 of layer 3 matters most: without it the loss changes from 0.49 to 2, and 10 of 40 rows" in said.en
+    assert "rows are right instead of 38" in said.en
     assert "第 3 层的头 1" in said.zh and "1 of the 2 parts" in said.en
 
 
@@ -44,7 +45,7 @@ def test_two_prefixes_on_the_rows_of_the_first():
 def test_growth_norms_words_and_quiz():
     stages = [{"step": step, "norm": [step, 2.0], "singular_values": [4.0, 1.0, 0.1]} for step in (5, 10)]
     said = findings.growth("short", {"growth": {"stages": stages}}).en
-    assert "at step 5 the keys have a mean length of 5.0" in said and "at step 10 10.0" in said
+    assert "at step 5 the keys have a mean length of 5.0" in said and "at step 10 of 10.0" in said
     assert "the largest 1 of 3 singular values" in said  # 16 of 17.01
     five = [[[1, 1, middle, 1, 1]] * 2 for middle in (2, 4)]
     said = findings.norms("short", {"norms": {"text": [five[0]] * 2, "prefix": five}}).en

@@ -8,7 +8,7 @@ from prefix_tuning.data.rows import tokenize
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.study import growth as module
 from prefix_tuning.study.growth import growth, saved_step, singular_values
-from prefix_tuning.study.scoring import batches_of
+from prefix_tuning.study.scoring import pack_rows
 from prefix_tuning.study.shares import attention_shares
 from prefix_tuning.training.checkpoints import find_checkpoints, load_checkpoint
 
@@ -16,7 +16,7 @@ from prefix_tuning.training.checkpoints import find_checkpoints, load_checkpoint
 def test_every_checkpoint_is_a_stage_and_the_last_is_the_prefix(settings, tmp_path, monkeypatch):
     run_quietly(settings | {"save_steps": 2, "save_total_limit": 100, "save_best": False})
     base, tokenizer = load_base(settings["model_name_or_path"], torch.float32, torch.device("cpu"))
-    batches = batches_of(tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256), 300)
+    batches = pack_rows(tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256), 300)
     prefix = load_prefix(tmp_path / "out").tensor
     found = growth(base, batches, tmp_path / "out", prefix)
     assert [stage["step"] for stage in found["stages"]] == [2, 4, 6, 8, 10, 11] and found["left_out"] == 0
@@ -36,7 +36,7 @@ def test_every_checkpoint_is_a_stage_and_the_last_is_the_prefix(settings, tmp_pa
 def test_damaged_checkpoints_are_skipped_and_damaged_records_are_no_growth(settings, tmp_path, capsys):
     run_quietly(settings | {"save_steps": 5, "save_total_limit": 100})
     base, tokenizer = load_base(settings["model_name_or_path"], torch.float32, torch.device("cpu"))
-    batches = batches_of(tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256), 300)
+    batches = pack_rows(tokenize(load_rows(settings["dataset"], ("train",)), tokenizer, 256), 300)
     prefix, first = load_prefix(tmp_path / "out").tensor, find_checkpoints(tmp_path / "out")[0]
     first.write_bytes(first.read_bytes()[:-10])
     steps = [stage["step"] for stage in growth(base, batches, tmp_path / "out", prefix)["stages"]]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prefix_tuning.study.mixing import mixtures, passes_of_mixtures
-from prefix_tuning.study.scoring import score
+from prefix_tuning.study.scoring import score_prefix
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +16,14 @@ def test_the_way_ends_in_the_prefixes_themselves(tuned_model, batches, two):
     found = mixtures(tuned_model, batches, *two, passed.append)
     assert len(found["between"]) == 11 and sum(passed) == 48 * passes_of_mixtures(*two)
     for end, alone, prefix in zip((found["between"][0], found["between"][-1]), found["alone"], two, strict=True):
-        expected = {name: score(tuned_model, rows, prefix)._asdict() for name, rows in batches.items()}
+        expected = {name: score_prefix(tuned_model, rows, prefix)._asdict() for name, rows in batches.items()}
         assert end == alone == expected
-    middle = {name: score(tuned_model, rows, (two[0] + two[1]) / 2).loss for name, rows in batches.items()}
+    middle = {name: score_prefix(tuned_model, rows, (two[0] + two[1]) / 2).loss for name, rows in batches.items()}
     assert {name: found["between"][5][name]["loss"] for name in batches} == pytest.approx(middle, abs=1e-5)
     swapped = torch.stack((two[0][:, 0], two[1][:, 1]), dim=1)
-    assert found["exchanged"][0]["short"] == score(tuned_model, batches["short"], swapped)._asdict()
+    assert found["exchanged"][0]["short"] == score_prefix(tuned_model, batches["short"], swapped)._asdict()
     swapped = torch.stack((two[1][:, 0], two[0][:, 1]), dim=1)
-    assert found["exchanged"][1]["short"] == score(tuned_model, batches["short"], swapped)._asdict()
+    assert found["exchanged"][1]["short"] == score_prefix(tuned_model, batches["short"], swapped)._asdict()
 
 
 def test_cosines_by_layer(tuned_model, batches, two):
@@ -39,5 +39,5 @@ def test_prefixes_of_two_lengths_can_only_follow_each_other(tuned_model, batches
     assert sum(passed) == 24 * passes_of_mixtures(first, second)
     assert found["exchanged"] is found["between"] is found["cosine"] is None
     for scores, pair in zip(found["after"], ((first, second), (second, first)), strict=True):
-        assert scores["short"] == score(tuned_model, batches["short"], torch.cat(pair, dim=3))._asdict()
+        assert scores["short"] == score_prefix(tuned_model, batches["short"], torch.cat(pair, dim=3))._asdict()
     assert found["after"][0] != found["after"][1]

@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from prefix_tuning.study import removal
-from prefix_tuning.study.attention import attend_openly, attending
+from prefix_tuning.study.attention import attend_with_weights, attending
 from prefix_tuning.study.removal import passes_of_removals, removals
-from prefix_tuning.study.scoring import score
+from prefix_tuning.study.scoring import score_prefix
 from prefix_tuning.study.shares import attention_shares
 
 
 @pytest.fixture(scope="module")
 def alone(tuned_model, batches):
-    return score(tuned_model, batches["short"], None)
+    return score_prefix(tuned_model, batches["short"], None)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,10 @@ def test_figures_are_those_of_prefixes_that_never_had_the_part(found, tuned_mode
         ("keys only", None): prefix * prefix.new_tensor([1, 0]).view(1, 2, 1, 1, 1),
         ("values only", None): prefix * prefix.new_tensor([0, 1]).view(1, 2, 1, 1, 1),
     }.items():
-        expected = score(tuned_model, batches["short"], variant)
+        expected = score_prefix(tuned_model, batches["short"], variant)
         assert by_place[key]["loss"] == pytest.approx(expected.loss, abs=1e-5)
         assert by_place[key]["exact_match"] == expected.exact_match
-    whole = score(tuned_model, batches["short"], prefix)
+    whole = score_prefix(tuned_model, batches["short"], prefix)
     assert record["whole"]["loss"] == pytest.approx(whole.loss, abs=1e-5) and record["base"] == alone._asdict()
     assert record["whole"]["exact_match"] == whole.exact_match
 
@@ -65,13 +65,13 @@ def test_removed_pairs_against_attention_whose_keys_never_had_them(found, tuned_
                 own = bias[:, head : head + 1]
                 left = torch.cat((own[..., : len(gone)][..., ~gone], own[..., len(gone) :]), dim=-1)
                 one = qkv[:, head : head + 1], pairs[:, head : head + 1, ~gone]
-                context[:, head : head + 1] = attend_openly(*one, batch, left, lambda weights: None)
+                context[:, head : head + 1] = attend_with_weights(*one, batch, left, lambda weights: None)
             return context
 
         return attend_left
 
     with attending(tuned_model, attend_in):
-        expected = score(tuned_model, batches["short"], prefix)
+        expected = score_prefix(tuned_model, batches["short"], prefix)
     axes = ("layer", "head", "token")
     (part,) = [one for one in record["parts"] if {axis: one[axis] for axis in axes if axis in one} == place]
     assert part["loss"] == pytest.approx(expected.loss, abs=1e-4) and part["exact_match"] == expected.exact_match

@@ -9,12 +9,12 @@ from helpers import peft_model, run_quietly, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from prefix_tuning import bundled
-from prefix_tuning.cli import parse_study_config
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.demo.build import load_relations
+from prefix_tuning.demo.knowledge import load_relations
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_encoder
 from prefix_tuning.study import run
+from prefix_tuning.study.__main__ import parse_study_config
 from prefix_tuning.study.run import study
 
 
@@ -46,7 +46,7 @@ def test_two_prefixes_become_a_page_and_its_numbers(tuned, tmp_path, capsys):
     assert page.count('class="plotly-graph-div"') == 2 * 8 + 4 + 2 + 1
     for said in (
         "虚拟词的数目不同",
-        "they differ in length",
+        "they have different lengths",
         "--save_steps 50",
         "12 of the 3218 rows of bundled:short)",
     ):

@@ -7,7 +7,7 @@ from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.evaluation import answer_turns, evaluate_loss, exact_match, expected_answers, last_turn
 from prefix_tuning.model.batch import pack
-from prefix_tuning.study.scoring import batches_of, interval, label_rows, score, spaced
+from prefix_tuning.study.scoring import interval, label_rows, pack_rows, score_prefix, spaced
 
 
 @pytest.mark.parametrize("name", ["short", "sentence"])
@@ -16,7 +16,7 @@ def test_a_score_is_what_evaluation_finds_by_generating(tuned_model, tokenizer, 
     rows = load_rows(f"bundled:{name}-eval", ("train",)).select(range(60))
     tokenized = tokenize(rows, tokenizer, 256)
     prefix = tuned_model.prefixes[name]
-    found = score(tuned_model, batches_of(tokenized, max_tokens=300), prefix)
+    found = score_prefix(tuned_model, pack_rows(tokenized, max_tokens=300), prefix)
     turns = [last_turn(example) for example in take(tokenized, range(60))]
     answers = answer_turns(tuned_model, tokenizer, turns, prefix, 1000)
     assert found.exact_match == exact_match(answers, expected_answers(tokenizer, turns))
@@ -26,7 +26,7 @@ def test_a_score_is_what_evaluation_finds_by_generating(tuned_model, tokenizer, 
 
 def test_the_base_alone_is_scored_too(base, tokenizer):
     tokenized = tokenize(load_rows("bundled:short-eval", ("train",)).select(range(20)), tokenizer, 256)
-    found = score(base, batches_of(tokenized, 1000), None)
+    found = score_prefix(base, pack_rows(tokenized, 1000), None)
     assert found.exact_match == 0 and found.loss == pytest.approx(evaluate_loss(base, tokenized, None, 1000)["eval_loss"])
 
 

@@ -5,21 +5,23 @@ import string
 import numpy as np
 import pytest
 
-from prefix_tuning.study import sections
+from prefix_tuning.study import sections, texts
+from prefix_tuning.study.claims import record
 from prefix_tuning.study.page import Text, write_page
 from prefix_tuning.study.question import MOST_MAPS
 from prefix_tuning.study.removal import MOST_HEADS
 from prefix_tuning.study.run import rounded
 from prefix_tuning.study.sections import sections_of, share_out, summary
-from prefix_tuning.study.texts import TEXTS, say
+from prefix_tuning.study.texts import say
 
 
 def fields(text):
     return {name.split("[")[0] for _, name, _, _ in string.Formatter().parse(text) if name}
 
 
-def test_both_languages_say_the_same_fields():
-    for key, text in TEXTS.items():
+@pytest.mark.parametrize("texts", [texts.TEXTS, record.TEXTS])
+def test_both_languages_say_the_same_fields(texts):
+    for key, text in texts.by_key.items():
         assert set(text) == {"zh", "en"} and all(text.values()), key
         assert fields(text["zh"]) == fields(text["en"]), key
 
@@ -125,7 +127,7 @@ def test_of_a_large_base_the_page_stays_small_and_says_what_it_leaves_out(count,
         assert note in said
     assert ("Only the first prefix is compared with each of the others." in said) == (count > 1)
     assert "20 of the 3000 rows of rows, 3 of them cut at 256 tokens" in summary(numbers).en
-    second = "Name a second --prefix NAME=DIR, and two are compared here"
+    second = "With a second --prefix NAME=DIR, this section compares two prefixes"
     assert any(part.reading.en.startswith(second) for part in parts) == (count == 1)
     distances, _ = parts[1].figures[0]
     assert len(distances.layout.updatemenus[0].buttons) == distance
@@ -145,6 +147,6 @@ def test_every_part_begins_with_what_was_found_on_each_prefix():
     for part in parts:
         assert part.found, part.title.en
         assert all(name in " ".join(one.en for one in part.found) for name in ("short", "sentence"))
-    assert "80 of its 3203 questions" in parts[5].reading.en and "the farthest 3 slopes more" in parts[1].reading.en
+    assert "80 of its 3203 questions" in parts[5].reading.en and "the farthest one 3 slopes more" in parts[1].reading.en
     assert "--save_steps 50 --save_total_limit 20" in parts[6].reading.en
     assert any("One of the 20 rows is 5.0%" in note.en for note in parts[3].notes)

@@ -2,8 +2,8 @@ import importlib.util
 
 import pytest
 
-from prefix_tuning.cli import parse_study_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.study.__main__ import parse_study_config
 
 MISTAKES = {
     "--output study.pdf": "--output study.pdf: must end in .html",
@@ -29,7 +29,7 @@ def test_mistakes_are_named(flags, tmp_path, monkeypatch):
 
 def test_without_plotly_nothing_is_begun(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install plotly"):
+    with pytest.raises(UserError, match=r"pip install 'prefix-tuning\[study\]'"):
         parse_study_config([])
 
 

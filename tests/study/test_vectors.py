@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import random_bloom
 
-from prefix_tuning.study.scoring import score
+from prefix_tuning.study.scoring import score_prefix
 from prefix_tuning.study.vectors import QUANTILES, nearest_words, prefix_norms, score_base
 
 
@@ -19,7 +19,7 @@ def test_norms_of_text_are_those_of_transformers_cache(base, batches):
     expected = torch.quantile(norms, torch.tensor(QUANTILES), dim=2).permute(1, 2, 0)
     scored, found = score_base(base, batches["short"])
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-4)
-    assert scored == score(base, batches["short"], None)  # of the same pass
+    assert scored == score_prefix(base, batches["short"], None)  # of the same pass
 
 
 def test_norms_of_a_prefix():

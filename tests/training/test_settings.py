@@ -11,9 +11,11 @@ import pytest
 from helpers import ROOT
 
 from prefix_tuning import bundled
-from prefix_tuning.cli import parse_claims_config, parse_infer_config, parse_study_config, parse_train_config
+from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import CONFIG_FILE
+from prefix_tuning.study.__main__ import parse_study_config
+from prefix_tuning.study.claims.__main__ import parse_claims_config
 from prefix_tuning.training.output import PATH_SETTINGS
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig

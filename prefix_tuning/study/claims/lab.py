@@ -1,4 +1,4 @@
-"""Where the claims' trainings run: here, or in two processes at once."""
+"""Where the trainings of the claims run: in this process, or in a pool of two."""
 
 import json
 import multiprocessing
@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -21,13 +21,14 @@ from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.trials import Measured, Trial, measure
 
 Imap = Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]
+Key = TypeVar("Key")
 
 
 class Lab:
-    """What a claim needs: the scale of its experiments, hands, and what was found so far.
+    """What a claim needs: the scale of its experiments, a process pool, and the results so far.
 
-    imap: like `map`, for functions of a module and values that can be pickled. results: as JSON gives them back, by what was
-    run. keep: is called after each new one. title: of the progress bar.
+    imap: like `map`, for functions of a module and values that can be pickled. results: as JSON gives them back, by function
+    and item. keep: is called after each new result. title: of the progress bar.
     """
 
     def __init__(self, scale: Scale, imap: Imap = map):
@@ -35,11 +36,13 @@ class Lab:
         self.results: dict[str, Any] = {}
         self.keep: Callable[[], None] = lambda: None
 
-    def measure(self, *trials: Trial) -> list[Measured]:
-        return [Measured(*found) for found in self.run(measure, list(trials))]
+    def run_trials(self, trials: Mapping[Key, Trial]) -> dict[Key, Measured]:
+        """Measures each trial. Returns what was found under the keys of the trials."""
+        found = self.run(measure, list(trials.values()))
+        return {key: Measured(*figures) for key, figures in zip(trials, found, strict=True)}
 
     def run(self, function: Callable[..., Any], items: list[Any]) -> list[Any]:
-        """function(item, scale) for each item, which JSON can hold; of those that `results` has, nothing is run again."""
+        """function(item, scale), which JSON can hold, for each item. What `results` holds already is not run again."""
         keys = [f"{function.__name__} {item!r}" for item in items]
         left = {key: item for key, item in zip(keys, items, strict=True) if key not in self.results}
         found = self.imap(partial(function, scale=self.scale), list(left.values()))
@@ -52,17 +55,19 @@ class Lab:
 
 @contextmanager
 def two_processes() -> Iterator[Imap]:
-    """Inside, a `map` that runs in two processes of one thread each. Whatever ends the block ends them.
+    """Inside, a `map` that runs in two processes of one thread each. Whatever ends the block ends the processes.
 
-    Trainings depend on their seeds alone, so the numbers are those of one process with one thread.
+    Trainings depend on their seeds alone, so the numbers are the same as in one process with one thread.
     """
-    with multiprocessing.get_context("spawn").Pool(2, settle) as pool:  # its end terminates them, Ctrl-C included
+    with multiprocessing.get_context("spawn").Pool(2, init_worker) as pool:  # after an error or Ctrl-C, it terminates them
         yield pool.imap
+        pool.close()
+        pool.join()
 
 
-def settle() -> None:
-    """One thread, no progress bars, and an end together with the parent: Ctrl-C is its business, and if it is killed, this
-    process would wait for work for ever.
+def init_worker() -> None:
+    """One thread and no progress bars. The parent handles Ctrl-C. If the parent is killed, this process ends too: it would
+    otherwise wait for work for ever.
     """
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -70,10 +75,10 @@ def settle() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())  # an orderly end: it gives its semaphores back
-        threading.Thread(target=end_after, args=(parent,), daemon=True).start()
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())  # an orderly exit gives semaphores back
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
-def end_after(parent: BaseProcess) -> None:
+def end_with(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)

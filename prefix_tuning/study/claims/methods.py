@@ -1,6 +1,6 @@
 """What is trained: the prefix of this package, and what the papers compare it with.
 
-Legend: L layers, H heads, P prefix tokens, D head_dim, E hidden size.
+Legend: L layers, H heads, P prefix tokens, D head_dim; R rows, S tokens of the longest row.
 
 `optimizer_step` (training/loop.py) trains whatever emits a prefix (L, 2, H, P, D): it needs the call, `bake` and the
 parameters. So each method here is such a module, and the mechanism stays as it is.
@@ -10,18 +10,18 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from prefix_tuning.model.attention import alibi_slopes, attend_padded
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom, cached_pairs
+from prefix_tuning.model.bloom import Bloom, cached_pairs, empty_prefix
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.study.attention import attending
-from prefix_tuning.study.claims.forms import attend_infix
 from prefix_tuning.study.mixing import mix
 from prefix_tuning.study.scoring import label_logits
 from prefix_tuning.training.start import text_prefix
@@ -40,11 +40,11 @@ class Emitter(nn.Module):
 
 
 class SeparateEncoders(Emitter):
-    """Keys and values from an embedding and an MLP each, with nothing shared (Le et al. 2025, arXiv 2410.02200)."""
+    """Keys from one embedding and MLP, values from another, nothing shared (Le et al. 2025, arXiv 2410.02200)."""
 
     def __init__(self, config: PrefixConfig):
         super().__init__()
-        self.keys, self.values = PrefixEncoder(config), PrefixEncoder(config)  # half of what each emits has no use
+        self.keys, self.values = PrefixEncoder(config), PrefixEncoder(config)  # half of each output is unused
 
     def forward(self) -> torch.Tensor:
         return mix(self.keys(), self.values())
@@ -67,8 +67,8 @@ class FixedKeys(Emitter):
 class EmbeddingOnly(Emitter):
     """Prompt tuning: P trained embeddings in front of the text (Li & Liang 2021, section 7.2; Lester et al. 2021).
 
-    They attend to nothing of the text, so the keys and values that the frozen base computes of them are the same for all
-    rows: a prefix, but only such a one as P inputs can have. Starts with the embeddings of P words drawn at random.
+    They attend to nothing of the text, so the frozen base computes the same keys and values from them for all rows. These
+    form a prefix, but only one that P inputs can produce. The embeddings start as those of P words drawn at random.
     """
 
     def __init__(self, base: Bloom, tokens: int):
@@ -83,24 +83,42 @@ class EmbeddingOnly(Emitter):
         return cached_pairs(cache)
 
 
+def attend_infix(
+    qkv: torch.Tensor, pairs: torch.Tensor, batch: Batch, bias: torch.Tensor, label_positions_only: bool
+) -> torch.Tensor:
+    """Infix tuning (Li & Liang 2021, section 7.3): the pairs stand inside the row, before the last token of its prompt.
+
+    The output of that token is the first that predicts the answer, so all positions that predict see the pairs, and no other
+    does. Tokens after the pairs are P positions farther from those before. pairs: (2, H, P, D).
+    """
+    length = pairs.shape[2]
+    first = torch.tensor(batch.first_labels, device=qkv.device)[:, None]  # the index in its row of the prompt's last token
+    token = torch.arange(batch.max_length, device=qkv.device)
+    positions = token + length * (token >= first)  # (R, S)
+    keys = torch.cat((first + torch.arange(length, device=qkv.device), positions), dim=1)  # (R, P + S)
+    distance = keys[:, None, :] - positions[:, :, None]  # (R, S, P + S), negative before the query
+    slopes = alibi_slopes(qkv.shape[1]).to(qkv)  # (H)
+    own = (slopes[:, None, None] * distance[:, None]).masked_fill(distance[:, None] > 0, -torch.inf)
+    return attend_padded(qkv, pairs, batch, own)
+
+
 class TrainableBloom(Bloom):
-    """A Bloom whose own weights are trained: the loss has gradients for all of them, the head included."""
+    """A Bloom whose own weights are trained: the loss has gradients for all of them, including the head's."""
 
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         return F.cross_entropy(label_logits(self, batch, prefix), batch.labels, reduction="none")
 
 
 class FullTuning(Emitter):
-    """All weights of a base, and a prefix of no tokens: the backward pass of a batch leaves their gradients in them."""
+    """All weights of a copy of the base, and a prefix of no tokens. The backward pass leaves gradients in these weights."""
 
-    def __init__(self, base: TrainableBloom):
+    def __init__(self, base: Bloom):
         super().__init__()
-        self.base = base
+        self.base = copy.deepcopy(base).requires_grad_()
+        self.base.__class__ = TrainableBloom
 
     def forward(self) -> torch.Tensor:
-        shape = self.base.config
-        head_dim = shape.hidden_size // shape.n_head
-        return torch.zeros(shape.n_layer, 2, shape.n_head, 0, head_dim, requires_grad=True)
+        return empty_prefix(self.base.config).requires_grad_()
 
 
 Encoder = PrefixEncoder | Emitter
@@ -109,12 +127,12 @@ Encoder = PrefixEncoder | Emitter
 class Method(NamedTuple):
     """A way to adapt the base.
 
-    make: called with the frozen base, its tokenizer and P; returns the base to train with, which is a copy where its own
-    weights change, and what is trained. first_place: where the search for its rate begins, in half decades above 1.
+    make: called with the frozen base, its tokenizer and P; returns what is trained. first_rate: the index of the rate that
+    the search begins with (learning_rate.rate_at).
     """
 
-    make: Callable[[Bloom, PreTrainedTokenizerBase, int], tuple[Bloom, Encoder]]
-    first_place: int
+    make: Callable[[Bloom, PreTrainedTokenizerBase, int], Encoder]
+    first_rate: int
     infix: bool = False
 
     def attention(self, base: Bloom) -> AbstractContextManager[None]:
@@ -122,46 +140,35 @@ class Method(NamedTuple):
         return attending(base, lambda layer: attend_infix) if self.infix else nullcontext()
 
 
-def config_for(base: Bloom, tokens: int, projection: bool = True) -> PrefixConfig:
-    shape = base.config
-    return PrefixConfig(tokens, shape.n_layer, shape.n_head, shape.hidden_size, shape.hidden_size, projection)
-
-
 def emitter(
     base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int, projection: bool = True, text: str = ""
-) -> tuple[Bloom, Encoder]:
+) -> Encoder:
     """The encoder of this package at a random start, or from the pairs of a text."""
-    encoder = PrefixEncoder(config_for(base, tokens, projection))
+    encoder = PrefixEncoder(PrefixConfig.of(base.config, tokens, prefix_projection=projection))
     if text:
         encoder.initialize("text", text_prefix(base, tokenizer, text, tokens))
-    return base, encoder
+    return encoder
 
 
-def fixed_normal(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
-    config = config_for(base, tokens)
-    return base, FixedKeys(config, torch.randn_like(PrefixEncoder(config).bake()[:, 0]))
+def fixed_normal(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Encoder:
+    config = PrefixConfig.of(base.config, tokens)
+    return FixedKeys(config, torch.randn_like(PrefixEncoder(config).bake()[:, 0]))
 
 
-def fixed_words(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
-    return base, FixedKeys(config_for(base, tokens), EmbeddingOnly(base, tokens).bake()[:, 0])
-
-
-def full(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[Bloom, Encoder]:
-    copied = cast(TrainableBloom, copy.deepcopy(base).requires_grad_())
-    copied.__class__ = TrainableBloom
-    return copied, FullTuning(copied)
+def fixed_words(base: Bloom, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Encoder:
+    return FixedKeys(PrefixConfig.of(base.config, tokens), EmbeddingOnly(base, tokens).bake()[:, 0])
 
 
 METHODS = {
     "prefix": Method(emitter, -4),
     "direct": Method(partial(emitter, projection=False), -1),
-    "separate": Method(lambda base, tokenizer, tokens: (base, SeparateEncoders(config_for(base, tokens))), -4),
+    "separate": Method(lambda base, _, tokens: SeparateEncoders(PrefixConfig.of(base.config, tokens)), -4),
     "related": Method(partial(emitter, text=RELATED), -4),
     "unrelated": Method(partial(emitter, text=UNRELATED), -4),
     "direct from text": Method(partial(emitter, projection=False, text=RELATED), -1),
     "fixed normal": Method(fixed_normal, -4),
     "fixed words": Method(fixed_words, -4),
-    "embeddings": Method(lambda base, tokenizer, tokens: (base, EmbeddingOnly(base, tokens)), -2),
+    "embeddings": Method(lambda base, _, tokens: EmbeddingOnly(base, tokens), -2),
     "infix": Method(emitter, -4, infix=True),
-    "full": Method(full, -6),
+    "full": Method(lambda base, *_: FullTuning(base), -6),
 }

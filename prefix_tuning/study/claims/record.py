@@ -1,18 +1,30 @@
-"""What a claim's experiment leaves: texts in both languages, a table, charts and numbers, as JSON."""
+"""What an experiment leaves: a finding, which JSON can hold. It has texts in both languages, a table and charts.
+
+All prose of the experiments and of their page is in texts.json; `say` reads it.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-from prefix_tuning.study.page import Text
+from prefix_tuning import bundled
+from prefix_tuning.study.claims.settings import Scale
+from prefix_tuning.study.claims.trials import Measured
+from prefix_tuning.study.page import Text, joined
+from prefix_tuning.study.texts import Texts
 
+TEXTS = Texts(Path(__file__).with_name("texts.json"))
+say = TEXTS.say
 Table = list[list[str | Text]]  # its first row is the head
+FIGURES = ("train_loss", "held_out_loss", "exact_match")
+ByRows = Mapping[tuple[Any, str], Measured]  # trials by training rows (None: all of them) and method
 
 
 @dataclass
 class Chart:
-    """One picture: lines or bars over x, one for each series; a None is a gap. Titles are short, in both languages."""
+    """One picture: lines or bars over x, one for each series. A value of None is a gap. Titles are in both languages."""
 
     kind: str  # "line" or "bar"
     x_title: str
@@ -25,8 +37,9 @@ class Chart:
 
 @dataclass
 class Part:
-    """One statement of a claim: what came out here, with its figures, and whether that agrees with the paper. None: that is
-    open, as the seeds differ by more than what is compared, or as the paper claims nothing of it.
+    """One statement of a claim: what came out here, with its figures, and whether that agrees with the paper.
+
+    agrees is None where this is open: the seeds differ by more than what is compared, or the paper claims nothing.
     """
 
     found: Text
@@ -35,8 +48,9 @@ class Part:
 
 @dataclass
 class Finding:
-    """A claim of a paper and what its experiment found. says: the paper's words in ours, with its figures. ran: what was run
-    here, and what would count as agreement.
+    """A claim of a paper and what its experiment found.
+
+    says: the paper's claim in our words, with its figures. ran: what was run here, and what would count as agreement.
     """
 
     title: Text
@@ -49,16 +63,12 @@ class Finding:
 
     @property
     def verdict(self) -> Text:
-        kinds = {True: Text("相符", "agrees"), False: Text("不符", "DISAGREES"), None: Text("未定", "open")}
-        counts = {kind: sum(part.agrees is kind for part in self.parts) for kind in kinds}
+        """One word if all parts say the same, else how many parts agree, disagree and are open."""
+        counts = {agrees: sum(part.agrees is agrees for part in self.parts) for agrees in (True, False, None)}
         if len(self.parts) in counts.values():
-            return kinds[self.parts[0].agrees]
-        found = [(kinds[kind], count) for kind, count in counts.items() if count]
-        zh, en = (
-            "，".join(f"{count} 处{kind.zh}" for kind, count in found),
-            ", ".join(f"{kind.en} {n}x" for kind, n in found),
-        )
-        return Text(zh, en)
+            return say(f"verdict.{self.parts[0].agrees}")
+        words = {agrees: say(f"verdict.{agrees}") for agrees in counts}
+        return joined([say("verdict.count", count=counts[key], verdict=words[key]) for key in counts if counts[key]])
 
     def line(self) -> str:
         """The verdict in one line."""
@@ -69,26 +79,81 @@ class Finding:
         return dataclasses.asdict(self) | {"verdict": self.verdict.en, "line": self.line()}
 
 
+def finding(
+    claim: str, source: str, trained: Text, parts: list[Part], table: Table, charts: list[Chart], **fields: object
+) -> Finding:
+    """The finding of a claim, whose title and prose are in texts.json under its name.
+
+    source: the paper and its section. trained: how, as a sentence. fields: what the text about the experiment names.
+    """
+    here = say(f"{claim}.here", **fields)
+    ran = Text(trained.zh + here.zh, f"{trained.en} {here.en}")
+    return Finding(say(f"{claim}.title"), source, say(f"{claim}.says"), ran, parts, table, charts)
+
+
 def above(first: Sequence[float], second: Sequence[float]) -> bool | None:
-    """Whether one is higher than the other, in figures of several seeds; None if some seeds say so and some do not."""
+    """Whether the first is higher than the second, where each has a figure per seed. None if their ranges overlap."""
     if min(first) > max(second):
         return True
     return False if max(first) < min(second) else None
 
 
-class Claim(NamedTuple):
-    """What is known of a claim before its experiment. here: what the experiment is, and what counts as agreement."""
-
-    title: Text
-    source: str
-    says: Text
-    here: Text
-
-    def finding(self, trained: Text, parts: list[Part], table: Table, charts: list[Chart]) -> Finding:
-        """trained: how, as a sentence."""
-        ran = Text(trained.zh + self.here.zh, f"{trained.en} {self.here.en}")
-        return Finding(self.title, self.source, self.says, ran, parts, table, charts)
+def label(text: Text) -> str:
+    """A text in a picture, which the page's language switch does not reach: both languages."""
+    return text.en if text.en == text.zh else f"{text.en} · {text.zh}"
 
 
-def percent(share: float) -> str:
-    return f"{share:.1%}"
+def table_of(first: Text, measured: Mapping[Text, Measured] | Mapping[str, Measured]) -> Table:
+    """A row for each trial: name, rate, medians over the seeds, and the exact match of each seed. first: heads the names."""
+    table: Table = [[first, *map(say, ("rate", *FIGURES, "each_seed"))]]
+    for name, found in measured.items():
+        train_loss, held_out_loss, match = map(found.median, FIGURES)
+        seeds = ", ".join(f"{share:.1%}" for share in found.exact_match)
+        table.append([name, f"{found.rate:g}", f"{train_loss:.4f}", f"{held_out_loss:.4f}", f"{match:.1%}", seeds])
+    return table
+
+
+def chart_of(
+    figure: str, axis: Text, x: Sequence[int | str | Text], series: Mapping[Text, Iterable[Measured]], lines: bool = False
+) -> Chart:
+    """A picture of one of FIGURES, as medians over the seeds: bars, or lines over the logarithm of x. axis: what x is."""
+    values = {label(name): [found.median(figure) for found in trials] for name, trials in series.items()}
+    ticks = [label(one) if isinstance(one, Text) else one for one in x]
+    return Chart("line" if lines else "bar", label(axis), label(say(f"axis.{figure}")), ticks, values, log_x=lines)
+
+
+def bars_of(measured: Mapping[Text, Measured], axis: str = "method") -> Chart:
+    """The exact match of each trial as a bar."""
+    return chart_of("exact_match", say(axis), list(measured), {say("exact_match"): measured.values()})
+
+
+def named(claim: str, measured: Mapping[Any, Measured]) -> dict[Text, Measured]:
+    """Trials by name. Their keys are methods, or rows and methods; texts.json names the methods under the claim."""
+    names = [
+        joined([say(f"{claim}.{key[1]}"), rows_text(key[0])]) if isinstance(key, tuple) else say(f"{claim}.{key}")
+        for key in measured
+    ]
+    return dict(zip(names, measured.values(), strict=True))
+
+
+def chart_by_rows(claim: str, measured: ByRows, figure: str = "exact_match", lines: bool = False) -> Chart:
+    """One of FIGURES over the number of training rows, a bar or a line for each method."""
+    sizes, methods = (list(dict.fromkeys(keys)) for keys in zip(*measured, strict=True))
+    ticks = sizes if lines else [str(size) if size else say("all") for size in sizes]
+    series = {say(f"{claim}.{method}"): [measured[size, method] for size in sizes] for method in methods}
+    return chart_of(figure, say("axis.rows"), ticks, series, lines)
+
+
+def rows_text(size: int | None) -> Text:
+    """The name of a training set of this size. None: all rows."""
+    return say("rows", size=size) if size else say("rows.all")
+
+
+def training(scale: Scale, rows: int | None = None) -> Text:
+    """How the trials of a claim were trained, as a sentence. rows: of the training set, if nothing else says it."""
+    return say("trained", scale=scale, seeds=len(scale.seeds), rows=say("trained.rows", rows=rows) if rows else "")
+
+
+def training_once(scale: Scale) -> Text:
+    """How the one prefix of a claim was trained, as a sentence."""
+    return say("trained.once", steps=scale.steps, rate=bundled.SETTINGS["learning_rate"])

@@ -1,4 +1,4 @@
-"""The command: one claim after the other, each written as soon as it is done."""
+"""The command: it tries one claim after the other and writes each as soon as it is done."""
 
 import json
 import time
@@ -10,50 +10,45 @@ from tqdm import tqdm
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.writing import write_json
-from prefix_tuning.study.claims.cartridges import exchange, fixed_keys
-from prefix_tuning.study.claims.he import gated
+from prefix_tuning.study.claims import exchange, experiments, identities
 from prefix_tuning.study.claims.lab import Lab, two_processes
-from prefix_tuning.study.claims.le import shared
-from prefix_tuning.study.claims.li_liang import infix, length, projection
-from prefix_tuning.study.claims.li_liang_data import extrapolation, low_data, words
-from prefix_tuning.study.claims.petrov import identity, unlock
 from prefix_tuning.study.claims.record import Finding
 from prefix_tuning.study.claims.report import write_claims
-from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig, Scale
+from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig
 
 Experiment = Callable[[Lab], Finding]
 
 # In the order of the page, by their names in the JSON.
 CLAIMS: dict[str, Experiment] = {
-    "length": length,
-    "infix": infix,
-    "low_data": low_data,
-    "words": words,
-    "projection": projection,
-    "extrapolation": extrapolation,
-    "shared": shared,
-    "identity": identity,
-    "unlock": unlock,
-    "gated": gated,
-    "exchange": exchange,
-    "fixed_keys": fixed_keys,
+    "length": experiments.length,
+    "infix": experiments.infix,
+    "low_data": experiments.low_data,
+    "words": experiments.words,
+    "projection": experiments.projection,
+    "extrapolation": experiments.extrapolation,
+    "shared": experiments.shared,
+    "identity": identities.scaled,
+    "unlock": experiments.unlock,
+    "gated": identities.gated,
+    "exchange": exchange.exchange,
+    "fixed_keys": experiments.fixed_keys,
 }
 
 
 def try_claims(config: ClaimsConfig) -> None:
-    """The command. Raises UserError if the output cannot be written, or if its .json is no such record."""
-    scale = QUICK if config.quick else FULL
+    """The command. Raises UserError if the output cannot be written, or if its .json is no record of this command."""
     if config.quick:
         print("quick: one seed, fewer steps and points; the full run's figures may differ")
     with two_processes() as imap:
-        run_claims(Lab(scale, imap), CLAIMS, Path(config.output), config.quick)
+        run_claims(Lab(QUICK if config.quick else FULL, imap), CLAIMS, Path(config.output), config.quick)
 
 
 def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool) -> None:
-    """Runs the claims, but for what the record beside `page` holds already: the record is written after each training, the
-    page after each claim. Prints a line for each claim.
+    """Runs the claims and prints a line for each. What the record beside `page` holds already is not run again.
+
+    The record is written after each training, the page after each claim.
     """
-    record_file, scale = page.with_suffix(".json"), scale_record(lab.scale)
+    record_file, scale = page.with_suffix(".json"), json.loads(json.dumps(vars(lab.scale)))
     lab.results = results_in(record_file, scale)
     findings: dict[str, Finding] = {}
 
@@ -72,14 +67,9 @@ def run_claims(lab: Lab, claims: dict[str, Experiment], page: Path, quick: bool)
     tqdm.write(f"{page} and {record_file}: {len(findings)} claims")
 
 
-def scale_record(scale: Scale) -> dict[str, Any]:
-    """The scale as it comes back from JSON."""
-    return json.loads(json.dumps(vars(scale)))
-
-
 def results_in(record_file: Path, scale: dict[str, Any]) -> dict[str, Any]:
     """What an earlier start has measured; nothing, if there was none. Raises UserError if the file holds something else, or
-    was written at another scale: --quick, say.
+    was written at another scale: with --quick, for example.
     """
     if not record_file.exists():
         return {}

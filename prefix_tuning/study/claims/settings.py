@@ -1,45 +1,42 @@
 """The settings of the claims' command, and how large its experiments are. Imports no torch."""
 
-import importlib.util
 from dataclasses import dataclass
 
-from prefix_tuning.errors import UserError
 from prefix_tuning.settings import check_flags, flag
 from prefix_tuning.study.settings import check_page
 
 
 @dataclass
 class ClaimsConfig:
-    """What the command line says. Raises UserError for values that make no sense, and if plotly is not installed."""
+    """The settings of the command line. Raises UserError for values that make no sense, and if plotly is not installed."""
 
     _argument_group_name = "claims"
 
     quick: bool = flag(
-        False, "One seed, fewer steps, rows and points: under 5 minutes on two cores, to see that it runs and roughly what."
+        False, "One seed, fewer steps, rows and points: under 5 minutes on 2 cores, to see what it does, with rough figures."
     )
     output: str = flag(
         "claims.html",
-        "The page. Beside it, by the same name, a .json with every number, written after each training. Started "
-        "again with the same settings, the command trains nothing anew that stands there; delete the .json to "
-        "measure all again.",
+        "The page. A .json of the same name is written beside it after each training, with every number. A second start "
+        "with the same settings reuses the trainings that it finds there; delete the .json to measure all again.",
         is_path=True,
     )
 
     def __post_init__(self) -> None:
         check_flags(self)
         check_page(self.output)
-        if importlib.util.find_spec("plotly") is None:
-            raise UserError("the page needs plotly: pip install 'prefix-tuning[study]'")
 
 
 @dataclass(frozen=True)
 class Scale:
     """How large the experiments are.
 
-    steps: of a training, of `rows_per_step` rows each; the rate falls linearly to zero. seeds: of the starting weights, the
-    order of the rows and the draw of few rows. lengths: of prefixes, in tokens. sizes: of small training sets, in rows.
-    length_rows: training rows of the claim on lengths. scored: held-out rows that are scored, and half as many others that
-    choose a rate; both at most.
+    steps: optimizer steps of a training, of `rows_per_step` rows each; the rate falls linearly to zero
+    seeds: for the starting weights, the order of the rows, and which rows are drawn where few are
+    lengths: of prefixes, in tokens
+    sizes: of small training sets, in rows
+    length_rows: training rows of the claim on lengths
+    scored: held-out rows that are scored, at most; half as many validation rows choose a rate
     """
 
     steps: int
@@ -52,7 +49,7 @@ class Scale:
 
     @property
     def few(self) -> tuple[int, ...]:
-        """The smallest of the sizes and the third."""
+        """The first and the third of the sizes."""
         return self.sizes[:3:2]
 
 

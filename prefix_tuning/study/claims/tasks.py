@@ -12,7 +12,7 @@ from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data.readers import FEATURES, load_rows
 from prefix_tuning.data.rows import tokenize
-from prefix_tuning.demo.build import load_relations
+from prefix_tuning.demo.knowledge import load_relations
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.settings import MAX_LENGTH
 
@@ -21,7 +21,7 @@ WORD_ROWS, WORDS = 3000, 3
 
 
 class Task(NamedTuple):
-    """Tokenised rows: to train on, to choose a rate by, and to score, in which no row is in two of them."""
+    """Tokenised rows: to train on, to choose a rate by, and to score. No row is in two of these."""
 
     train: Dataset
     validation: Dataset
@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
 @functools.cache
 def bundled_base() -> tuple[Bloom, PreTrainedTokenizerBase]:
-    """The mini Bloom, frozen, float32, on the CPU, and its tokenizer. Whoever changes it, works on a copy."""
+    """The mini Bloom, frozen, float32, on the CPU, and its tokenizer. They are shared: change a copy."""
     return load_base(bundled.MODEL, torch.float32, torch.device("cpu"))
 
 
@@ -38,47 +38,39 @@ def bundled_base() -> tuple[Bloom, PreTrainedTokenizerBase]:
 def load_task(name: str) -> Task:
     """The rows of one of TASKS.
 
-    short, sentence: the demo's questions, answered by a word or a sentence; held-out rows ask about other facts.
-    relations: those of `short` about every second relation; held-out rows ask about the other relations, while the rows for
-    choosing a rate ask about other facts of the relations that are trained on.
-    reversed, copied: three words of the facts, to be written in reverse order, or as they are; held-out rows are other
-    draws of words.
+    short, sentence: the demo's questions, answered by a word or a sentence. Held-out rows ask about other facts.
+    relations: the questions of `short` about every second relation. Held-out rows ask about the other relations; validation
+    rows ask about other facts of the relations that are trained on.
+    reversed, copied: three words of the facts, to be written in reverse order, or as they are. Held-out rows are other draws
+    of words.
     """
     if name in ("reversed", "copied"):
-        rows = tokenized(word_rows(bundled_base()[1], WORD_ROWS + 1200, backwards=name == "reversed"))
+        rows = word_rows(bundled_base()[1], WORD_ROWS + 1200, backwards=name == "reversed")
         train, others = rows.select(range(WORD_ROWS)), rows.select(range(WORD_ROWS, len(rows)))
-        return Task(train, every_third(others), others_than_every_third(others))
-    style = "short" if name == "relations" else name
-    train, others = (load_rows(f"bundled:{style}{part}", ("train",)) for part in ("", "-eval"))
-    if name != "relations":
-        others = tokenized(others)
-        return Task(tokenized(train), every_third(others), others_than_every_third(others))
-    train, seen, unseen = relation_rows(train, True), relation_rows(others, True), relation_rows(others, False)
-    return Task(tokenized(train), tokenized(seen), tokenized(unseen))
+    else:
+        style = "short" if name == "relations" else name
+        train, others = (load_rows(f"bundled:{style}{part}", ("train",)) for part in ("", "-eval"))
+    if name == "relations":
+        parts = relation_rows(train, True), relation_rows(others, True), relation_rows(others, False)
+    else:
+        rest = [row for row in range(len(others)) if row % 3]
+        parts = train, others.select(range(0, len(others), 3)), others.select(rest)
+    return Task(*map(tokenized, parts))
 
 
 def tokenized(rows: Dataset) -> Dataset:
     return tokenize(rows, bundled_base()[1], MAX_LENGTH)
 
 
-def every_third(rows: Dataset) -> Dataset:
-    return rows.select(range(0, len(rows), 3))
-
-
-def others_than_every_third(rows: Dataset) -> Dataset:
-    return rows.select([place for place in range(len(rows)) if place % 3])
-
-
 def relation_rows(rows: Dataset, seen: bool) -> Dataset:
     """The rows that ask about the first, third, fifth ... relation of the facts; if not `seen`, about the others."""
-    number = {
-        question.format(s=subject): place
-        for place, relation in enumerate(load_relations())
+    number_of = {
+        question.format(s=subject): number
+        for number, relation in enumerate(load_relations())
         for question in relation["questions"]
         for subject in relation["facts"]
     }
-    chosen = [place for place, text in enumerate(rows["instruction"]) if (number[text] % 2 == 0) == seen]
-    return rows.select(chosen)
+    return rows.select([row for row, text in enumerate(rows["instruction"]) if (number_of[text] % 2 == 0) == seen])
 
 
 def word_rows(tokenizer: PreTrainedTokenizerBase, count: int, backwards: bool) -> Dataset:

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -12,22 +11,22 @@ from datasets import Dataset
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.model.encoder import PrefixEncoder
-from prefix_tuning.study.claims.methods import METHODS, Encoder, Method
+from prefix_tuning.study.claims.methods import METHODS, Encoder, FullTuning, Method
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.tasks import Task, bundled_base, load_task
-from prefix_tuning.study.scoring import Score, batches_of, score, spaced
+from prefix_tuning.study.claims.tasks import bundled_base, load_task
+from prefix_tuning.study.scoring import Score, pack_rows, score_prefix, spaced
 from prefix_tuning.training.learning_rate import rate_at, walk_downhill
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.state import TrainingState, make_optimizer, make_schedule
 from prefix_tuning.training.steps import Steps
 
-MAX_TOKENS = 4096  # of a forward pass
+MAX_TOKENS = 4096  # in a forward pass
 MAX_GRAD_NORM = 1.0  # as in train.py
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is trained, but for seed and rate. rows: so many of the task's training rows, drawn by the seed; None: all."""
+    """What is trained, apart from seed and rate. rows: how many of the task's training rows the seed draws. None: all."""
 
     method: str
     task: str = "short"
@@ -42,16 +41,19 @@ class Tuned(NamedTuple):
     base: Bloom
     encoder: Encoder
 
-    def score(self, batches: list[Batch], prefix: torch.Tensor | None = None) -> Score:
-        """With its own prefix, or with another one in its place. A loss that is no number counts as infinite."""
+    def score_on(self, batches: list[Batch], prefix: torch.Tensor | None = None) -> Score:
+        """The score with its own prefix, or with another one. A loss that is no number counts as infinite."""
         with self.method.attention(self.base):
-            found = score(self.base, batches, self.encoder.bake() if prefix is None else prefix)
+            found = score_prefix(self.base, batches, self.encoder.bake() if prefix is None else prefix)
         return found if math.isfinite(found.loss) else found._replace(loss=math.inf)
 
 
 class Measured(NamedTuple):
-    """The scores of one trial. rate: the best of `tried`, rate -> loss on the rows for that, with the first seed. The lists
-    have a number for each seed: losses in nats per label, and the share of held-out rows that are answered exactly."""
+    """The scores of one trial. Each list has a number per seed.
+
+    rate: the best of those tried. tried: rate -> loss on the validation rows, with the first seed; None: not finite.
+    train_loss, held_out_loss: nats per label. exact_match: the share of held-out rows that are answered exactly.
+    """
 
     rate: float
     tried: dict[str, float | None]
@@ -68,8 +70,9 @@ def tune(trial: Trial, scale: Scale, rate: float, seed: int) -> Tuned:
     frozen, tokenizer = bundled_base()
     method, rows = METHODS[trial.method], drawn(load_task(trial.task).train, trial.rows, seed)
     torch.manual_seed(seed)
-    base, emitting = method.make(frozen, tokenizer, trial.tokens)
-    encoder = cast(PrefixEncoder, emitting)  # the loop needs no more than that it emits a prefix
+    made = method.make(frozen, tokenizer, trial.tokens)
+    base = made.base if isinstance(made, FullTuning) else frozen
+    encoder = cast(PrefixEncoder, made)  # the loop only needs something that emits a prefix
     schedule = make_schedule("linear", 0, scale.steps)
     state = TrainingState(encoder, make_optimizer(encoder, 0.0), schedule, MAX_GRAD_NORM, loss_scaling=False)
     state.progress.peak_learning_rate = rate
@@ -80,7 +83,7 @@ def tune(trial: Trial, scale: Scale, rate: float, seed: int) -> Tuned:
 
 
 def drawn(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    """So many of the rows, drawn by the seed; None: all of them."""
+    """`count` of the rows, drawn by the seed. None: all of them."""
     if count is None or count >= len(rows):
         return rows
     return rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist())
@@ -89,26 +92,29 @@ def drawn(rows: Dataset, count: int | None, seed: int) -> Dataset:
 def measure(trial: Trial, scale: Scale) -> Measured:
     """Finds the trial's rate by whole trainings with the first seed, and scores the trainings of all seeds at that rate.
 
-    The rates are half a decade apart, tried downhill from where the method's search begins (training/learning_rate.py). What
-    chooses the rate are rows that are neither trained on nor part of the scores.
+    The rates are half a decade apart and tried downhill, from the method's first (training/learning_rate.py). Their loss is
+    that of validation rows, which are neither trained on nor scored.
     """
     task = load_task(trial.task)
-    choosing = some(task.validation, scale.scored // 2)
+    validation = sample_batches(task.validation, scale.scored // 2)
     tuned: dict[int, Tuned] = {}
 
-    def loss_at(place: int) -> float:
-        tuned[place] = tune(trial, scale, rate_at(place), scale.seeds[0])
-        return tuned[place].score(choosing).loss
+    def loss_at(index: int) -> float:
+        tuned[index] = tune(trial, scale, rate_at(index), scale.seeds[0])
+        return tuned[index].score_on(validation).loss
 
-    losses = walk_downhill(loss_at, METHODS[trial.method].first_place)
-    best = min(losses, key=lambda place: losses[place])
+    losses = walk_downhill(loss_at, METHODS[trial.method].first_rate)
+    best = min(losses, key=lambda index: losses[index])
     runs = [tuned[best], *(tune(trial, scale, rate_at(best), seed) for seed in scale.seeds[1:])]
-    tried = {f"{rate_at(place):g}": loss if math.isfinite(loss) else None for place, loss in sorted(losses.items())}
-    return Measured(rate_at(best), tried, *scores(runs, trial, task, scale))
+    tried = {f"{rate_at(index):g}": loss if math.isfinite(loss) else None for index, loss in sorted(losses.items())}
+    held_out = [run.score_on(sample_batches(task.held_out, scale.scored)) for run in runs]
+    trained_on = (drawn(task.train, trial.rows, seed) for seed in scale.seeds)
+    train = [run.score_on(sample_batches(rows, scale.scored)).loss for run, rows in zip(runs, trained_on, strict=True)]
+    return Measured(rate_at(best), tried, train, *map(list, zip(*held_out, strict=True)))
 
 
 class Longer(NamedTuple):
-    """One training of a trial at a rate, with the first seed and so many times the steps."""
+    """A job: one training of a trial at a rate, with the first seed and `times` the steps."""
 
     trial: Trial
     rate: float
@@ -118,21 +124,9 @@ class Longer(NamedTuple):
 def train_longer(job: Longer, scale: Scale) -> dict[str, float]:
     """Its scores on held-out rows."""
     tuned = tune(job.trial, replace(scale, steps=job.times * scale.steps), job.rate, scale.seeds[0])
-    return tuned.score(held_out_batches(load_task(job.trial.task), scale))._asdict()
+    return tuned.score_on(sample_batches(load_task(job.trial.task).held_out, scale.scored))._asdict()
 
 
-def scores(runs: Sequence[Tuned], trial: Trial, task: Task, scale: Scale) -> tuple[list[float], list[float], list[float]]:
-    """Of each run: loss on (some of) its training rows, loss on held-out rows, exact match there."""
-    held_out = [run.score(held_out_batches(task, scale)) for run in runs]
-    trained_on = (drawn(task.train, trial.rows, seed) for seed in scale.seeds)
-    train = [run.score(some(rows, scale.scored)).loss for run, rows in zip(runs, trained_on, strict=True)]
-    return train, [found.loss for found in held_out], [found.exact_match for found in held_out]
-
-
-def held_out_batches(task: Task, scale: Scale) -> list[Batch]:
-    return some(task.held_out, scale.scored)
-
-
-def some(rows: Dataset, count: int) -> list[Batch]:
-    """At most so many of the rows, evenly spaced, packed."""
-    return batches_of(spaced(rows, count), MAX_TOKENS)
+def sample_batches(rows: Dataset, count: int) -> list[Batch]:
+    """Up to `count` of the rows, evenly spaced, packed."""
+    return pack_rows(spaced(rows, count), MAX_TOKENS)

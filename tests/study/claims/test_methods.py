@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import examples_of, random_bloom, step_of, training_state
+from helpers import examples_of, random_bloom, random_prefix, step_of, training_state
 
 from prefix_tuning.model.batch import pack
+from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.study.attention import attending
-from prefix_tuning.study.claims.methods import METHODS, EmbeddingOnly, FixedKeys, config_for
-from prefix_tuning.study.scoring import label_logits
+from prefix_tuning.study.claims.methods import METHODS, EmbeddingOnly, FixedKeys, attend_infix
+from prefix_tuning.study.scoring import label_logits, label_rows
 from prefix_tuning.training.loop import optimizer_step
 
 
@@ -24,7 +25,8 @@ def test_every_method_learns_its_rows_and_leaves_the_base_alone(model, tokenizer
     before = {key: value.clone() for key, value in model.state_dict().items()}
     torch.manual_seed(0)
     method = METHODS[name]
-    base, encoder = method.make(model, tokenizer, 3)
+    encoder = method.make(model, tokenizer, 3)
+    base = encoder.base if name == "full" else model
     state, losses = training_state(encoder, learning_rate=0.01), []
     with method.attention(base):
         for number in range(1, 9):
@@ -59,7 +61,8 @@ def test_embeddings_get_the_gradient_of_embeddings_in_front(model):
 
 def test_the_first_gradient_of_full_fine_tuning_is_that_of_transformers(model, tokenizer):
     """Loss as the mean over all labels of the step; the gradient before clipping, by hooks on the parameters."""
-    base, encoder = METHODS["full"].make(model, tokenizer, 3)
+    encoder = METHODS["full"].make(model, tokenizer, 3)
+    base = encoder.base
     found = {}
     for name, parameter in base.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.__setitem__(name, p.grad.clone()))
@@ -78,7 +81,7 @@ def test_the_first_gradient_of_full_fine_tuning_is_that_of_transformers(model, t
 
 def test_fixed_keys_stay_fixed_and_values_move(model):
     torch.manual_seed(0)
-    config = config_for(model, 3)
+    config = PrefixConfig.of(model.config, 3)
     keys = torch.randn(3, 6, 3, 8)
     encoder = FixedKeys(config, keys.clone())
     values = encoder.bake()[:, 1]
@@ -89,7 +92,7 @@ def test_fixed_keys_stay_fixed_and_values_move(model):
 
 
 def test_separate_encoders_share_nothing(model, tokenizer):
-    _, encoder = METHODS["separate"].make(model, tokenizer, 3)
+    encoder = METHODS["separate"].make(model, tokenizer, 3)
     encoder()[:, 0].sum().backward()
     assert encoder.keys.embedding.weight.grad.abs().max() > 0
     assert not any(parameter.grad.any() for parameter in encoder.values.parameters())
@@ -102,7 +105,7 @@ def test_a_text_start_continues_that_text(model, tokenizer):
     text = tokenizer("请简短回答问题。", split_special_tokens=True).input_ids[:3]
     expected = model(torch.cat((torch.tensor(text), batch.input_ids))[None]).logits[0, 3:][batch.label_positions]
     for name in ("related", "direct from text"):
-        encoder = METHODS[name].make(model, tokenizer, 3)[1]
+        encoder = METHODS[name].make(model, tokenizer, 3)
         torch.testing.assert_close(label_logits(model, batch, encoder.bake()), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -112,3 +115,29 @@ def test_only_the_infix_changes_attention(model):
             assert any("attend" in vars(block) for block in model.transformer.h) == (name == "infix")
     with attending(model, lambda layer: None):
         assert all("attend" in vars(block) for block in model.transformer.h)
+
+
+def infix_logits(model, example, pairs):
+    """Twin: transformers' own forward, whose softmax is float32, reads the prompt without its last token. The pairs are
+    appended to that cache. Then it reads the rest behind them.
+    """
+    first = next(index for index, label in enumerate(example.labels) if label != -100) - 1
+    ids = torch.tensor([example.input_ids])
+    cache = model(ids[:, :first], use_cache=True).past_key_values
+    for layer, (key, value) in enumerate(pairs):
+        cache.update(key.unsqueeze(0), value.unsqueeze(0), layer)
+    mask = torch.ones(1, pairs.shape[3] + ids.shape[1], dtype=torch.long)
+    return model(ids[:, first:], past_key_values=cache, attention_mask=mask).logits[0, :-1]
+
+
+@torch.no_grad()
+def test_an_infix_is_a_cache_that_grew_between_prompt_and_answer():
+    model, examples = random_bloom(dtype=torch.float64), examples_of([9, 4, 17], prompt_share=0.6)
+    pairs = random_prefix(model, tokens=4).double()
+    batch = next(pack(examples, 1000))
+    with attending(model, lambda layer: attend_infix):
+        found = label_logits(model, batch, pairs)
+    rows = label_rows(batch)
+    for row, example in enumerate(sorted(examples, key=lambda example: len(example.input_ids))):
+        torch.testing.assert_close(found[rows == row], infix_logits(model, example, pairs), atol=1e-6, rtol=0)
+    assert not torch.allclose(found, label_logits(model, batch, pairs), atol=1e-3)

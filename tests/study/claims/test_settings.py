@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from prefix_tuning.cli import parse_claims_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.study.claims.__main__ import parse_claims_config
 from prefix_tuning.study.claims.settings import FULL, QUICK, ClaimsConfig
 
 
@@ -39,4 +39,4 @@ def test_help_says_what_a_second_start_does(capsys):
     with pytest.raises(SystemExit):
         parse_claims_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "trains nothing anew that stands there" in text and "--quick" in text and "most used" not in text
+    assert "reuses the trainings that it finds there" in text and "--quick" in text and "most used" not in text

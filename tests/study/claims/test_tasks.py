@@ -3,7 +3,7 @@ from pathlib import Path
 
 from prefix_tuning import bundled
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.demo.build import load_relations
+from prefix_tuning.demo.knowledge import load_relations
 from prefix_tuning.study.claims.tasks import TASKS, load_task, relation_rows, word_rows
 
 

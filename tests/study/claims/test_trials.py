@@ -6,7 +6,7 @@ import torch
 from prefix_tuning.study.claims import trials
 from prefix_tuning.study.claims.methods import METHODS
 from prefix_tuning.study.claims.tasks import load_task
-from prefix_tuning.study.claims.trials import Measured, Trial, Tuned, drawn, measure, some, tune
+from prefix_tuning.study.claims.trials import Measured, Trial, Tuned, drawn, measure, sample_batches, tune
 from prefix_tuning.study.scoring import Score
 
 
@@ -29,9 +29,9 @@ def test_rows_are_drawn_by_the_seed():
 
 def test_scored_rows_are_spread_evenly():
     rows = load_task("short").held_out
-    ids = [row for batch in some(rows, 7) for row in batch.input_ids.split(batch.lengths)]
-    places = [place * len(rows) // 7 for place in range(7)]
-    assert sorted(map(torch.Tensor.tolist, ids)) == sorted(rows[place]["input_ids"] for place in places)
+    ids = [row for batch in sample_batches(rows, 7) for row in batch.input_ids.split(batch.lengths)]
+    expected = [rows[number * len(rows) // 7]["input_ids"] for number in range(7)]
+    assert sorted(map(torch.Tensor.tolist, ids)) == sorted(expected)
 
 
 def test_the_best_rate_is_found_on_other_rows_and_taken_for_all_seeds(tiny, monkeypatch):
@@ -46,7 +46,7 @@ def test_the_best_rate_is_found_on_other_rows_and_taken_for_all_seeds(tiny, monk
         def __init__(self, rate):
             self.rate = rate
 
-        def score(self, batches):
+        def score_on(self, batches):
             return Score(math.inf if self.rate < 5e-4 else 1 + abs(math.log10(self.rate) + 3), 0.5)
 
     monkeypatch.setattr(trials, "tune", staged)
@@ -64,5 +64,13 @@ def test_a_real_trial(tiny, method):
 
 
 def test_a_loss_that_is_no_number_counts_as_infinite(base, monkeypatch):
-    monkeypatch.setattr(trials, "score", lambda *arguments: Score(math.nan, 0.0))
-    assert Tuned(METHODS["prefix"], base, None).score([], torch.zeros(1)).loss == math.inf
+    monkeypatch.setattr(trials, "score_prefix", lambda *arguments: Score(math.nan, 0.0))
+    assert Tuned(METHODS["prefix"], base, None).score_on([], torch.zeros(1)).loss == math.inf
+
+
+def test_more_steps_are_more_steps(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trials, "tune", lambda trial, scale, rate, seed: seen.append((scale.steps, rate, seed)))
+    with pytest.raises(AttributeError):  # nothing was trained
+        trials.train_longer(trials.Longer(trials.Trial("prefix"), 0.01, 10), tiny)
+    assert seen == [(10 * tiny.steps, 0.01, 1)]

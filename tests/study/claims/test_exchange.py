@@ -1,7 +1,7 @@
 import torch
 from helpers import random_bloom, random_prefix
 
-from prefix_tuning.study.claims.cartridges import MIXES, Exchange, exchange_pairs, fixed_keys, parts_of_exchange
+from prefix_tuning.study.claims.exchange import MIXES, Exchange, exchange_pairs, parts_of_exchange
 from prefix_tuning.study.mixing import mix
 from prefix_tuning.study.page import Text
 
@@ -29,8 +29,3 @@ def test_keys_must_keep_most_and_do_better_than_values_in_both_styles():
     assert agreements({"short": [0.9, 0.1, 0.3], "sentence": [0.9, 0.5, 0.4]}) == [False, None]  # one so, one so
     apart, overlapping = {"short": [0.9, 0.5, 0.1], "sentence": [0.9, 0.5, 0.1]}, {"short": [0.9, 0.2, 0.3]}
     assert agreements(apart, apart | overlapping) == [False, None]
-
-
-def test_fixed_keys_are_no_claim_of_the_paper(staged):
-    shares = {"prefix": 0.9, "fixed normal": 0.86, "fixed words": 0.8}
-    assert staged(fixed_keys, lambda trial: (1, 1, shares[trial.method])) == [None, None]

@@ -1,4 +1,4 @@
-"""What all pictures have in common: their look, their menus, and text that plotly shows as it is."""
+"""What all plots have in common: their look, their menus, and text that plotly shows as it is."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,14 +13,14 @@ COLOURS = qualitative.D3 + qualitative.Set2
 GREY, BLUE = "#999999", "#1f77b4"
 FONT = 'system-ui, "Noto Sans CJK SC", sans-serif'
 LONGEST_NAME = 24  # columns of a name in a picture, which may be 300 pixels wide
-MOST_TICKS = 60  # tokens that are named on an axis
-# Pixels, in which the name of a token and the numbers of a cell can be read.
+MOST_TICKS = 60  # tokens that an axis names
+# Pixels: enough to read the name of a token and the number in a cell.
 TOKEN_WIDTH, CELL_WIDTH, LINE_HEIGHT = 20, 44, 18
 LONGEST_TOKEN = 8  # characters
 
 
 def styled(figure: go.Figure, title: str, height: int = 420, least_width: int = 0) -> go.Figure:
-    """The common look. No template, as each picture would have its own copy of one.
+    """The common look. There is no template, because each picture would contain a copy of it.
 
     least_width: pixels below which the picture scrolls on the page.
     """
@@ -43,7 +43,7 @@ def styled(figure: go.Figure, title: str, height: int = 420, least_width: int = 
 
 
 def plain(text: str) -> str:
-    """A text that plotly shows as it is: it takes <...> for a tag."""
+    """A text that plotly shows as it is. It would take <...> for a tag."""
     return text.replace("<", "‹").replace(">", "›")
 
 
@@ -53,8 +53,8 @@ def short_name(name: str) -> str:
 
 
 def dropdown(figure: go.Figure, labels: Sequence[str], groups: Sequence[Sequence[int]], always: Sequence[int] = ()) -> None:
-    """Adds a menu to a picture: choosing labels[i] shows the traces groups[i], and always those in `always`. The first is
-    chosen.
+    """Adds a menu to a picture: choosing labels[i] shows the traces groups[i]. Those in `always` are always shown. The menu
+    begins with the first label.
     """
     number = len(figure.data)
     shown = [[trace in group or trace in always for trace in range(number)] for group in map(set, groups)]
@@ -68,7 +68,7 @@ def dropdown(figure: go.Figure, labels: Sequence[str], groups: Sequence[Sequence
 
 
 def log_axis(values: Iterable[float]) -> dict:
-    """A logarithmic axis for these values whose ticks are numbers; plotly's own are single digits between powers of ten."""
+    """A logarithmic axis for these values. Its ticks are numbers such as 0.02; plotly itself would write 2."""
     powers = [math.log10(value) for value in values if value > 0]
     low, high = (math.floor(min(powers)), math.ceil(max(powers))) if powers else (0, 1)
     digits = (1, 2, 5) if high - low <= 2 else (1,)
@@ -77,11 +77,12 @@ def log_axis(values: Iterable[float]) -> dict:
 
 
 def token_axis(tokens: Sequence[str]) -> dict:
-    """An axis that names its tokens, of a long text every second, third ... of them. Characters stand upright, one below
-    the other: there is no room beside each other, and a ␣ on its side would be a bracket.
+    """An axis that names its tokens; for a long text, every second, third ... token.
+
+    Characters stand upright, one below the other. Side by side there is no room, and a turned ␣ looks like a bracket.
     """
     shown = [plain(token.replace("\n", "⏎").replace(" ", "␣")) for token in tokens]
     shown = [text if len(text) <= LONGEST_TOKEN else text[: LONGEST_TOKEN - 1] + "…" for text in shown]
-    places = range(0, len(shown), -(-len(shown) // MOST_TICKS))
-    ticks = {"tickvals": [*places], "ticktext": ["<br>".join(shown[place]) for place in places]}
+    indices = range(0, len(shown), -(-len(shown) // MOST_TICKS))
+    ticks = {"tickvals": [*indices], "ticktext": ["<br>".join(shown[index]) for index in indices]}
     return ticks | {"tickmode": "array", "tickangle": 0, "tickfont": {"size": 14}, "range": [-0.5, len(shown) - 0.5]}

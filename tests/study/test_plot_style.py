@@ -1,6 +1,6 @@
 import plotly.graph_objects as go
 
-from prefix_tuning.study.plotting import dropdown, log_axis, plain, short_name, styled, token_axis
+from prefix_tuning.study.plot_style import dropdown, log_axis, plain, short_name, styled, token_axis
 
 
 def test_a_picture_has_no_copy_of_a_template():

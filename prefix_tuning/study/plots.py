@@ -1,5 +1,5 @@
-"""The pictures of the study. Each is made of numbers that study.json has, too. Labels are in both languages, as the page's
-switch does not reach into a picture.
+"""The plots of the study, made from the numbers in study.json. Labels are in both languages, because the page's switch does
+not reach into a picture.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from prefix_tuning.generation.prefix_bloom import BASE
-from prefix_tuning.study.plotting import (
+from prefix_tuning.study.plot_style import (
     BLUE,
     CELL_WIDTH,
     COLOURS,
@@ -28,7 +28,7 @@ from prefix_tuning.study.scoring import interval
 from prefix_tuning.study.vectors import QUANTILES
 
 MOST_BARS = 60  # removals that are drawn, the worst first
-MOST_CELLS = 400  # of a map that shows its numbers
+MOST_CELLS = 400  # a larger map shows no numbers
 KINDS = {
     "layer": "层 layer",
     "head": "头 head",
@@ -41,7 +41,7 @@ MATCH, LOSS = "完全匹配 exact match (%)", "损失 loss (nats)"
 
 
 def share_map(shares: dict, name: str) -> go.Figure:
-    """Layer x head: the share of attention that answer positions give to the prefix. shares: of `attention_shares`."""
+    """Layer x head: the share of attention that answer positions give to the prefix. shares: from `attention_shares`."""
     share, slopes = np.array(shares["share"]), shares["slopes"]
     numbered = share.size <= MOST_CELLS
     figure = go.Figure(
@@ -66,7 +66,7 @@ def share_map(shares: dict, name: str) -> go.Figure:
 
 
 def share_by_distance(shares: dict, name: str, layers: list[int]) -> tuple[go.Figure, go.Figure]:
-    """The share over the distance from the prefix, one of `layers` at a time, and the penalty that ALiBi gives there."""
+    """The share over the distance from the prefix, one of `layers` at a time, and the penalty of ALiBi at that distance."""
     share, slopes = np.array(shares["by_distance"], dtype=np.float32), shares["slopes"]
     labels = [f"{head} ({slope:.2g})" for head, slope in enumerate(slopes)]
 
@@ -77,7 +77,7 @@ def share_by_distance(shares: dict, name: str, layers: list[int]) -> tuple[go.Fi
 
     seen = go.Figure([line for layer in layers for line in lines(100 * share[layer])])
     seen.update_yaxes(title="注意力份额 share (%)", range=[0, 100])
-    groups = [range(place * len(slopes), (place + 1) * len(slopes)) for place in range(len(layers))]
+    groups = [range(number * len(slopes), (number + 1) * len(slopes)) for number in range(len(layers))]
     dropdown(seen, [f"层 layer {layer}" for layer in layers], groups)
     nats = np.outer(slopes, np.arange(1, share.shape[2] + 1)).astype(np.float32)
     penalty = go.Figure([*lines(nats, dash="dot")])
@@ -93,8 +93,8 @@ def share_by_distance(shares: dict, name: str, layers: list[int]) -> tuple[go.Fi
 
 
 def question_map(question: dict, name: str, count: int) -> go.Figure:
-    """Column by column, for every token of a question and its answer: the probability that base and prefix give to it, and
-    which prefix tokens it attends to, in one of the first `count` heads. question: of `follow`.
+    """A column for each token of a question and its answer: the probability that base and prefix give to it, and the prefix
+    tokens that it attends to, in one of the first `count` heads. question: from `follow`.
     """
     tokens, maps = question["tokens"], question["attention"][:count]
     axis = token_axis(tokens)
@@ -129,17 +129,17 @@ def question_map(question: dict, name: str, count: int) -> go.Figure:
     figure.update_yaxes(title="概率 probability", range=[0, 1], row=1)
     figure.update_yaxes(title="虚拟词 virtual token", row=2)
     labels = [f"层 layer {one['layer']}, 头 head {one['head']}" for one in maps]
-    dropdown(figure, labels, [[2 + place] for place in range(len(maps))], always=[0, 1])
+    dropdown(figure, labels, [[2 + number] for number in range(len(maps))], always=[0, 1])
     least_width = 110 + TOKEN_WIDTH * len(axis["tickvals"])
     title = f"{name}: 每个词的概率 probability of each token; 它对虚拟词的注意力 its attention to the virtual tokens (%)"
     return styled(figure, title, 120 + together + names_height, least_width)
 
 
 def removal_bars(removal: dict, name: str, rows: int) -> tuple[go.Figure, go.Figure]:
-    """Loss and exact match without each part, the most important ones at the top.
+    """Loss and exact match without each part, the most important part at the top.
 
-    removal: what `removals` found. rows: how many were scored. A bar of losses begins at the whole prefix's. Grey: where its
-    exact match may be, by the choice of rows (95 %).
+    removal: from `removals`. rows: number of scored rows. Bars of losses begin at the loss of the whole prefix. Grey: the
+    95 % interval of its exact match.
     """
     parts, whole = removal["parts"][:MOST_BARS], removal["whole"]
     titles = [part_name(part) for part in parts]
@@ -178,13 +178,13 @@ def removal_bars(removal: dict, name: str, rows: int) -> tuple[go.Figure, go.Fig
 
 
 def part_name(part: dict) -> str:
-    """Of a part that `removals` removes, its name in a picture."""
-    places = [f"{KINDS[key]} {part[key]}" for key in ("layer", "head", "token") if key in part]
-    return ", ".join(places) or KINDS[part["kind"]]
+    """The name in a picture of a part that `removals` removes."""
+    where = [f"{KINDS[key]} {part[key]}" for key in ("layer", "head", "token") if key in part]
+    return ", ".join(where) or KINDS[part["kind"]]
 
 
 def between_lines(pair: dict) -> tuple[go.Figure, go.Figure]:
-    """Exact match and loss on the way from one prefix to the other. pair: of `mixtures`, with the names first and second."""
+    """Exact match and loss on the way from one prefix to the other. pair: from `mixtures`, with both names."""
     way = [step / (len(pair["between"]) - 1) for step in range(len(pair["between"]))]
 
     def draw(key: str, factor: float, title: str) -> go.Figure:
@@ -199,7 +199,7 @@ def between_lines(pair: dict) -> tuple[go.Figure, go.Figure]:
 
 
 def combination_bars(pair: dict) -> tuple[go.Figure, go.Figure]:
-    """Exact match and loss of what is made of two prefixes: each alone, one after the other, halves exchanged."""
+    """Exact match and loss of two prefixes: each alone, one after the other, keys and values exchanged."""
     first, second = pair["first"], pair["second"]
     names = [first, second, f"{first},<br>{second}", f"{second},<br>{first}"]
     names += [f"键 keys {one}<br>值 values {other}" for one, other in ((first, second), (second, first))]
@@ -217,13 +217,13 @@ def combination_bars(pair: dict) -> tuple[go.Figure, go.Figure]:
 
 
 def _by_rows(made: list[dict], key: str, factor: float) -> Iterator[tuple[str, list[float]]]:
-    """One figure of the scores of prefixes on each set of rows: the name of the rows, the values."""
+    """For each set of rows: its name, and the value of `key` times `factor` for each of the scores."""
     for rows in made[0]:
         yield short_name(rows), [factor * scores[rows][key] for scores in made]
 
 
 def cosine_bars(pair: dict) -> go.Figure:
-    """Cosine between the pairs of two prefixes, by layer."""
+    """The cosine between keys, and between values, of two prefixes, by layer."""
     figure = go.Figure()
     for label, half in HALVES.items():
         figure.add_bar(x=list(range(len(pair["cosine"][half]))), y=pair["cosine"][half], name=label)
@@ -233,7 +233,7 @@ def cosine_bars(pair: dict) -> go.Figure:
 
 
 def quiz_bars(quiz: dict[str, float]) -> go.Figure:
-    """The share of the base's own quiz questions that it still answers under each prefix."""
+    """The share of the base's own quiz questions that it still answers with each prefix."""
     names = ["基座 base" if name == BASE else short_name(name) for name in quiz]
     figure = go.Figure(go.Bar(x=names, y=[100 * share for share in quiz.values()], texttemplate="%{y:.0f}"))
     figure.update_xaxes(type="category")
@@ -242,7 +242,7 @@ def quiz_bars(quiz: dict[str, float]) -> go.Figure:
 
 
 def growth_lines(growth: dict, name: str) -> tuple[go.Figure, ...]:
-    """Losses, norms, attention and singular values over the steps of the training. growth: of `growth`."""
+    """Losses, norms, attention and singular values over the steps of the training. growth: from `growth`."""
     stages = growth["stages"]
     steps = [stage["step"] for stage in stages]
 
@@ -257,8 +257,8 @@ def growth_lines(growth: dict, name: str) -> tuple[go.Figure, ...]:
     norms = {label: (steps, [stage["norm"][half] for stage in stages]) for label, half in HALVES.items()}
     layers = range(len(stages[0]["share"]))
     shares = {f"层 layer {layer}": (steps, [100 * stage["share"][layer] for stage in stages]) for layer in layers}
-    places = range(len(stages[0]["singular_values"]))
-    values = {str(place + 1): (steps, [stage["singular_values"][place] for stage in stages]) for place in places}
+    ranks = range(len(stages[0]["singular_values"]))
+    values = {str(rank + 1): (steps, [stage["singular_values"][rank] for stage in stages]) for rank in ranks}
     return (
         draw(LOSS, losses, log_axis(y for _, line in losses.values() for y in line)),
         draw("键值的平均长度 mean norm", norms, {}),
@@ -268,7 +268,7 @@ def growth_lines(growth: dict, name: str) -> tuple[go.Figure, ...]:
 
 
 def norm_boxes(norms: dict, name: str) -> tuple[go.Figure, ...]:
-    """Lengths of keys and values by layer: of text beside those of the prefix. norms: both (L, 2, 5), of vectors.py."""
+    """Lengths of keys and values by layer, for text and for the prefix. norms: (L, 2, 5) each, from vectors.py."""
     low, first, middle, third, high = range(len(QUANTILES))
 
     def draw(title: str, half: int) -> go.Figure:
