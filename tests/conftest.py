@@ -1,4 +1,20 @@
-"""Fixtures that several test files use. No network, seeds fixed."""
+"""Fixtures that several test files use. No network, seeds fixed.
+
+The modules beside this file, and what their names stand for:
+
+    models      random_bloom: 3 layers, random in all its weights. A prefix for it is random too. `flat`, `relative` and
+                `deviation` compare tensors. `beginning`: all that train.py has before its first step
+    runs        a training in the test's own process, and what it leaves: metrics, checkpoints, weights
+    rows        files of rows
+    answers     questions, and three ways to answer them: infer.py, `generate`, plain forwards
+    launching   processes that tests start: programs, forks, torchrun
+    forks       what a fork of an imported process runs; processes: what each process of torchrun runs
+    pretended   a device that is no CPU, made in Python
+
+Words of the tests: `tuned` are two prefixes of the demo, trained once per session (short answers; sentences). `plain` is the
+slow twin that a fast path must agree with. A run is `quick` if it has few steps. A `row` is of a dataset, a `question` is a row
+without its answer, and an `example` is a tokenised row.
+"""
 
 import json
 import os
@@ -10,14 +26,21 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("helpers")  # before it is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each of pytest's processes, and of those that it starts;
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more threads than cores must not wait in busy loops
+# Before they are imported.
+pytest.register_assert_rewrite("answers", "launching", "models", "rows", "runs")
+# Before transformers is imported; the processes that tests start inherit it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread for each process of pytest, and for those that it starts. Where there are more threads than cores, they must not
+# wait in busy loops.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so its children
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 import torch
-from helpers import at_end, random_bloom, random_prefix
+from launching import at_end
+from models import random_bloom, random_prefix
 from transformers import AutoTokenizer
 
 from prefix_tuning import PrefixBloom, bundled, load_prefix

@@ -2,7 +2,7 @@
 
 Those imports take each new process five seconds of a processor. A fork has its own arguments, folder, stdout, stderr, signal
 handlers and exit code. What a test says about the start and the end of Python itself (closed streams, locales, Ctrl-C while
-modules are imported) needs a real process: `start_process` of helpers.py.
+modules are imported) needs a real process: `start_process` of launching.py.
 """
 
 import multiprocessing
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers import ROOT, at_end, forks
+from checkout import ROOT
+from launching import at_end, forks
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -9,20 +9,11 @@ import sys
 import pretended
 import pytest
 import torch
+from answers import PROMPTS, complete
 from datasets import Dataset
-from helpers import (
-    PROMPTS,
-    complete,
-    examples_of,
-    metrics_of,
-    prefix_config,
-    random_bloom,
-    random_prefix,
-    relative,
-    step_of,
-    training_state,
-    write_jsonl,
-)
+from models import examples_of, prefix_config, random_bloom, random_prefix, relative, step_of, training_state
+from rows import write_jsonl
+from runs import metrics_of
 from safetensors.torch import load_file, save_file
 
 from prefix_tuning import bundled, plain

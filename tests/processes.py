@@ -8,7 +8,7 @@ import sys
 
 import torch
 from datasets import Dataset
-from helpers import examples_of, loss_and_gradient, random_bloom
+from models import examples_of, loss_and_gradient, random_bloom
 from transformers import AutoConfig, AutoTokenizer
 
 from prefix_tuning import PrefixBloom, bundled, distributed

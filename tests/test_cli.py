@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from checkout import ROOT
 from forks import Fork
-from helpers import ROOT, run_script, start_process
+from launching import run_script, start_process
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_claims_config, parse_infer_config, parse_study_config, parse_train_config

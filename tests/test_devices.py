@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import random_bloom
+from models import random_bloom
 
 from prefix_tuning.devices import (
     activation_bytes_per_token,

@@ -17,17 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from checkout import ROOT
 from forks import in_forks, torchrun_forks
-from helpers import (
-    ROOT,
-    STANDSTILL,
-    assert_same_run,
-    metrics_without_timings,
-    random_bloom,
-    start_process,
-    torchrun,
-    wait_for_step,
-)
+from launching import start_process, torchrun, wait_for_step
+from models import STANDSTILL, random_bloom
+from runs import assert_same_run, metrics_without_timings
 from transformers import BloomForCausalLM
 
 from prefix_tuning import bundled, distributed

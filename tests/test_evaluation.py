@@ -1,7 +1,10 @@
 import pytest
 import torch
+from answers import FRANCE, complete
 from datasets import Dataset
-from helpers import FRANCE, complete, metrics_of, plain_loss, random_bloom, random_prefix, write_jsonl
+from models import plain_loss, random_bloom, random_prefix
+from rows import write_jsonl
+from runs import metrics_of
 
 from prefix_tuning import PrefixBloom
 from prefix_tuning.data.readers import load_rows

@@ -14,16 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Fork
-from helpers import (
-    UNEVALUATED,
-    assert_same_run,
-    metrics_of,
-    seconds_of_a_run,
-    start_process,
-    start_run,
-    wait_for_step,
-    wait_until,
-)
+from launching import seconds_of_a_run, start_process, start_run, wait_for_step, wait_until
+from runs import UNEVALUATED, assert_same_run, metrics_of
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import BOARD_FOLDER, METRICS_FILE

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers import HERE
+from checkout import HERE
 
 TOY = ["--device", "cpu", "--size", "toy"]
 

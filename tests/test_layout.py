@@ -5,7 +5,7 @@ import graphlib
 import sys
 
 import pytest
-from helpers import ROOT
+from checkout import ROOT
 
 PACKAGE = ROOT / "prefix_tuning"
 TREES = {

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from answers import complete
 from datasets import Dataset
 from forks import Fork
-from helpers import complete, deviation, examples_of, flat, metrics_of, random_bloom, relative, weights_by_step, write_jsonl
+from models import deviation, examples_of, flat, random_bloom, relative
+from rows import write_jsonl
+from runs import metrics_of, weights_by_step
 from safetensors.torch import load_file
 from transformers.models.bloom import modeling_bloom
 

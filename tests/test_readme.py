@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from checkout import ROOT
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 

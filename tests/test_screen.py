@@ -4,8 +4,9 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
 
 import pytest
+from checkout import ROOT
 from forks import torchrun_forks
-from helpers import ROOT, metrics_of
+from runs import metrics_of
 
 from prefix_tuning.screen import Screen
 from prefix_tuning.training.run import train

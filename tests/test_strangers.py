@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from helpers import complete, prefix_config, random_bloom, training_state
+from answers import complete
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import prefix_config, random_bloom, training_state
 from safetensors.torch import save_file
 
 from prefix_tuning import bundled

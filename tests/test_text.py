@@ -1,5 +1,5 @@
 import pytest
-from helpers import REAL_ROWS, needs_real_rows
+from checkout import REAL_ROWS, needs_real_rows
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.errors import UserError

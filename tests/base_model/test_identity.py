@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from helpers import random_bloom
+from models import random_bloom
 
 from prefix_tuning import bundled
 from prefix_tuning.base_model.identity import base_of, check_base, fingerprint, portable_name

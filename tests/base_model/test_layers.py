@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import examples_of, loss_and_gradient, prefix_config, random_bloom, relative
+from models import examples_of, loss_and_gradient, prefix_config, random_bloom, relative
 
 from prefix_tuning.base_model.loading import compile_now, wrap_layers
 from prefix_tuning.errors import UserError

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from helpers import examples_of, prefix_config, random_bloom, random_prefix
+from models import examples_of, prefix_config, random_bloom, random_prefix
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM, GPT2Config, GPT2LMHeadModel

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import complete, examples_of, forks, random_bloom
+from answers import complete
+from launching import forks
+from models import examples_of, random_bloom
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig

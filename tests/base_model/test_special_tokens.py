@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FRANCE, GREEDY, complete, metrics_of, questions, run_infer, write_rows
+from answers import FRANCE, GREEDY, complete, run_infer
+from rows import questions, write_rows
+from runs import metrics_of
 from transformers import AutoTokenizer, BloomForCausalLM, GenerationConfig
 
 from prefix_tuning import PrefixBloom, bundled, load_prefix

@@ -20,7 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import assert_same_run, random_bloom, seconds_of_a_run, start_run
+from launching import seconds_of_a_run, start_run
+from models import random_bloom
+from runs import assert_same_run
 from transformers import AutoTokenizer
 
 from prefix_tuning import bundled

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # helpers.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that tests share
 
 import torch
 from gpu_fast import answers, fast, large, profile

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-import helpers
+import models
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -111,7 +111,7 @@ def peft(job: Job, shape: str, rate: float, precision: str, rows: list[dict], ba
 def parts_of_step(job: Job, shape: str) -> dict:
     """The shares of an optimizer step's time. It waits for the device after each part, which makes the whole slower."""
     model = frozen(job, shape)
-    state, seconds = helpers.training_state(make_encoder(model)), Counter()
+    state, seconds = models.training_state(make_encoder(model)), Counter()
     (batch,) = pack([Example(row["input_ids"], row["labels"]) for row in make_rows(8, SHAPES[shape]["vocab_size"])], 10**4)
     batch = batch.to(torch.device(job.device))
 
@@ -148,7 +148,7 @@ def answers(job: Job) -> Checks:
     our = PrefixBloom(model)
     our.attach("random", encoder.bake())
     yield "ours, dynamic cache", partial(answer_speed, job, our, ids, tokens)
-    yield "PEFT", partial(answer_speed, job, helpers.peft_model(model, encoder).to(job.device).eval(), ids, tokens)
+    yield "PEFT", partial(answer_speed, job, models.peft_model(model, encoder).to(job.device).eval(), ids, tokens)
     static = {"cache_implementation": "static"}
     yield "ours, static cache", partial(answer_speed, job, our, ids, tokens, **static)
 
@@ -179,7 +179,7 @@ def largest_pass(job: Job, checkpointing: bool, row_length: int | None) -> dict:
     for tokens in [256 * 2**power for power in range(2 if job.toy else 14)]:
         length = row_length or tokens
         try:
-            (batch,) = pack(helpers.examples_of([length] * (tokens // length), model.config.vocab_size), tokens)
+            (batch,) = pack(models.examples_of([length] * (tokens // length), model.config.vocab_size), tokens)
             job.reset_peak()
             started = job.finish()
             model.label_losses(batch.to(torch.device(job.device)), prefix.requires_grad_()).sum().backward()
@@ -215,7 +215,7 @@ def profile_steps(job: Job) -> dict:
     shape = job.shape("1b4")
     model = frozen(job, shape)
     rows = [Example(row["input_ids"], row["labels"]) for row in make_rows(8, SHAPES[shape]["vocab_size"])]
-    state, step = helpers.training_state(make_encoder(model)), helpers.step_of(rows, max_tokens=10**4)
+    state, step = models.training_state(make_encoder(model)), models.step_of(rows, max_tokens=10**4)
     optimizer_step(model, state, step)
     with recorder(job) as recorded:
         for _ in range(1 if job.toy else 3):

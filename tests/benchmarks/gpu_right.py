@@ -8,9 +8,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import helpers
+import answers
+import models
 import torch
 from gpu_job import Checks, Job
+from runs import LATEST, assert_same_run, metrics_of
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from prefix_tuning import PrefixBloom, bundled, plain
@@ -46,7 +48,7 @@ def right(job: Job) -> Checks:
 
 def new_encoder(base) -> PrefixEncoder:
     torch.manual_seed(0)
-    return PrefixEncoder(helpers.prefix_config(base, tokens=16)).to(base.device)
+    return PrefixEncoder(models.prefix_config(base, tokens=16)).to(base.device)
 
 
 # The loss of the examples, in nats, and the encoder that its gradient goes to.
@@ -68,7 +70,7 @@ def transformers_loss(base, encoder, examples):
 
 def peft_loss(base, encoder, examples):
     """PEFT's encoder starts with the weights of ours. Its loss is a mean over labels, which it counts row by row."""
-    wrapped, loss = helpers.peft_model(base, encoder).to(base.device), 0.0
+    wrapped, loss = models.peft_model(base, encoder).to(base.device), 0.0
     for example in examples:
         ids, labels = as_tensors(base, example)
         mean = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
@@ -88,7 +90,7 @@ def within(tolerance: float, ours, theirs) -> dict:
     """The relative differences of two losses and gradients. Raises AssertionError if one is above the tolerance."""
     (loss, gradient), (their_loss, their_gradient) = ours, theirs
     result = {"loss differs by": abs(loss - their_loss) / abs(their_loss)}
-    result["gradient by"] = helpers.relative(gradient, their_gradient)
+    result["gradient by"] = models.relative(gradient, their_gradient)
     assert max(result.values()) <= tolerance, f"above {tolerance}: {result}"
     return {**result, "tolerance": tolerance}
 
@@ -111,9 +113,9 @@ def overflow(job: Job, examples) -> dict:
     """One step with a loss scale that overflows, one with a scale that does not. On a CPU the base is fp32."""
     dtype, scale = (torch.float16, 2.0**40) if job.on_cuda else (torch.float32, 2.0**127)
     base, _ = load_base(bundled.MODEL, dtype, torch.device(job.device))
-    state = helpers.training_state(new_encoder(base), loss_scaling=True)
+    state = models.training_state(new_encoder(base), loss_scaling=True)
     state.scaler = torch.amp.GradScaler(torch.device(job.device).type, init_scale=scale)
-    step, before = helpers.step_of(examples), state.encoder.bake()
+    step, before = models.step_of(examples), state.encoder.bake()
     optimizer_step(base, state, step)
     assert torch.equal(state.encoder.bake(), before), "the weights have changed"
     assert state.scaler.get_scale() == scale / 2 and state.progress.updates == 0
@@ -126,8 +128,8 @@ def overflow(job: Job, examples) -> dict:
 
 def static_cache(base, tokenizer, tokens: int) -> dict:
     model = PrefixBloom(base, tokenizer)
-    model.attach("random", helpers.random_prefix(base))
-    inputs = tokenizer(helpers.PROMPTS, return_tensors="pt", padding=True).to(base.device)
+    model.attach("random", models.random_prefix(base))
+    inputs = tokenizer(answers.PROMPTS, return_tensors="pt", padding=True).to(base.device)
     length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     dynamic, static = (model.generate(**inputs, **length, **kind) for kind in ({}, {"cache_implementation": "static"}))
     assert torch.equal(dynamic, static), f"{(dynamic != static).sum()} of {dynamic.numel()} tokens differ"
@@ -160,7 +162,7 @@ def in_process(job: Job, settings: dict) -> dict:
     process.start()
     process.join()
     assert process.exitcode == 0, f"exit code {process.exitcode}; see gpu.log"
-    summary = helpers.metrics_of(settings["output_dir"])[-1]
+    summary = metrics_of(settings["output_dir"])[-1]
     return {"steps": summary["steps"], "seconds": summary["train_seconds"]}
 
 
@@ -180,7 +182,7 @@ def demo(job: Job, precision: str) -> dict:
             Path(folder, "few.jsonl").write_text("".join(rows), "utf-8")
             flags += ["--max_steps", "2", "--eval_dataset", f"{folder}/few.jsonl"]
         result = in_process(job, vars(parse_train_config(flags)))
-        evaluated = [line for line in helpers.metrics_of(f"{folder}/demo") if "eval_loss" in line][-1]
+        evaluated = [line for line in metrics_of(f"{folder}/demo") if "eval_loss" in line][-1]
         return result | {"exact match": evaluated["eval_exact_match"], "eval loss": evaluated["eval_loss"]}
 
 
@@ -193,8 +195,8 @@ def killed_and_resumed(job: Job, unbroken: dict) -> dict:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "it had ended before it was killed"
-    in_process(job, settings | helpers.LATEST)
-    helpers.assert_same_run(folder, unbroken["output_dir"])
+    in_process(job, settings | LATEST)
+    assert_same_run(folder, unbroken["output_dir"])
     return {"killed after": found[0].stem, "same bits": "yes"}
 
 
@@ -206,9 +208,9 @@ def under_torchrun(job: Job, unbroken: dict, **flags) -> dict:
     method = job.processes.get_start_method()
     elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1, start_method=method, **place), run)(settings)
     ours, alone = (load_prefix(folder)[0] for folder in (settings["output_dir"], unbroken["output_dir"]))
-    difference = helpers.relative(ours, alone)
+    difference = models.relative(ours, alone)
     assert difference <= 1e-2, f"the prefix differs by {difference}"
-    return {"prefix differs by": difference, "seconds": helpers.metrics_of(settings["output_dir"])[-1]["train_seconds"]}
+    return {"prefix differs by": difference, "seconds": metrics_of(settings["output_dir"])[-1]["train_seconds"]}
 
 
 def out_of_memory(job: Job, folder: str) -> dict:

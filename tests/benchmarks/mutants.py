@@ -338,7 +338,7 @@ def import_others(tests: list[str], folder: str) -> None:
         for each in tests:
             pytest.main([*arguments(each, folder), "--collect-only"])
     for name in [*sys.modules]:
-        if name.split(".")[0] in ("prefix_tuning", "tests", "helpers"):
+        if name.split(".")[0] in ("prefix_tuning", "tests", "answers", "launching", "models", "rows", "runs"):
             del sys.modules[name]
 
 

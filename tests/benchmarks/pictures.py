@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # helpers.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules that tests share
 
 STEPS = (0, 10, 25, 50, 100, 200, 300, 400, 500)  # and the last: the prefix is scored after them
 HELD_OUT = 800  # rows
@@ -22,7 +22,7 @@ DEMO = Path(__file__).resolve().parents[2] / "prefix_tuning" / "demo"
 
 
 def draw_training(path: Path) -> None:
-    from helpers import beginning
+    from models import beginning
     from peft import PrefixTuningConfig, get_peft_model
     from speed import peft_trainer
     from transformers import TrainerCallback

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # helpers.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules that tests share
 
 EPOCHS, EVAL_STEPS, GOAL = 3, 20, 0.9
 CONTESTANTS = ("peft", "ours", "ours bf16")
@@ -51,7 +51,7 @@ class Clock:
 
 def worker(name: str) -> None:
     import torch
-    from helpers import beginning
+    from models import beginning
 
     from prefix_tuning import bundled
     from prefix_tuning.evaluation import Evaluator

@@ -18,7 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import ROOT, assert_same_run, torchrun, worker
+from checkout import ROOT
+from launching import torchrun, worker
+from runs import assert_same_run
 
 FLAGS = "--dataset bundled:short --eval_exact_match false --eval_steps 1000 --max_steps 60 --num_virtual_tokens 4"
 FLAGS += " --per_device_train_batch_size 2 --save_steps 1 --logging_steps 1"

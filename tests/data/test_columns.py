@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
-from helpers import TRAIN, write_jsonl, write_rows
+from launching import TRAIN
+from rows import write_jsonl, write_rows
 
 from prefix_tuning.data.columns import PAIRS, columns_of, parse_columns
 from prefix_tuning.data.readers import load_rows

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers import GOOD, TRAIN, write_jsonl
+from launching import TRAIN
+from rows import GOOD, write_jsonl
 
 from prefix_tuning.data import readers
 from prefix_tuning.data.readers import load_rows

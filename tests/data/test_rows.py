@@ -6,8 +6,10 @@ from itertools import pairwise
 
 import pytest
 import tokenizers
+from checkout import REAL_ROWS, needs_real_rows
 from datasets import concatenate_datasets
-from helpers import GOOD, REAL_ROWS, TRAIN, needs_real_rows, write_jsonl
+from launching import TRAIN
+from rows import GOOD, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from prefix_tuning.data import readers

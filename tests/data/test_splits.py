@@ -1,7 +1,8 @@
 import re
 
 import pytest
-from helpers import assert_same_run, write_jsonl
+from rows import write_jsonl
+from runs import assert_same_run
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.splits import load_splits, number_held_out

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from checkout import ROOT
 from transformers import AutoModelForCausalLM, BloomForCausalLM
 
 from prefix_tuning import bundled

@@ -8,7 +8,7 @@ import shlex
 
 import nbformat
 import pytest
-from helpers import ROOT
+from checkout import ROOT
 from nbclient import NotebookClient
 
 from prefix_tuning.cli import parse_infer_config, parse_train_config

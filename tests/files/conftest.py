@@ -1,6 +1,7 @@
 import pytest
 import torch
-from helpers import RECORDED_BASE, prefix_config, random_bloom
+from models import prefix_config, random_bloom
+from runs import RECORDED_BASE
 
 from prefix_tuning.files.prefixes import save_adapter, save_encoder
 from prefix_tuning.model.encoder import PrefixEncoder

@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
-from helpers import RECORDED_BASE, random_bloom
+from models import random_bloom
 from peft import PrefixTuningConfig, get_peft_model
+from runs import RECORDED_BASE
 from safetensors.torch import load_file, save_file
 
 from prefix_tuning import bundled

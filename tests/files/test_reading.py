@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import RECORDED_BASE, random_bloom
+from models import random_bloom
+from runs import RECORDED_BASE
 from safetensors.torch import load_file, save_file
 
 from prefix_tuning import PrefixBloom

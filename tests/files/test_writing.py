@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, start_process
+from checkout import ROOT
+from launching import start_process
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -2,7 +2,7 @@ import copy
 import signal
 
 import pytest
-from helpers import GREEDY, complete
+from answers import GREEDY, complete
 from transformers import GenerationConfig, SuppressTokensAtBeginLogitsProcessor
 
 from prefix_tuning import PrefixBloom, load_prefix, signals

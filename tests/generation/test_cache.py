@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GREEDY, PROMPTS, random_bloom, random_prefix
+from answers import GREEDY, PROMPTS
+from models import random_bloom, random_prefix
 from transformers import DynamicCache, StaticCache
 
 from prefix_tuning import PrefixBloom

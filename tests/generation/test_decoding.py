@@ -5,7 +5,7 @@ The plain way computes [prefix; text] anew for each token, and knows neither `ge
 
 import pytest
 import torch
-from helpers import PROMPTS, complete, decode
+from answers import PROMPTS, complete, decode
 from transformers import DynamicCache, StaticCache, TextStreamer, pipeline
 
 from prefix_tuning.model.bloom import prefix_cache

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers import GREEDY, PROMPTS
+from answers import GREEDY, PROMPTS
 from transformers import GenerationConfig
 
 from prefix_tuning.data.rows import prompt_of

@@ -8,7 +8,8 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GREEDY, PROMPTS, QUESTIONS, complete, decode, logits_after, prefix_config, random_bloom, random_prefix
+from answers import GREEDY, PROMPTS, QUESTIONS, complete, decode, logits_after
+from models import prefix_config, random_bloom, random_prefix
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM, DynamicCache, StaticCache, StoppingCriteriaList, TextStreamer, pipeline

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import PROMPTS, complete, logits_after
+from answers import PROMPTS, complete, logits_after
 from transformers import GenerationConfig
 
 from prefix_tuning.generation.batches import Prompt, batches_of, complete_batch

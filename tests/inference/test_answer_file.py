@@ -5,8 +5,10 @@ import re
 import signal
 
 import pytest
+from answers import FRANCE, refuses, run_infer
 from forks import Fork
-from helpers import FRANCE, questions, refuses, run_infer, wait_until, write_rows
+from launching import wait_until
+from rows import questions, write_rows
 
 from prefix_tuning.data.rows import parts_of, read_questions
 from prefix_tuning.errors import Interrupted, UserError

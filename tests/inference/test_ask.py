@@ -2,7 +2,8 @@ import copy
 import sys
 
 import pytest
-from helpers import FRANCE, GREEDY, complete, refuses, run_infer, write_rows
+from answers import FRANCE, GREEDY, complete, refuses, run_infer
+from rows import write_rows
 
 from prefix_tuning import PrefixBloom, load_prefix
 from prefix_tuning.data.rows import prompt_of

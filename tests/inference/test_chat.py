@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FRANCE, ROOT, TRAIN, run_infer, write_jsonl
+from answers import FRANCE, run_infer
+from checkout import ROOT
+from launching import TRAIN
+from rows import write_jsonl
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config

@@ -7,8 +7,12 @@ import sys
 
 import pytest
 import torch
+from answers import FRANCE, refuses, run_infer
+from checkout import ROOT
 from forks import Fork
-from helpers import FRANCE, ROOT, prefix_config, questions, random_bloom, refuses, run_infer, start_process, write_rows
+from launching import start_process
+from models import prefix_config, random_bloom
+from rows import questions, write_rows
 
 from prefix_tuning import bundled, distributed
 from prefix_tuning.cli import parse_infer_config, parse_train_config

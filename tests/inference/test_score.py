@@ -3,8 +3,10 @@ import re
 
 import pytest
 import torch
+from answers import FRANCE, refuses, run_infer
 from datasets import Dataset, DatasetDict
-from helpers import FRANCE, plain_loss, questions, refuses, run_infer, write_rows
+from models import plain_loss
+from rows import questions, write_rows
 
 from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base

@@ -1,5 +1,5 @@
 import pytest
-from helpers import refuses
+from answers import refuses
 
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.errors import UserError

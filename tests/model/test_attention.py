@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import examples_of, random_bloom
+from models import examples_of, random_bloom
 
 from prefix_tuning.model import attention
 from prefix_tuning.model.batch import pack

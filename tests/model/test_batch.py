@@ -2,7 +2,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from helpers import examples_of
+from models import examples_of
 
 from prefix_tuning.model.batch import EMPTY_BATCH, IGNORED, count_labels, pack
 

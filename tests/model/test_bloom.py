@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TRAIN, examples_of, loss_and_gradient, plain_loss, prefix_config, random_bloom, relative, write_jsonl
+from launching import TRAIN
+from models import examples_of, loss_and_gradient, plain_loss, prefix_config, random_bloom, relative
+from rows import write_jsonl
 from transformers import BloomForCausalLM, DynamicCache
 from transformers.models.bloom import modeling_bloom
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor

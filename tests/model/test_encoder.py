@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import prefix_config, random_bloom
+from models import prefix_config, random_bloom
 from peft import PrefixEncoder as PeftEncoder
 from peft import PrefixTuningConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import examples_of, random_prefix
+from models import examples_of, random_prefix
 
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.bloom import prefix_cache

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import run_quietly
+from runs import run_quietly
 
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data.readers import load_rows

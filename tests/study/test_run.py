@@ -5,7 +5,9 @@ import re
 import shutil
 
 import pytest
-from helpers import peft_model, run_quietly, write_jsonl
+from models import peft_model
+from rows import write_jsonl
+from runs import run_quietly
 from transformers import AutoModelForCausalLM
 
 from prefix_tuning import bundled

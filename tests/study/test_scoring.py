@@ -1,7 +1,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import examples_of
+from models import examples_of
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize

@@ -1,5 +1,5 @@
 import torch
-from helpers import examples_of, random_bloom, random_prefix
+from models import examples_of, random_bloom, random_prefix
 
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.bloom import prefix_cache

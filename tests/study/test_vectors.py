@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import random_bloom
+from models import random_bloom
 
 from prefix_tuning.study.scoring import score_prefix
 from prefix_tuning.study.vectors import QUANTILES, nearest_words, prefix_norms, score_base

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import metrics_without_timings, prefix_config, random_bloom, training_state
+from models import prefix_config, random_bloom, training_state
+from runs import metrics_without_timings
 from safetensors.torch import load_file
 
 from prefix_tuning import bundled, distributed

@@ -3,17 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from answers import complete
 from datasets import Dataset
-from helpers import (
-    LATEST,
-    assert_same_run,
-    checkpoint_names,
-    complete,
-    interrupt,
-    metrics_without_timings,
-    random_bloom,
-    random_prefix,
-)
+from models import random_bloom, random_prefix
+from runs import LATEST, assert_same_run, checkpoint_names, interrupt, metrics_without_timings
 
 from prefix_tuning import evaluation
 from prefix_tuning.data.readers import load_rows

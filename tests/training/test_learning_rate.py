@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import LATEST, beginning, metrics_of, metrics_without_timings
+from models import beginning
+from runs import LATEST, metrics_of, metrics_without_timings
 
 from prefix_tuning.files.names import PLOT_FILE, SEARCH_FILE
 from prefix_tuning.model.encoder import PrefixConfig

@@ -3,10 +3,9 @@ import shutil
 
 import pytest
 import torch
-from helpers import (
+from models import (
     STANDSTILL,
     examples_of,
-    metrics_of,
     peft_model,
     plain_loss,
     prefix_config,
@@ -15,6 +14,7 @@ from helpers import (
     step_of,
     training_state,
 )
+from runs import metrics_of
 from safetensors.torch import load_file
 
 from prefix_tuning import bundled

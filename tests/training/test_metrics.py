@@ -1,6 +1,7 @@
 import pytest
 import torch
-from helpers import LATEST, metrics_of, metrics_without_timings, training_state
+from models import training_state
+from runs import LATEST, metrics_of, metrics_without_timings
 
 from prefix_tuning import distributed
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TIMINGS, training_state
+from checkout import ROOT
+from models import training_state
+from runs import TIMINGS
 from safetensors import safe_open
 
 from prefix_tuning.files.names import CARD_FILE, CONFIG_FILE, METRICS_FILE

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT
 from forks import Fork
-from helpers import ROOT, metrics_of, start_process
+from launching import start_process
 from peft import AutoPeftModelForCausalLM, PeftConfig
+from runs import metrics_of
 from safetensors.torch import load_file
 
 from prefix_tuning import bundled, load_prefix

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    LATEST,
-    UNEVALUATED,
-    assert_same_run,
-    checkpoint_names,
-    contents,
-    interrupt,
-    metrics_without_timings,
-    random_bloom,
-)
+from models import random_bloom
+from runs import LATEST, UNEVALUATED, assert_same_run, checkpoint_names, contents, interrupt, metrics_without_timings
 from safetensors.torch import load_file
 
 from prefix_tuning import distributed

@@ -11,25 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    LATEST,
-    REAL_ROWS,
-    STANDSTILL,
-    contents,
-    decode,
-    deviation,
-    flat,
-    forks,
-    initial_encoder,
-    metrics_of,
-    needs_real_rows,
-    peft_model,
-    prefix_config,
-    random_bloom,
-    train_with_little_memory,
-    weights_by_step,
-)
+from answers import decode
+from checkout import REAL_ROWS, needs_real_rows
+from launching import forks
+from models import STANDSTILL, deviation, flat, initial_encoder, peft_model, prefix_config, random_bloom
 from peft import PeftModel
+from runs import LATEST, contents, metrics_of, train_with_little_memory, weights_by_step
 from safetensors.torch import load_file
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from checkout import ROOT
 
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config, parse_train_config

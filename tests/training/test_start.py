@@ -2,7 +2,9 @@ import shutil
 
 import pytest
 import torch
-from helpers import initial_encoder, metrics_of, random_bloom, relative, write_jsonl
+from models import initial_encoder, random_bloom, relative
+from rows import write_jsonl
+from runs import metrics_of
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 

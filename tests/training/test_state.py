@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from helpers import training_state
+from models import training_state
 from transformers import get_scheduler
 
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from forks import in_forks
-from helpers import metrics_of
+from runs import metrics_of
 
 from prefix_tuning import distributed, signals
 from prefix_tuning.data.readers import load_rows

@@ -1,5 +1,5 @@
 import torch
-from helpers import random_bloom, random_prefix
+from models import random_bloom, random_prefix
 
 from prefix_tuning.study.claims.exchange import MIXES, Exchange, exchange_pairs, parts_of_exchange
 from prefix_tuning.study.mixing import mix

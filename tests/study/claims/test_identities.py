@@ -1,7 +1,7 @@
 """The identities of Petrov et al. and He et al. to 1e-6; both hold for any prefix, so also for a random one."""
 
 import torch
-from helpers import examples_of, random_bloom, random_prefix
+from models import examples_of, random_bloom, random_prefix
 
 from prefix_tuning.model.batch import pack
 from prefix_tuning.study.attention import attending, watching

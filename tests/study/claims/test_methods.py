@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import examples_of, random_bloom, random_prefix, step_of, training_state
+from models import examples_of, random_bloom, random_prefix, step_of, training_state
 
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.encoder import PrefixConfig
