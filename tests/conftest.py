@@ -12,8 +12,8 @@ The modules beside this file, and what their names stand for:
     pretended   a device that is no CPU, made in Python
 
 Words of the tests: `tuned` are two prefixes of the demo, trained once per session (short answers; sentences). `plain` is the
-slow twin that a fast path must agree with. A run is `quick` if it has few steps. A `row` is of a dataset, a `question` is a row
-without its answer, and an `example` is a tokenised row.
+slow twin that a fast path must agree with. A run is `quick` if it has few steps. A `row` is of a dataset, a `question` is a
+row without its answer, and an `example` is a tokenised row.
 """
 
 import json
