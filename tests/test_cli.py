@@ -9,8 +9,10 @@ from forks import Fork
 from launching import run_script, start_process
 
 from prefix_tuning import bundled
-from prefix_tuning.cli import parse_claims_config, parse_infer_config, parse_study_config, parse_train_config
+from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.study.__main__ import parse_study_config
+from prefix_tuning.study.claims.__main__ import parse_claims_config
 from prefix_tuning.text import display_width
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig

@@ -113,14 +113,14 @@ save_checkpoint(folder, 1, encoder.state_dict(), {"progress": {"step": 1}}, keep
 
 def test_the_same_content_is_the_same_bytes_in_another_process(tmp_path):
     """safetensors alone would write the metadata in an order that differs from process to process."""
-    folders, processes = [tmp_path / name for name in "abc"], []
+    folders, processes = [tmp_path / name for name in "ab"], []
     for seed, folder in enumerate(folders):
         folder.mkdir()
-        environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONOPTIMIZE": str(seed % 2)}
+        environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONOPTIMIZE": str(seed)}
         processes.append(start_process([sys.executable, "-c", SAVE, folder], cwd=ROOT, env=environment))
-    assert [process.wait() for process in processes] == [0, 0, 0]
-    first, *others = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
-    assert len(first) == 4 and all(other == first for other in others)
+    assert [process.wait() for process in processes] == [0, 0]
+    first, other = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert len(first) == 4 and other == first
 
 
 def test_metadata_are_sorted_and_any_text(tmp_path):
