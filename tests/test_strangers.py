@@ -234,6 +234,14 @@ def test_a_hostile_talk_is_one_line(tmp_path, line):
         assert len(message) < 1000 and message.isprintable() and message.encode("utf-8")
 
 
+def test_a_talk_that_is_nested_as_deeply_as_json_can_be_is_one_line(tmp_path):
+    read = Columns({"messages": "messages"}, answered=True)
+    for depth in range(500, 1000):
+        (tmp_path / "rows.jsonl").write_text('{"messages": ' + '{"a": ' * depth + "1" + "}" * depth + "}", "utf-8")
+        with pytest.raises(UserError, match=r"^rows, line 1: "):
+            list(readers._checked("rows", readers._read_json("rows", str(tmp_path / "rows.jsonl")), read.read))
+
+
 @pytest.mark.parametrize("talk", [[1, 2], ["a"], [[]], [{"role": 1, "content": 2}], [{"x": "y"}], [None], 5, "a", [b"a"]])
 def test_a_hostile_talk_in_parquet_is_one_line(tmp_path, talk):
     pyarrow.parquet.write_table(pa.table({"messages": [talk]}), tmp_path / "rows.parquet")

@@ -308,7 +308,11 @@ def _text(where: str, what: str, value: Any, hint: str = "") -> str:
 
 def _shown(value: Any) -> str:
     """The beginning of a value, for messages. Half a character in it becomes \\ud83d, so that the message can be printed."""
-    return json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)[:80].encode(errors="backslashreplace").decode()
+    # json.loads has read lists that are nested deeper than json.dumps can write them.
+    except RecursionError:
+        return f"a {type(value).__name__}"
 
 
 def _listed(columns: Collection[str]) -> str:

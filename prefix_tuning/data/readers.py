@@ -189,18 +189,21 @@ def _checked(name: str, rows: Iterator[tuple[str, Any]], read: Callable[[str, di
 
     Raises UserError for a source without rows. Raises one UserError for all bad rows together: rows that are not objects,
     that the reader could not read, or for which `read` raises a UserError. It tells how many they are, and what is wrong
-    with the first SHOWN_ERRORS of them.
+    with the first SHOWN_ERRORS of them. If the file cannot be read to its end, that counts as a bad row, too.
     """
     count, bad = 0, 0
     errors: list[str] = []
-    for position, row in rows:
-        count += 1
+    while True:
         try:
+            position, row = next(rows)
+            count += 1
             if isinstance(row, UserError):
                 raise row
             if not isinstance(row, dict):
                 raise UserError(f"{name}, {position}: is no object with named columns, such as instruction and output")
             result = read(f"{name}, {position}", row)
+        except StopIteration:
+            break
         except UserError as error:
             bad += 1
             if bad <= SHOWN_ERRORS:

@@ -4,6 +4,7 @@ import codecs
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ from prefix_tuning.inference.ask import Answerer
 
 Questions = Callable[[], Iterator[Question]]  # reads the --input once more
 WINDOW = 8  # number of batches per process whose rows are sorted by length together
+
+
+# The beginning of a response, which is a string or a list of strings, up to any byte before the end of its line.
+_STRING = rb'"(?:[^"\\]|\\.)*"'
+_CUT = re.compile(rb'(?:\[(?:%s, ?)*)?(?:"(?:[^"\\]|\\.)*\\?|%s\]?)?' % (_STRING, _STRING))
 
 
 def check_output(output: str, source: str | None, resume: bool) -> None:
@@ -114,7 +120,7 @@ def rows_done(output: Path, questions: Iterator[Question]) -> int:
             try:
                 found = json.loads(text)
             except (ValueError, RecursionError):
-                if row is not None and _is_cut(line, row):
+                if row is not None and _is_cut(text, row) and not file.read().strip():
                     file.truncate(end)
                     return done
                 hint = "mend it, or remove it and all lines below"
@@ -133,9 +139,12 @@ def _answers(found: Any, row: dict) -> bool:
 
 
 def _is_cut(line: bytes, row: dict) -> bool:
-    """Whether this is the line of `row` without its end. A person who broke a line has left the line break after it."""
+    """Whether this is the line of `row` up to some byte before its end, as a killed run leaves it.
+
+    A line that a person has edited and broken is none: it must not be deleted.
+    """
     before = _line(row | {"response": ""})[: -len('""}')]
-    return not line.endswith(b"\n") and (before.startswith(line) or line.startswith(before))
+    return before.startswith(line) or (line.startswith(before) and _CUT.fullmatch(line, len(before)) is not None)
 
 
 def _as_json(row: dict) -> dict:

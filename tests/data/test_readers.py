@@ -103,6 +103,11 @@ def test_the_first_ten_bad_rows_are_named_at_once(tmp_path):
             read(write((3, {"input": 3})))
     with pytest.raises(UserError, match=rf"a\.jsonl: 5 bad rows: {errors}$"):
         load_rows(write(*bad), TRAIN)
+    # A file that breaks later hides none of them.
+    broken = tmp_path / "broken.csv"
+    broken.write_text('instruction,output\na,b,c\nd,e\n"x"y,z\n', "utf-8")
+    with pytest.raises(UserError, match=r"broken\.csv: 2 bad rows: row 1: has more cells .*; row 3: is not CSV"):
+        load_rows(str(broken), TRAIN)
     many = [(number, {"instruction": number}) for number in range(10, 30)]
     for read in (lambda name: load_rows(name, TRAIN), lambda name: list(read_questions(name, []))):
         with pytest.raises(UserError, match=r"a\.jsonl: 20 bad rows, the first 10: line 10: .*; line 19: ") as error:
