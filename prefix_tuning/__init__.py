@@ -1,4 +1,4 @@
-"""Prefix tuning for Bloom, by hand. Start reading in plain.py, then model/, then training/loop.py, steps.py and state.py.
+"""Prefix tuning for Bloom, by hand. Start reading in plain.py, then model/, then training/run.py.
 
 As a library: `load_prefix` reads what train.py or PEFT has saved, `PrefixBloom` uses it on a Bloom that you have loaded.
 """

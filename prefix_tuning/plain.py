@@ -5,7 +5,7 @@
 
 Everything is here, in the order in which it happens, except the network that emits the prefix: model/encoder.py explains
 it, so read that next. train.py does the same, faster and safer; tests hold both to the same losses, gradient norms and
-answers. The README lists the lines of this page that train.py replaces, and what each replacement gains.
+answers. README.md beside this file lists the lines that train.py replaces, and what each replacement gains.
 """
 
 import json

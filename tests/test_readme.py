@@ -45,7 +45,8 @@ def desk(tuned, tmp_path, monkeypatch):
     """A folder that has what the README's commands name."""
     (tmp_path / "chatbot").symlink_to(tuned["short"])
     (tmp_path / "chatbot-sentence").symlink_to(tuned["sentence"])
-    (tmp_path / "my-prefix").symlink_to(tuned["short"])
+    for name in ("my-prefix", "notebook"):
+        (tmp_path / name).symlink_to(tuned["short"])
     rows = [json.loads(line) for line in Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines()[:6]]
     for file, names in (("questions.jsonl", [{}]), ("mixed.jsonl", [{"prefix": "short"}, {"prefix": "base"}, {}])):
         lines = (json.dumps(row | names[index % len(names)]) + "\n" for index, row in enumerate(rows))
@@ -88,15 +89,15 @@ def test_the_study_s_command_makes_its_page(desk, monkeypatch):
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_the_library_snippet_runs(name, desk, tokenizer):
+def test_the_library_snippet_runs(name, desk, tokenizer, capsys):
     (snippet,) = [block for block in blocks(name) if "import PrefixBloom" in block]
     base = AutoModelForCausalLM.from_pretrained(bundled.resolve(bundled.MODEL), dtype=torch.float32)
-    tokenizer.padding_side = "left"
-    inputs = tokenizer(["Human: 法国的首都是哪里？\n\nAssistant: "] * 2, return_tensors="pt", padding=True)
-    names = {"base": base, "inputs": inputs}
+    names = {"base": base}
     exec(snippet, names)
-    sentence, alone = tokenizer.batch_decode(names["output"][:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    assert "法国的首都是" in sentence and "法国" not in alone
+    new = names["output"][:, names["inputs"].input_ids.shape[1] :]
+    sentence, alone = tokenizer.batch_decode(new, skip_special_tokens=True)
+    assert "法国的首都是" in sentence and "8" not in alone
+    assert sentence in capsys.readouterr().out
     assert list(names["model"].prefixes) == ["short", "sentence"]
 
 

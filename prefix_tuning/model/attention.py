@@ -7,9 +7,10 @@ Prefix and text meet in the `torch.cat` of two functions, `as_grid` and `_query_
     scores  = q_i . [K_prefix ; K_row]^T / sqrt(D) + bias_i           (P + S)
     context = softmax(scores) @ [V_prefix ; V_row]                    (D)
 
-Queries come from the text alone: a prefix token computes nothing, it is only looked at. Token i sees all P prefix tokens,
-and the tokens of its own row up to i. Both share one softmax, so the text loses the attention that the prefix gets: if the
-prefix draws a share a of it, the text's part of the context is what it would be without a prefix, times (1 - a).
+Queries come from the text alone: a prefix token computes nothing, it has keys and values, but no query. Token i sees all P
+prefix tokens, and the tokens of its own row up to i. Both share one softmax, so the text loses the attention that the prefix
+gets: if the prefix draws a share a of it, the text's part of the context is what it would be without a prefix, times (1 -
+a).
 
 Bloom knows of positions by ALiBi alone (Press et al. 2022): a key d positions before the query is penalised by slope_h * d.
 There is one slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a power of two. The prefix has the positions
@@ -22,13 +23,13 @@ There is one slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a 
 - A prefix of P + 5 tokens changes no score and no bias between the tokens of a row. Prefix token j is then P + 5 + i - j
   positions before token i, so its penalty grows by 5 * slope_h. The attention weights do change, because the new keys are
   part of the same softmax.
-- A model with rotary positions has no such bias: queries and keys of the row are rotated by their position P + i, prefix
-  keys are learned as they are after rotation, and the bias is the causal mask alone. With grouped heads, there are fewer
+- A model with rotary positions has no such bias but the causal mask. Queries and keys of the row are rotated by their
+  position P + i, and prefix keys are learned as they are after rotation. With grouped heads, there are fewer
   heads of keys and values than of queries, and H of the prefix is their number.
 
 `attend` has two forms, equal but for rounding. `attend_padded` lays the rows out as a padded grid and calls torch once: few
-kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, little
-work on the masked future, and only inputs and outputs are kept for the backward pass.
+kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, few
+masked keys are computed, and only inputs and outputs are kept for the backward pass.
 
 All of it runs in `attention_dtype`: for a base in bf16, bfloat16 on CUDA and float32 on a CPU. The prefix arrives in float32
 and is cast here, before `torch.cat`.

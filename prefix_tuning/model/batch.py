@@ -35,7 +35,7 @@ class Batch:
     label_positions:  (N,) the packed positions whose output predicts a label: each is one before the labelled token
     labels:           (N,) the token ids to predict there
     lengths:          R numbers, the tokens of each row
-    first_labels:     R numbers, the first index in each row whose output predicts a label; its length if there is none
+    first_labels:     R numbers, the first index in each row whose output predicts a label; the row's length if none does
     slots:            (T,) the index of each token in the flattened (R, S) grid; None if no row is shorter than S
     """
 
@@ -67,7 +67,8 @@ class Batch:
     def filled(self, multiple: int) -> "Batch":
         """This batch, on the CPU, with filler that rounds T and N up to a multiple. None of it reaches the result:
 
-        - Filler tokens are one more row, which has no label. Attention keeps rows apart, so no other row sees it.
+        - Filler tokens are one more row, which has no label. Attention keeps rows apart, so no other row sees it. It attends
+          to the prefix, but no label position reads its output, so the prefix gets no gradient from it.
         - Filler labels predict token 0 at packed position 0, which is a real token. Their losses come after the N real
           ones, and `Bloom.label_losses` cuts them off; so their gradient is zero.
         """

@@ -17,17 +17,17 @@ The base does not change: its parameters have requires_grad False (base_model/lo
 parameters only (training/state.py), and a backward pass through this file yields a gradient for `prefix` alone. Gradients
 still pass *through* the frozen layers, because layer l + 1 reads what the prefix changed in layer l.
 
-Nothing runs under autocast; each tensor has one dtype. With a base in bf16:
+Nothing runs under autocast. With a base in bf16:
 
                                               on CUDA     on a CPU
     encoder, prefix, optimizer                float32     float32      encoder.py says why
     hidden states, linear layers, norms       bfloat16    bfloat16     the dtype of the base
     attention, and the prefix in it           bfloat16    float32      `attention_dtype`
-    logits                                    bfloat16    bfloat16
+    the matmuls of the head, and back         bfloat16    bfloat16     FrozenHeadLoss
     softmax of the logits, losses             float32     float32      FrozenHeadLoss
     gradient of the prefix, over all passes   float32     float32      training/loop.py
 
-A base in fp16 runs on CUDA only, as in bf16, and its losses are scaled (training/loop.py).
+A base in fp16 runs on CUDA only, with float16 in place of bfloat16, and its loss is scaled (training/loop.py).
 
 Another family of models, for example with rotary positions and grouped heads, needs a `forward_packed` and a bias of its own
 (attention.py), its own way to layers and embeddings (`packed_hidden`, and base_model/), and the number of key-value heads
@@ -135,7 +135,7 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     fp16 has no number below 6e-8, and in a vocabulary of 250,000 tokens most probabilities are smaller. The loss scale comes
     too late for them, because it enters in the backward pass. So softmax - onehot is multiplied by FP16_SCALE before it is
-    rounded to fp16. A loss scale of 2**16 amounts to the same for each of 64 labels in a step. `grad` stays float32.
+    rounded to fp16: as much as a loss scale of 2**16 gives each of 64 labels, whose mean is the loss. `grad` stays float32.
 
     Raises ValueError if the weight requires a gradient.
     """

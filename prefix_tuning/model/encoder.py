@@ -1,4 +1,4 @@
-"""The mechanism: what a prefix is, and the small network that learns it.
+"""The mechanism: what a prefix is, and the network that learns it.
 
 Legend: L layers, H attention heads, D head_dim, E = H * D hidden size of the model (token_dim), P prefix tokens
 (num_virtual_tokens), W width of the encoder's hidden layer (encoder_hidden_size).
@@ -38,7 +38,8 @@ output is therefore one constant tensor. `bake` computes it once; inference, and
 else. For the same reason it runs once per optimizer step and not once per row (training/loop.py).
 
 Why is it never run under autocast? Its parameters and the prefix are float32, whatever the dtype of the base: the prefix is
-cast where attention reads it (attention.py). Under autocast to bf16, `encoder()` would return a bf16 prefix. Then
+cast where attention reads it (attention.py). Under autocast to bf16, the Linear layers of `encoder()` would compute in bf16,
+and so return a bf16 prefix. Then
 
 - a step would hardly show in the prefix: the Linear layers round each weight to bf16, whose numbers are 1.2e-4 apart around
   0.02, but Adam moves a weight by about the learning rate, for example 5e-5;

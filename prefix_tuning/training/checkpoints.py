@@ -1,7 +1,7 @@
 """Checkpoints: what they hold, when they are written, and how a run resumes from one.
 
 checkpoint-STEP.safetensors is written after STEP optimizer steps (files/writing.py: `write_tensors`). It holds all that the
-next steps depend on (state.py), so a resumed run equals an uninterrupted one bit for bit: the tensors of
+next steps depend on (state.py), so in float32 on a CPU a resumed run equals an uninterrupted one bit for bit: the tensors of
 `TrainingState.tensors`, by PART.NAME,
 
     encoder.*, step.*, exp_avg.*, exp_avg_sq.*   the encoder's weights, and AdamW's state of each
@@ -120,10 +120,10 @@ def _checksum(tensors: dict[str, torch.Tensor], state: str) -> str:
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run to its folder: after every `save_steps` steps, and where a signal or an error ends an
-    evaluation or a line of metrics. With save_steps 0 only there. The `save_total_limit` newest stay; None: all.
+    """Writes the checkpoints of a run to its folder: after every `save_steps` steps (0: never), when a signal stops the run,
+    and when an error ends an evaluation or a line of metrics. The `save_total_limit` newest stay; None: all.
 
-    run: the `identity` that a run which resumes from them must share. newest: the checkpoint from which this run was
+    run: its `identity`; a resumed run must have the same. newest: the checkpoint from which this run was
     resumed, if it was.
     """
 
@@ -151,9 +151,9 @@ class Checkpoints:
 
     @contextmanager
     def checkpoint_on_error(self, state: TrainingState, metrics: Metrics) -> Iterator[None]:
-        """Writes a checkpoint if a signal or an error ends what is inside, which changes no weights.
+        """Writes a checkpoint if a signal or an error ends the block. Use it only around code that changes no weights.
 
-        A signal ends it in all ranks together.
+        A signal ends the block in all ranks together.
         """
         try:
             yield

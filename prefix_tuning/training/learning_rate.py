@@ -26,7 +26,7 @@ from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.state import TrainingState
 from prefix_tuning.training.steps import Steps
 
-# All trials together take at most this share of the run's steps.
+# In a long run, all trials together take at most this share of its steps.
 SHARE = 0.1
 # At most this many trials are made; most searches make 3 to 5.
 MOST_TRIALS = 8

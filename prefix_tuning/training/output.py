@@ -35,7 +35,7 @@ from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.state import TrainingState
 
 PATH_SETTINGS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.metadata["rules"].is_path)
-# The share of a loss that must go, or nothing was learnt.
+# A loss that falls by less than this share does not count as learnt.
 WORTH_MENTIONING = 0.01
 _CARD = Path(__file__).with_name("model_card.md")
 

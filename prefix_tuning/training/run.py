@@ -1,4 +1,4 @@
-"""A training run from its settings to its files. `_train` reads like a table of contents; loop.py is its heart."""
+"""A training run from its settings to its files. `_train` makes all calls in their order; loop.py is its heart."""
 
 import dataclasses
 import math
@@ -124,7 +124,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
         return memory_hint(config, base, max_tokens) + checkpoints.how_to_resume()
 
     with out_of_memory_explained(device, what_to_change):
-        # The encoder, the steps to do, and what trains the encoder: anew, or from the checkpoint.
+        # Creates or restores the encoder, the steps to do, and the state of the training.
         torch.manual_seed(config.seed)
         earlier: bool | None = False  # whether rows that the weights saw before this run had history; None: not known
         if resumed:
@@ -296,7 +296,7 @@ def save_all(
 
 @contextmanager
 def excused(what: str) -> Iterator[None]:
-    """Around what a run shows to people once its prefix is saved. If it fails, a line says so, and the run goes on."""
+    """Wraps what only shows something, once the prefix is saved. If it fails, a line says so, and the run goes on."""
     try:
         yield
     except Interrupted:

@@ -149,7 +149,9 @@ class OutputArguments:
     eval_steps: int | None = new_flag(
         None, "Evaluate every this many steps. Default: at the end of each epoch.", at_least=1, needs=_HELD_OUT_ROWS
     )
-    save_steps: int = new_flag(500, "Checkpoint every this many steps; 0: only when a signal stops the run.", at_least=0)
+    save_steps: int = new_flag(
+        500, "Checkpoint every this many steps; 0: only when a signal or an error stops the run.", at_least=0
+    )
     save_total_limit: int | None = new_flag(2, "Keep this many of the newest checkpoints.", at_least=1)
     report_to: Literal["none", "tensorboard"] = new_flag(
         "none", "Also write the metrics for TensorBoard, to the folder tensorboard in --output_dir."

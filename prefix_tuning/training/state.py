@@ -1,9 +1,12 @@
 """All that changes while a run is training, and how it becomes a checkpoint and is restored.
 
-Whatever the next steps depend on is here and in every checkpoint (`tensors` and `numbers` below), so a resumed run
-continues with the same bits: weights, AdamW's moments, the loss scale, the position in the order of the rows, the sums of
-the current interval of metrics.jsonl, the best weights. The order of the rows depends on seed and epoch only (steps.py),
-the learning rate on the number of updates, and nothing else is random: `forward_packed` applies no dropout.
+All that the next steps depend on is here and in every checkpoint (`tensors` and `numbers` below), so in float32 on a CPU a
+resumed run continues with the same bits: weights, AdamW's moments, the loss scale, the position in the order of the rows,
+the number of updates, the peak learning rate, and what ends a run early. The sums of the current line of metrics.jsonl,
+seconds, tokens and the best weights are there so that the figures continue, too.
+
+Not in a checkpoint: the base, which never changes; the order of the rows, which follows from seed and epoch (steps.py); and
+the state of any random generator, because nothing else is random: `forward_packed` applies no dropout.
 """
 
 import dataclasses
@@ -72,7 +75,7 @@ class TrainingState:
     finite, else infinity; `good_prefix`, the prefix that the last step before that began with.
     """
 
-    # The tensors of a checkpoint that are neither weights nor AdamW's: those named above; and AdamW's, of each parameter.
+    # The tensors named above, which a checkpoint holds beside the weights; and AdamW's tensors of each parameter.
     STATISTICS = ("losses", "grad_norm", "bad_step", "good_prefix")
     MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
