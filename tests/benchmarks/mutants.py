@@ -337,8 +337,9 @@ def import_others(tests: list[str], folder: str) -> None:
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         for each in tests:
             pytest.main([*arguments(each, folder), "--collect-only"])
-    for name in [*sys.modules]:
-        if name.split(".")[0] in ("prefix_tuning", "tests", "answers", "launching", "models", "rows", "runs"):
+    for name, module in [*sys.modules.items()]:
+        file = Path(getattr(module, "__file__", None) or "/")
+        if file.is_relative_to(ROOT) and ".venv" not in file.parts and name != "__main__":
             del sys.modules[name]
 
 
