@@ -42,5 +42,5 @@ def text_prefix(base: Bloom, tokenizer: PreTrainedTokenizerBase, text: str, num_
         raise UserError("--init_text is empty; --prefix_init text needs a text of at least one token")
     ids = (ids * -(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
     cache = DynamicCache()
-    base(torch.tensor([ids], device=base.device), cache, use_cache=True)
+    base(torch.tensor([ids], device=base.device), cache)
     return cached_pairs(cache).float()

@@ -126,14 +126,14 @@ TESTS = {
     "training.output": [
         "tests/training/test_output.py -k description|summary",
         "tests/training/test_report.py -k not push",
-        "tests/training/test_learning_rate.py tests/training/test_run.py -k drawn|files|no_number|one_run",
+        "tests/training/test_learning_rate.py tests/training/test_run.py -k drawn|files|no_number|one_run|does_not_fit",
     ],
     "training.run": [
         "tests/training/test_start.py",
         "tests/training/test_run.py -k files|no_number|one_run|no_steps|fails|made|same_seed|keeps|says_what_it",
         "tests/training/test_learning_rate.py tests/training/test_resume.py tests/training/test_metrics.py"
         " -k searches|over_already|latest|overwritten|early|more_epochs",
-        "tests/training/test_run.py -k what_takes_most",
+        "tests/training/test_run.py tests/data/test_splits.py -k what_takes_most|without_memory|talks",
         DEVICE,
     ],
     "training.settings": [

@@ -326,6 +326,11 @@ def test_what_was_learnt_is_said_in_a_line():
     assert best.endswith("held-out loss 5.0000 -> 1.0000, exact match 0.0% -> 50.0%")
 
 
+def test_a_single_evaluation_shows_no_progress():
+    only_after = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 2.0}]
+    assert what_was_learnt(only_after, save_best=False) == "learnt: training loss 4.0000 -> 1.0000"
+
+
 def test_a_run_that_learnt_nothing_says_so_and_what_to_try():
     line = what_was_learnt(records([13.834, 13.834], [13.9, 13.9]), save_best=False)
     assert line.startswith("nothing was learnt: training loss 13.8340 -> 13.8340, ") and "--learning_rate" in line

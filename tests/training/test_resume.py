@@ -44,6 +44,13 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(small_pass_setti
         assert contents(small_pass_settings["output_dir"]) == before, change
 
 
+def test_a_precision_by_another_name_is_the_same(quick_settings, monkeypatch):
+    """auto means float32 where oneDNN may use no bf16 units."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    train(TrainConfig(**quick_settings | {"precision": "fp32", "max_steps": 2, "save_steps": 1}))
+    train(TrainConfig(**quick_settings | LATEST | {"precision": "auto", "max_steps": 3}))
+
+
 def test_a_changed_row_is_noticed_wherever_it_is(small_pass_settings, tmp_path):
     """Of 3,000 rows, the second one; of the held-out rows, the last one."""
     lines = Path(small_pass_settings["dataset"]).read_text("utf-8").splitlines(True) * 75
