@@ -70,7 +70,7 @@ TESTS = {
     ],
     "base_model.identity": [
         "tests/base_model/test_identity.py tests/base_model/test_special_tokens.py",
-        "tests/base_model/test_sharding.py -k headless-tied",
+        "tests/base_model/test_sharding.py tests/test_distributed.py -k headless-tied|share_the_base",
         DEVICE,
     ],
     "base_model.loading": [
