@@ -97,7 +97,7 @@ def test_a_pipeline(tuned_model, tokenizer, plainly):
 
 @pytest.mark.parametrize("name", ["short", "base"])
 def test_beams(tuned_model, base, tokenizer, name):
-    """Two beams of six tokens, none of which ends a text: the likeliest pair of each step, by plain forward passes."""
+    """Two beams of six tokens. Neither ends its text, so the plain way only keeps the likeliest pair of each step."""
     prefix, ids = tuned_model.prefixes.get(name), tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     beams = [(0.0, ids)]
     for _ in range(6):

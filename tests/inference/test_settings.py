@@ -88,7 +88,7 @@ BOUNDS = {
 }
 
 
-def test_what_is_not_given_has_its_default():
+def test_flags_that_are_not_given_have_their_defaults():
     defaults = {"chat": False, "input": None, "score": None, "columns": None, "output": None, "resume": False}
     defaults |= {"batch_size": 64, "compare": False, "max_new_tokens": None, "max_length": None, "do_sample": False}
     defaults |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "seed": 42, "repetition_penalty": 1.0, "num_beams": 1}

@@ -110,7 +110,7 @@ def test_files_record_whether_any_row_had_history_through_all_that_begins_from_t
         ({"max_steps": 0}, 6, (0, 0, 0), 0),
     ],
 )
-def test_steps_that_are_done_count_as_they_were_done(options, rows_per_step, progress, steps):
+def test_finished_steps_count_with_the_size_that_they_had(options, rows_per_step, progress, steps):
     step, epoch, row = progress
     assert count_steps(TrainConfig(**options), 40, rows_per_step, Progress(step=step, epoch=epoch, row=row)) == steps
 

@@ -29,7 +29,7 @@ def step(state: TrainingState) -> None:
 
 
 def trained(steps=3) -> TrainingState:
-    """A state in which every number differs from that of a new one."""
+    """A state in which every number differs from the same number of a new state."""
     state = new_state()
     for _ in range(steps):
         step(state)
