@@ -206,7 +206,8 @@ def under_torchrun(job: Job, unbroken: dict, **flags) -> dict:
     shutil.rmtree(settings["output_dir"], ignore_errors=True)
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "gpu", "max_restarts": 0}
     method = job.processes.get_start_method()
-    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1, start_method=method, **rendezvous), run)(settings)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1, start_method=method, **rendezvous)
+    elastic_launch(config, run)(settings)
     ours, alone = (load_prefix(folder)[0] for folder in (settings["output_dir"], unbroken["output_dir"]))
     difference = models.relative(ours, alone)
     assert difference <= 1e-2, f"the prefix differs by {difference}"

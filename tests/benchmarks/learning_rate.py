@@ -3,8 +3,8 @@
 python tests/benchmarks/learning_rate.py --dataset a.jsonl --eval_dataset b.jsonl
 python tests/benchmarks/learning_rate.py --rates 1e-3 1e-2 --widths 64 192 --tokens 4 16 --seeds 42 --num_train_epochs 2
 
-Other flags are train.py's. The rate `found` leaves it to the search, and the table shows the rate that was found. All figures
-are medians over the seeds.
+Other flags are train.py's. The rate `found` leaves it to the search, and the table shows what was found. All figures are
+medians over the seeds.
 """
 
 import argparse

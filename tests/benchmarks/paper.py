@@ -15,8 +15,8 @@ The columns of the table:
     floor       the least time of a step. Everything runs at full rate, gathering is hidden behind computing, and launches,
                 latency, attention and waiting take no time. It is the larger of computing and gathering, plus the work that
                 each process does however many there are: summing gradients with the others, and the encoder's step
-    stops       the number of GPUs beyond which more gain little or nothing: computing then takes no longer than the work that
-                does not shrink (one gathering, or the encoder's step), or each GPU has one row
+    stops       the number of GPUs beyond which more gain little or nothing: computing then takes no longer than the work
+                that does not shrink (one gathering, or the encoder's step), or each GPU has one row
 """
 
 import argparse
@@ -39,7 +39,7 @@ PASSES_OVER_ENCODER = 12
 
 @dataclass
 class Paper:
-    """The figures of one base on `gpus` GPUs, of which `parts` share one copy of it."""
+    """The figures of one base on `gpus` GPUs. Each `parts` of them share one copy of the base."""
 
     shape: dict
     gpus: int

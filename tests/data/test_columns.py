@@ -30,7 +30,7 @@ def ours(instruction, output, input="", history=(), weights=()):
 
 
 def read(tmp_path, *rows, flag=None):
-    """These rows of a .jsonl file as ours, and what is said of their columns."""
+    """Reads rows from a .jsonl file. Returns them in our columns, and the lines about their columns."""
     said = []
     path = write_jsonl(tmp_path / "a.jsonl", *rows)
     found = load_rows(path, TRAIN, parse_columns(flag), said.append).to_list()

@@ -53,7 +53,7 @@ ASKING = {
     "input": "--input a.jsonl --output b.jsonl",
     "score": "--score a.jsonl",
 }
-# With what each flag goes.
+# The tasks that each flag goes with.
 TASKS = {
     "--columns input=a": "input score",
     "--resume": "input",

@@ -8,7 +8,7 @@ from prefix_tuning.study.shares import attention_shares
 
 @torch.no_grad()
 def test_shares_are_those_of_transformers_own_attention_weights(tuned_model, eager, batches):
-    """The means over label positions, and over rows at each distance, of what output_attentions returns row by row: 1e-5."""
+    """To 1e-5 they are means of output_attentions, row by row: over label positions, and over rows at each distance."""
     prefix, length = tuned_model.prefixes["short"], 16
     answers, by_position = [], {}
     for batch in batches["short"]:
