@@ -1,4 +1,4 @@
-"""What the READMEs say to type, typed, and what they show and refer to, looked up."""
+"""The commands of the READMEs are run, and the figures, links and files that they name are checked."""
 
 import json
 import re

@@ -59,7 +59,8 @@ def attempt(check) -> dict:
 def work(part: str, job: Job, connection) -> None:
     """The work of a part's process. It leads a process group, so that the processes that it starts end with it."""
     os.setsid()
-    gc.freeze()  # what is imported need not be looked at by every gc.collect()
+    # Later calls of gc.collect() need not look at the imported modules.
+    gc.freeze()
     with open(job.folder / "gpu.log", "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -3,8 +3,8 @@
     python tests/benchmarks/shards.py --shape 389m --processes 1 2 4
 
 A Bloom with random weights of a real shape is saved as float32, loaded by torchrun's processes and trained for some steps, a
-row of --tokens tokens per process and step. The prefix has no projection, so what is held beside the base is small. Counted
-is the memory that only the process holds ("anonymous", read from /proc/self/status every 2 ms), above what it held before
+row of --tokens tokens per process and step. The prefix has no projection, so little is held beside the base. The table
+counts memory that only the process holds ("anonymous", read from /proc/self/status every 2 ms), above what it held before
 loading. The ideal is the process's share of the base plus one layer. "whole" is one process without the flag. Its base lies
 in pages of the file, which do not count, so all that it holds is needed by the pass itself. Bytes are sent by all processes
 together over gloo, as scale.py reads them.

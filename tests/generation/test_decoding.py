@@ -1,4 +1,4 @@
-"""What no version of transformers may break: with a prefix, every way of decoding says what plain forward passes say.
+"""With any version of transformers, every way of decoding after a prefix gives the answers of plain forward passes.
 
 The plain way computes [prefix; text] anew for each token, and knows neither `generate` nor a cache that grows.
 """

@@ -149,7 +149,7 @@ def test_flags_in_utf8_are_read_as_such_where_python_takes_them_for_ascii():
     assert InferConfig(question=question).question == "你好"
 
 
-def test_a_conversation_is_kept_for_all_on_request_only(tuned):
+def test_a_conversation_with_a_prefix_of_single_turns_is_kept_on_request_only(tuned):
     prefix = [f"short={tuned['short']}"]  # trained on single turns
     assert InferConfig(chat=True, prefix=prefix).history is False
     assert names_with_history(InferConfig(chat=True, prefix=prefix)) == set()

@@ -161,7 +161,7 @@ def test_a_number_at_its_extremes_is_used_or_ends_in_one_line(quick_settings, na
         assert train(TrainConfig(**quick_settings | epochs | {name: value}))["steps"] in (1, 2)
 
 
-def test_all_numbers_and_all_paths_are_known():
+def test_no_number_and_no_path_is_left_out_of_these_tests():
     assert {"learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "eval_fraction"} == set(FLOATS)
     paths = {"model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint"}
     assert set(PATH_SETTINGS) == paths
