@@ -26,17 +26,18 @@ from pathlib import Path
 
 import pytest
 
-# Before they are imported.
+# This must come before these modules are imported.
 pytest.register_assert_rewrite("answers", "launching", "models", "rows", "runs")
-# Before transformers is imported; the processes that tests start inherit it.
+# This must come before transformers is imported. The processes that tests start inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One thread for each process of pytest, and for those that it starts. Where there are more threads than cores, they must not
+# Each process of pytest and each process that it starts has 1 thread. Where there are more threads than cores, they must not
 # wait in busy loops.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so its children
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+# A shell ignores SIGINT for its background jobs, and nohup ignores SIGHUP. Processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import torch
 from launching import at_end
@@ -59,12 +60,12 @@ def _private_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def curves():
-    """Runs of a test that uses this draw their curves."""
+    """A test that asks for this fixture lets its runs draw their curves."""
 
 
 @pytest.fixture(autouse=True)
 def _few_curves(request, monkeypatch):
-    """In all other tests matplotlib is not installed: drawing takes as long as such a short run itself."""
+    """In all other tests matplotlib seems not to be installed: drawing takes as long as a short run itself."""
     if "curves" not in request.fixturenames:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 

@@ -1,8 +1,8 @@
 """Programs as users start them, but in processes forked from one that has imported torch and transformers already.
 
-Those imports take each new process five seconds of a processor. A fork has its own arguments, folder, stdout, stderr, signal
-handlers and exit code. What a test says about the start and the end of Python itself (closed streams, locales, Ctrl-C while
-modules are imported) needs a real process: `start_process` of launching.py.
+In each new process these imports take 5 s of processor time. A fork has its own arguments, folder, stdout, stderr, signal
+handlers and exit code. Tests of the start and the end of Python itself (closed streams, locales, Ctrl-C while modules are
+imported) need a real process: `start_process` of launching.py.
 """
 
 import multiprocessing
@@ -24,14 +24,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from prefix_tuning import distributed
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # that torchrun handles
+# The signals that torchrun handles.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def become(program, flags, outputs, cwd=ROOT, limit=None, stdin=None):
-    """What a fork does: it runs the program, its stdout and stderr in these files, none of which may exceed the limit."""
+    """The work of a fork: runs the program. outputs: the files for stdout and stderr. limit: as for `Fork`."""
     for name, number, output in zip(("stdout", "stderr"), (1, 2), outputs, strict=True):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
-        # A new object, as the old one remembers what kind of file it had.
+        # A new stream object, because the old one remembers what kind of file it wrote to.
         setattr(sys, name, open(number, "w", buffering=1 if number == 2 else -1))  # noqa: SIM115 (open until the fork ends)
     if stdin is not None:
         sys.stdin = open(stdin, encoding="utf-8")  # noqa: SIM115 (open until the fork ends)
@@ -45,8 +46,8 @@ def become(program, flags, outputs, cwd=ROOT, limit=None, stdin=None):
 class Fork:
     """A program that runs, with the methods of subprocess.Popen that tests use. It ends with the test at the latest.
 
-    limit: no file may grow beyond so many bytes. stdin: a file. screen: the path that stdout and stderr are written to
-    instead of to files.
+    limit: the most bytes that a file may grow to. stdin: a file. screen: a path that stdout and stderr are written to,
+    instead of files whose text `communicate` returns.
     """
 
     def __init__(self, program, *flags, cwd=ROOT, limit=None, stdin=None, screen=None):
@@ -90,7 +91,7 @@ def texts(files):
 
 
 def become_worker(program, flags, outputs, more):
-    """What each process of `torchrun_forks` does. more: flags of single processes, by rank."""
+    """The work of each process of `torchrun_forks`. more: further flags of a process, by rank."""
     torch.set_num_threads(1)  # as torchrun has it
     become(program, [*flags, *more.get(os.environ["RANK"], [])], outputs)
 
@@ -106,9 +107,9 @@ def handlers_kept():
 
 
 def torchrun_forks(processes, program, *flags, restarts=0, more=None, screen=None):
-    """Runs the program in so many processes, which torchrun's agent starts, watches and restarts as for a user.
+    """Runs the program in several processes. torchrun's agent starts, watches and restarts them as it does for a user.
 
-    Returns the exit code of torchrun, and all that the processes wrote to stdout and to stderr, unless it is to a `screen`.
+    Returns torchrun's exit code, and what all processes wrote to stdout and to stderr (nothing if there is a `screen`).
     """
     files, code = outputs(), 0
     names = [screen or file.name for file in files]
@@ -134,8 +135,9 @@ def torchrun_forks(processes, program, *flags, restarts=0, more=None, screen=Non
 
 
 def in_forks(count, work, **environment):
-    """Calls work() in so many forks of this process, connected as torchrun connects its own. Returns what each of them
-    returned (None if it did not), and their exit codes.
+    """Calls work() in `count` forks of this process, connected as torchrun connects its processes.
+
+    Returns what each call returned (None if it did not return), and the exit codes.
     """
     forked = multiprocessing.get_context("fork")
     answers, store = forked.SimpleQueue(), dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

@@ -16,11 +16,12 @@ from runs import run_quietly
 
 from prefix_tuning.files.names import METRICS_FILE
 
-at_end = contextlib.ExitStack()  # what ends the processes of a test
+# Ends the processes of a test.
+at_end = contextlib.ExitStack()
 
 
 def start_process(command, **options) -> subprocess.Popen:
-    """A process that ends with the test at the latest: by SIGTERM, which torchrun passes on to its workers."""
+    """Starts a process. It gets SIGTERM at the end of the test, which torchrun passes on to its workers."""
     process = at_end.enter_context(subprocess.Popen(command, **options))
     at_end.callback(process.terminate)
     return process
@@ -35,7 +36,7 @@ TRAIN = ("train",)
 
 
 def forks():
-    """multiprocessing's functions, whose processes are forked from one that has the imports behind it."""
+    """multiprocessing's context. Its processes are forked from one that has made the slow imports."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["models", "runs", "forks", "matplotlib.figure"])
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +53,7 @@ def start_run(settings: dict) -> multiprocessing.Process:
 
 
 def seconds_of_a_run(settings: dict) -> float:
-    """How long `start(settings)` lives if nobody kills it."""
+    """How long a process of `start_run(settings)` lives if nobody kills it."""
     started = time.perf_counter()
     process = start_run(settings)
     process.join()
@@ -83,7 +84,7 @@ def torchrun(processes, restarts=0):
 
 
 def worker(job, rank):
-    """The process of torchrun's that has this rank; None if there is none at the moment."""
+    """The process id of torchrun's worker with this rank; None if there is none at the moment."""
     for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
         with contextlib.suppress(OSError):
             if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):

@@ -69,7 +69,7 @@ def training_state(encoder, learning_rate=0.1, loss_scaling=False, max_grad_norm
 
 
 def step_of(examples, max_tokens=1000, number=1) -> Step:
-    """These examples as one optimizer step of a process alone."""
+    """These examples as one optimizer step of a single process."""
     tokens = sum(len(example.input_ids) for example in examples)
     return Step(number, list(pack(examples, max_tokens)), count_labels(examples), tokens, 0, len(examples))
 
@@ -84,14 +84,16 @@ def relative(ours, theirs):
 
 
 def deviation(ours, theirs):
-    """The mean absolute difference, relative to the mean absolute value. For Adam's updates: a number whose gradient is all
-    rounding may move the other way, and it counts as one number among thousands.
+    """The mean absolute difference, relative to the mean absolute value.
+
+    It is made for Adam's updates. Where a gradient is nothing but rounding error, its update may go the other way; in a mean
+    that is one number among thousands.
     """
     return ((ours - theirs).abs().mean() / theirs.abs().mean()).item()
 
 
-# A learning rate that changes no figure: so every step begins with equal weights, and runs that round otherwise can be
-# compared. With a real rate Adam amplifies roundings, on each CPU in another way.
+# A learning rate too small to change any figure. Every step then begins with equal weights, so runs that round differently
+# can be compared. With a real rate Adam amplifies rounding errors, and differently on each CPU.
 STANDSTILL = 1e-12
 
 
@@ -102,7 +104,8 @@ def random_prefix(model, tokens=5, seed=1):
 
 def peft_model(model, encoder):
     """PEFT around `model`, with our encoder's weights."""
-    from peft import PrefixTuningConfig, get_peft_model  # here, as the processes that tests start import this module too
+    # Imported here because the processes that tests start import this module too, and do not need PEFT.
+    from peft import PrefixTuningConfig, get_peft_model
 
     config = encoder.config
     wrapped = get_peft_model(
@@ -135,7 +138,7 @@ class Beginning(NamedTuple):
 
 
 def beginning(config, dtype=torch.float32, shuffled_epochs=None) -> Beginning:
-    """The same calls as in train.py. shuffled_epochs: the number of orders of the training rows, one after the other."""
+    """Makes the same calls as train.py. shuffled_epochs: repeats the rows this many times, each time in another order."""
     base, tokenizer = load_base(config.model_name_or_path, dtype, torch.device("cpu"))
     splits = load_splits(config.dataset, config.eval_dataset, 0, None, config.seed)
     train_set, eval_set = (rows and tokenize(rows, tokenizer, config.max_length) for rows in splits)

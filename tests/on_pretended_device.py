@@ -1,4 +1,4 @@
-"""What runs on a GPU, on a pretended one (pretended.py): the same figures as on the CPU, and no tensor is left behind.
+"""Runs the code of a GPU on a pretended one (pretended.py): the same figures as on the CPU, and no tensor is left there.
 
 test_pretended_device.py runs this file in a process of its own.
 """
@@ -53,18 +53,19 @@ def three_steps(where, dtype=torch.float32, loss_scaling=False):
 
 
 @pytest.mark.parametrize("dtype, loss_scaling", [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
-def test_steps_are_those_of_the_cpu(device, dtype, loss_scaling):
+def test_steps_give_the_same_figures_as_on_the_cpu(device, dtype, loss_scaling):
     (ours, state), (expected, _) = (three_steps(where, dtype, loss_scaling) for where in (device, "cpu"))
     assert {getattr(state, name).device for name in state.STATISTICS} == {device}
     assert {tensor.device for tensor in state.encoder.parameters()} == {device}
-    # The grid of a GPU and the rows of a CPU add up in another order.
+    # Attention adds up in another order in a GPU's padded grid than in a CPU's row by row.
     assert ours == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 2e-2)
 
 
-def test_a_checkpoint_goes_on_there(device, tmp_path):
+def test_a_checkpoint_is_resumed_on_the_device(device, tmp_path):
     _, state = three_steps(device)
     state.note_evaluation(1.0, keep_best=True)
-    assert {tensor.device.type for tensor in state.best_weights.values()} == {"cpu"}  # beside the others it would take room
+    # On the device the best weights would take up memory beside the current ones.
+    assert {tensor.device.type for tensor in state.best_weights.values()} == {"cpu"}
     save_checkpoint(tmp_path, 3, state.tensors(), state.numbers(), None)
     tensors, numbers = load_checkpoint(tmp_path / "checkpoint-3.safetensors")
     assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
@@ -86,7 +87,8 @@ def test_losses_of_rows_and_of_the_base_alone(device):
     for prefix in (None, random_prefix(plain_model)):
         ours = evaluate_loss(model, rows, None if prefix is None else prefix.to(device), 30)
         assert ours == pytest.approx(evaluate_loss(plain_model, rows, prefix, 30), rel=1e-5)
-    assert compile_now(model, pack(examples, 30), random_prefix(plain_model).to(device)) > 0  # the passes that compile
+    # The passes that make wrapped layers compile; the result is their seconds.
+    assert compile_now(model, pack(examples, 30), random_prefix(plain_model).to(device)) > 0
 
 
 def test_a_text_start_and_the_search_for_a_rate(device, tokenizer):
@@ -107,7 +109,7 @@ def test_a_text_start_and_the_search_for_a_rate(device, tokenizer):
     assert ours.rates == search.rates and ours.losses == pytest.approx(search.losses, rel=1e-3)
 
 
-def test_a_run_is_that_of_the_cpu(device, quick_settings, tmp_path, monkeypatch):
+def test_a_run_gives_the_same_figures_as_on_the_cpu(device, quick_settings, tmp_path, monkeypatch):
     settings = quick_settings | {
         "prefix_init": "text",
         "init_text": "请用一句话回答。",
@@ -144,7 +146,7 @@ def test_answers_with_prefixes_mixed(device, tokenizer):
     assert answers[0] == answers[1]
 
 
-def test_passes_without_a_mask_from_a_cache_and_from_nothing(device):
+def test_passes_without_a_mask_or_after_a_cache_or_without_a_prompt(device):
     found = []
     for where in ("cpu", device):
         model = PrefixBloom(random_bloom().to(where))
@@ -158,7 +160,7 @@ def test_passes_without_a_mask_from_a_cache_and_from_nothing(device):
     assert relative(ours[0], first) < 1e-5 and relative(ours[1], following) < 1e-5 and torch.equal(ours[2], ids)
 
 
-def test_the_page_trains_and_answers_there(device, tmp_path, monkeypatch, capsys):
+def test_the_page_trains_and_answers_on_the_device(device, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plain, "ACCUMULATION", 2)
     # safetensors knows CUDA, but not this device.

@@ -1,8 +1,8 @@
 """A second device in Python alone: its tensors wrap tensors of the CPU, where every operation runs.
 
-It refuses what CUDA refuses: an operation that gets a tensor of it and one of the CPU that has any axis. So a `device=` that
-is left out, or a batch that is not moved, is an error here too. The code takes the branches that it takes on a GPU. What
-this cannot show: kernels and their dtypes, strides, streams, pinned memory, random numbers, more than one device.
+It refuses what CUDA refuses: an operation on a tensor of this device and a tensor of the CPU, unless that has no axes. So a
+`device=` that is left out, or a batch that is not moved, is an error here too. The code takes the same branches as on a GPU.
+This device cannot show kernels and their dtypes, strides, streams, pinned memory, random numbers, or several devices.
 
 `device()` sets it up, once per process, or skips the test where this torch has no such interface.
 """
@@ -15,7 +15,8 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-MIXED = {aten._to_copy.default, aten.copy_.default}  # these may get tensors of two devices
+# The operations that may get tensors of two devices.
+MIXED = {aten._to_copy.default, aten.copy_.default}
 
 
 class Pretended(torch.Tensor):
@@ -58,7 +59,7 @@ def run(operation, args, kwargs):
     if "pin_memory" in kwargs:
         kwargs = kwargs | {"pin_memory": False}
     result = operation(*tree_map(raw, args), **tree_map(raw, kwargs))
-    # An operation in place returns the tensor that it was given.
+    # An in-place operation returns the tensor that it was given.
     known = {id(tensor.raw): tensor for tensor in ours}
 
     def wrapped(value):
@@ -83,7 +84,7 @@ def to_copy(tensor, **kwargs):
 
 @functools.cache
 def libraries():
-    """Registers the device. What this returns keeps it registered."""
+    """Registers the device, which stays registered while somebody holds the libraries that this returns."""
     backend_registration._setup_privateuseone_for_python_backend("pretended")
     # Operations that get no tensor, such as arange, and copies from the CPU to the device.
     creating, copying = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")

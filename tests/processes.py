@@ -1,7 +1,7 @@
-"""What each of four processes checks; test_distributed.py starts them, with the folder of a saved Bloom.
+"""The checks that each of four processes makes. test_distributed.py starts them with the folder of a saved Bloom.
 
-Their gradients and losses, summed, are those of one process with all rows: with a base that each has whole to 1e-6, with one
-that they share to 1e-5. And all of them get all answers, each at its row.
+Summed over the processes, gradients and losses equal those of one process with all rows: to 1e-6 if each process holds the
+whole base, to 1e-5 if they share it. Every process gets all answers, in the order of the rows.
 """
 
 import sys
@@ -42,7 +42,7 @@ with distributed.processes(CPU):
         assert held < 1.05 * plain.num_parameters() / parts
         models.append((sharded, 1e-5))
 
-    # Six rows for four processes: their answers must come back in turn.
+    # Six rows for four processes: the answers must come back in the order of the rows.
     tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
     asked = [f"{number}加{number}等于多少？" for number in range(6)]
     model = PrefixBloom(random_bloom(initializer_range=0.3))
@@ -50,7 +50,7 @@ with distributed.processes(CPU):
     answers = complete(model, tokenizer, ids, max_new_tokens=len(expected), do_sample=False)
     turns = [Turn([], prompt, expected) for prompt in ids]
     assert len(set(answers)) > 3 and answer_turns(model, tokenizer, turns, None, 1000) == answers
-    # On a shared base, a process that has answered goes on with the passes of the others.
+    # On a shared base, a process that has finished its answers still takes part in the passes of the others.
     turns = [Turn([], prompt, expected * (1 + number % 3)) for number, prompt in enumerate(ids)]
     found = [answer_turns(PrefixBloom(model, tokenizer), tokenizer, turns, None, 1000) for model, _ in models]
     assert all(found[0]) and found == [found[0]] * len(models)
@@ -59,7 +59,7 @@ with distributed.processes(CPU):
     shape = plain.config
     torch.manual_seed(0)
     prefix = torch.randn(shape.n_layer, 2, shape.n_head, 4, shape.hidden_size // shape.n_head)
-    # Rows of one process may need more passes than those of another, or none at all.
+    # One process may need more passes for its rows than another, or none at all.
     for used in (examples, examples[:1]):
         rows = Dataset.from_list([vars(example) for example in used])
         expected_loss, expected = loss_and_gradient(step_loss(plain, pack(used, 1000), count_labels(used)), prefix)

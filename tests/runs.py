@@ -57,7 +57,7 @@ def assert_same_run(folder, other) -> None:
 
 
 def run_quietly(settings: dict) -> None:
-    """What a child process does: one run, its output thrown away."""
+    """The work of a child process: one run, whose output is thrown away."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         train(TrainConfig(**settings))
 
@@ -74,9 +74,9 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (Bloom, "label_losses")) -> None:
-    """Runs a training that gets SIGINT at the second pass of an evaluation, and must make no pass after that.
+    """Runs a training that gets SIGINT in the second forward pass of an evaluation, and must make no pass after that.
 
-    evaluations: which evaluation it is, counted from 1. call, watched: another call, of another function.
+    evaluations: in which evaluation, counted from 1. call, watched: sends the signal at this call of another function.
     """
     calls, evaluate_loss, real = [], evaluation.evaluate_loss, getattr(*watched)
 
@@ -100,7 +100,7 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
 
 
 def train_with_little_memory(runs: list[dict], answer) -> None:
-    """What a child process does: runs trainings with 600 MB of address space left, and reports how each ended."""
+    """The work of a child process: runs trainings with 600 MB of address space left, and reports how each ended."""
     load = run.load_base
 
     def load_then_limit(*arguments):

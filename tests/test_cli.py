@@ -141,7 +141,7 @@ def test_closed_streams_and_a_stderr_without_a_reader_are_no_error(trained):
     assert compare.returncode == 0 and "Traceback" not in errors, errors
 
 
-def test_the_module_of_the_commands_names_them():
+def test_running_the_module_cli_names_the_commands():
     result = subprocess.run([sys.executable, "-m", "prefix_tuning.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: prefix_tuning.cli is no command; run train.py or infer.py")

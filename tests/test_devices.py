@@ -35,7 +35,7 @@ def test_device_and_precision():
 
 
 def test_several_processes_take_a_cuda_device_each_and_share_no_other(monkeypatch):
-    """As far as it can be seen without such a device: by the name of the one that is missing."""
+    """Without such devices, the test can only see which of them the error names as missing."""
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("there are such devices here")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -98,7 +98,8 @@ def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
     assert activation_bytes_per_token(model.bfloat16()) == (6 * 2 + 4 * 4) * 48 * 3  # attention is float32 there
     assert suggested_max_tokens(model, gathers=False) == 640
     model = random_bloom()
-    model.config.n_layer = 1000  # a deep one, as far as its configuration is asked
+    # Only the configuration is asked for the number of layers.
+    model.config.n_layer = 1000
     held = 10 * 48 * 1000 * 4
     assert suggested_max_tokens(model, gathers=False) == 2**29 // held < 640
     elsewhere = model.to("meta")  # any device but a CPU
@@ -115,7 +116,7 @@ def test_running_out_of_memory_is_told_from_other_errors():
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
-def test_memory_that_runs_out_is_a_mistake_that_can_be_mended_and_other_errors_are_bugs():
+def test_running_out_of_memory_is_a_user_error_and_other_errors_are_bugs():
     def inside(error):
         with out_of_memory_explained(torch.device("cpu"), lambda: "lower --batch_size"):
             raise error
@@ -128,8 +129,9 @@ def test_memory_that_runs_out_is_a_mistake_that_can_be_mended_and_other_errors_a
 
 
 def test_the_peak_of_memory_is_in_mebibytes(monkeypatch):
-    torch.ones(2**25)  # 128 MiB
-    assert 128 < peak_memory_mb(torch.device("cpu")) < 2**17  # so many kibibytes would be less than that
+    # 128 MiB. In kibibytes the peak would be a number above 2**17.
+    torch.ones(2**25)
+    assert 128 < peak_memory_mb(torch.device("cpu")) < 2**17
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20 + 5)
     assert peak_memory_mb(torch.device("cuda")) == 3
     monkeypatch.setattr("sys.platform", "win32")

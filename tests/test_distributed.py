@@ -76,7 +76,7 @@ def alone(tmp_path_factory, rows_file):
 
 
 def exchanges():
-    """What a process gets of each kind of exchange."""
+    """The values that a process receives in each kind of exchange."""
     rank = distributed.rank()
     vector, matrix = torch.tensor([1.0 + rank, 2.0]), torch.full((2, 2), 10.0**rank)
     distributed.all_sum(vector, matrix)
@@ -93,7 +93,7 @@ def exchanges():
     }
 
 
-def test_forks_exchange_what_each_has(capfd):
+def test_forks_exchange_their_values(capfd):
     def work():
         print(f"printed by {distributed.rank()}")
         distributed.note(f"noted by {distributed.rank()}")
@@ -121,7 +121,7 @@ def test_forks_exchange_what_each_has(capfd):
     assert out == "printed by 0\n" and "noted by 0\n" in err and "noted by 1" not in err
 
 
-def test_alone_a_process_passes_through(capfd):
+def test_exchanges_are_no_ops_in_a_single_process(capfd):
     with distributed.processes(torch.device("cpu")):
         assert not dist.is_initialized()
         found = exchanges()
@@ -141,7 +141,7 @@ def test_alone_a_process_passes_through(capfd):
 
 
 def test_one_of_the_forks_of_a_machine_goes_first(tmp_path):
-    """It goes on only when the others have arrived, and they find what it made."""
+    """Rank 0 stays in the block until the others have arrived. They enter it later and find the file that rank 0 made."""
 
     def work():
         if rank := distributed.rank():
@@ -157,7 +157,7 @@ def test_one_of_the_forks_of_a_machine_goes_first(tmp_path):
     assert all({"made by 0", f"made by {rank}"} <= set(found[rank]) for rank in (1, 2))
 
 
-def test_forks_that_lose_another_say_so_and_other_errors_stay_what_they_are(capfd, monkeypatch):
+def test_forks_that_lose_a_peer_say_so_and_other_errors_keep_their_traceback(capfd, monkeypatch):
     monkeypatch.setattr(distributed, "GRACE", 0)
 
     def work():
@@ -176,12 +176,12 @@ def test_forks_that_lose_another_say_so_and_other_errors_stay_what_they_are(capf
     assert "Traceback" in err and "a mistake of ours" in err and "has lost" not in err
 
 
-def test_an_error_is_said_also_where_main_which_kept_the_store_has_ended():
+def test_first_to_say_works_after_the_process_that_hosts_the_store_has_ended():
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
 
     def work():
-        """Process 1 asks until main is gone."""
+        """Rank 1 asks until rank 0, which hosts the store, has ended."""
         distributed.first_to_say("the same")
         until = time.monotonic() + 60
         while not (first := distributed.first_to_say("the same")) and distributed.rank() == 1 and time.monotonic() < until:
@@ -278,8 +278,8 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(alone, tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path, capsys):
-    # Where nothing is learnt, the losses tell which rows a step had.
+def test_a_checkpoint_is_resumed_with_another_number_of_processes(alone, tmp_path, capsys):
+    # The rate 0 changes no weights, so the losses tell which rows a step had.
     flags = alone[0] | {"gradient_accumulation_steps": 1, "num_train_epochs": 2, "max_steps": -1, "learning_rate": 0}
     flags |= {"eval_exact_match": False, "eval_steps": 100, "output_dir": tmp_path / "out"}
     train(2, flags | {"save_total_limit": 100})  # 32 rows, 4 a step: 8 steps an epoch
@@ -295,7 +295,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(alone, tmp_path, 
 
 
 def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_path):
-    """The evaluation after step 2, of 600 rows; to the end it would take longer than torchrun waits, with more rows."""
+    """The evaluation after step 2 has 600 rows. With more rows, its end would come later than torchrun waits for it."""
     rows = Path(bundled.resolve("bundled:short-eval")).read_text("utf-8").splitlines(True)[:600]
     (tmp_path / "eval.jsonl").write_text("".join(rows), "utf-8")
     flags = {name: value for name, value in alone[0].items() if name != "eval_fraction"}
@@ -311,7 +311,7 @@ def test_a_signal_during_an_evaluation_stops_all_processes_and_saves(alone, tmp_
     assert [line["step"] for line in metrics_without_timings(tmp_path / "out") if "eval_loss" in line] == [0]
 
 
-def test_a_finished_run_is_refused_once_per_attempt_and_stays(tmp_path):
+def test_a_finished_run_is_refused_once_per_attempt_and_keeps_its_files(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "training_config.json").write_text('{"ran_with": {"job": "another"}}')
     code, out, err = torchrun_forks(2, "train.py", "--output_dir", tmp_path, restarts=1)
@@ -320,7 +320,7 @@ def test_a_finished_run_is_refused_once_per_attempt_and_stays(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_that_one_process_has_is_what_is_seen(tmp_path, rows_file, rank):
+def test_the_user_sees_the_error_that_one_process_has(tmp_path, rows_file, rank):
     flags = {"dataset": rows_file, "max_steps": 1, "output_dir": tmp_path / "out"}
     code, _, err = torchrun_forks(2, "train.py", *as_flags(flags), more={str(rank): ["--dataset", "gone.jsonl"]})
     said = [line for line in re.split(r"[\n\r]", err) if "error: " in line.lower()]

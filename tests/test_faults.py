@@ -26,8 +26,10 @@ from prefix_tuning.training.settings import TrainConfig
 
 
 def kill_until_done(settings: dict, chance: random.Random, lifetime: float) -> int:
-    """Runs a training in processes that are killed (SIGKILL) at random moments of their `lifetime` in seconds, each going on
-    from the last, until one has come to its end before it was to be killed. Returns the number of kills."""
+    """Runs a training in one process after another, and kills each (SIGKILL) at a random moment of `lifetime` seconds.
+
+    Each process resumes what the one before it left. Returns the number of kills once a process has come to its end.
+    """
     kills, settings = 0, settings | {"resume_from_checkpoint": "latest"}
     while True:
         process = start_run(settings)
@@ -38,7 +40,8 @@ def kill_until_done(settings: dict, chance: random.Random, lifetime: float) -> i
         process.kill()
         process.join()
         kills += 1
-        lifetime *= 1.1  # the machine may be busier than when it was measured: in the end there is time for a step
+        # The machine may be busier than when the lifetime was measured. With more time, some process makes a step.
+        lifetime *= 1.1
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(settings, tmp_path):
@@ -165,7 +168,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(settings, tmp_path)
 
 @contextmanager
 def files_limited(size: int):
-    """Inside, no file may grow beyond so many bytes."""
+    """Within the block, no file may grow beyond `size` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

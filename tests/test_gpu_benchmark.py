@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py needs a GPU for its figures; that the program itself works is tested on a CPU, in small."""
+"""benchmarks/gpu.py needs a GPU for its figures. That the program works is tested here, on a CPU and at toy size."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ def gpu(monkeypatch):
 
 
 def figures_of(folder) -> list[dict]:
-    """The figures, each of which must be a line of the table."""
+    """The figures of gpu.json, after a check that each of them is a line of the table."""
     record = json.loads((folder / "gpu.json").read_text("utf-8"))
     assert record["machine"].keys() == {"device", "CUDA", "torch", "transformers", "peft"}
     lines = (folder / "gpu.md").read_text("utf-8").splitlines()[3:]
@@ -31,7 +31,7 @@ def figures_of(folder) -> list[dict]:
     return record["figures"]
 
 
-def test_all_of_it_in_small(tmp_path, gpu):
+def test_all_parts_run_at_toy_size(tmp_path, gpu):
     command = [sys.executable, str(HERE / "benchmarks" / "gpu.py"), "--output", str(tmp_path), *TOY]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     subprocess.run(command, check=True, env=environment, capture_output=True)

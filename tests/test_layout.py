@@ -13,7 +13,7 @@ TREES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path.name != "__init__.py"
 }
-# From the ground up. A file imports from lower floors, and from the rooms of its own floor's part: one line is one part.
+# From the ground up: one line is a floor, and one name is a part of it. A file imports from its own part and lower floors.
 FLOORS = [
     ["errors"],
     ["bundled"],
@@ -29,7 +29,8 @@ FLOORS = [
     ["training", "inference"],
     ["parser", "command"],
     ["demo.knowledge"],
-    ["cli", "plain", "study", "demo"],  # the product's commands and its page, and beside them research and the demo's recipe
+    # The product's commands and its page. Beside them, research and the demo's recipe.
+    ["cli", "plain", "study", "demo"],
 ]
 PARTS = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # A private name of transformers, which its HfArgumentParser reads off dataclasses.

@@ -94,11 +94,11 @@ def product(rows_file, tmp_path_factory):
 
 
 def retrace(base, examples, weights):
-    """The page's training, each step of which begins with the weights that train.py had there.
+    """Trains as the page does, but begins each step with the weights that train.py had at that step.
 
-    So no step inherits the roundings of earlier ones, which Adam amplifies: it divides each gradient by its own size, and a
-    gradient as small as its rounding gets another sign on another CPU. Returns loss and gradient norm of each step, and how
-    far each update is from train.py's, relative to that.
+    Otherwise a step would inherit the rounding errors of earlier ones, which Adam amplifies: it divides each gradient by its
+    own size, so a gradient that is nothing but rounding error gets another sign on another CPU. Returns loss and gradient
+    norm of each step, and the relative distance of each update from train.py's.
     """
     encoder, calls, distances = new_encoder(base), itertools.count(), []
     before = flat(encoder.state_dict())
@@ -203,7 +203,7 @@ def test_in_float16_losses_are_scaled_and_a_step_that_overflows_is_left_out(monk
         updates.append([(after - before).abs().max().item() for before, after in itertools.pairwise(starts)])
     left_out = sum(not math.isfinite(norm) for norm in norms[1])
     assert len(norms[1]) == 4 and 0 < left_out < 4 and not any(updates[1][:left_out])
-    # The next step is float32's first: its gradient is scaled back, and its rate has not fallen. float16 has 11 bits.
+    # The next step equals float32's first: its gradient is scaled back, its rate has not fallen yet. float16 has 11 bits.
     assert norms[1][left_out] == pytest.approx(norms[0][0], rel=1e-2)
     assert updates[1][left_out:] == pytest.approx(updates[0][: 4 - left_out], rel=1e-2)
 

@@ -1,4 +1,4 @@
-"""What the READMEs say to type, typed, and what they show and refer to, looked up."""
+"""The commands of the READMEs are run, and the figures, links and files that they name are checked."""
 
 import json
 import re
@@ -168,7 +168,8 @@ def test_both_languages_have_the_same_commands():
 def test_a_readme_is_short_and_complete(name):
     text = (ROOT / name).read_text("utf-8")
     assert len(text.splitlines()) <= MOST_LINES and len(text.split()) <= MOST_WORDS
-    assert not re.findall("@@.*", text)  # what is to be filled in
+    # @@ marks what is still to be filled in.
+    assert not re.findall("@@.*", text)
 
 
 @pytest.mark.parametrize("name", READMES + REFERENCES)

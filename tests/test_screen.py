@@ -24,18 +24,18 @@ def broken():
         stream.close()
 
 
-def test_a_screen_is_its_stream_until_that_cannot_be_written(tmp_path, broken):
+def test_a_screen_writes_to_its_stream_and_drops_what_that_cannot_take(tmp_path, broken):
     with open(tmp_path / "log", "w", encoding="utf-8") as log:
         print("法国", file=Screen(log), flush=True)
         assert (tmp_path / "log").read_text("utf-8") == "法国\n"
         assert Screen(log).name == log.name and not Screen(log).isatty()
-    print("dropped", file=Screen(log), flush=True)  # it is closed
+    print("dropped, as the file is closed", file=Screen(log), flush=True)
     print("dropped", file=Screen(broken), flush=True)
     with pytest.raises(BrokenPipeError):
         print("not dropped", file=broken)
 
 
-def test_a_run_that_a_program_calls_goes_on_too_and_leaves_the_programs_streams(quick_settings, broken):
+def test_a_run_called_by_a_program_survives_a_broken_stream_and_leaves_it_in_use(quick_settings, broken):
     with redirect_stdout(broken), redirect_stderr(broken):
         train(TrainConfig(**quick_settings))
         assert sys.stdout is sys.stderr is broken
@@ -43,7 +43,7 @@ def test_a_run_that_a_program_calls_goes_on_too_and_leaves_the_programs_streams(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
-def test_processes_of_one_run_go_on_too(quick_settings):
+def test_processes_of_one_run_survive_a_full_screen(quick_settings):
     flags = [f"--{name}={value}" for name, value in quick_settings.items()]
     code, _, err = torchrun_forks(2, "train.py", *flags, screen="/dev/full")
     assert code == 0, err
@@ -51,7 +51,7 @@ def test_processes_of_one_run_go_on_too(quick_settings):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
-def test_what_is_left_at_the_end_of_a_command_is_dropped_too():
+def test_a_full_screen_at_the_end_of_a_command_changes_no_exit_code():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "train.py", "--max_steps=x"]
         assert subprocess.run(command, stdout=full, stderr=full, cwd=ROOT).returncode == 2

@@ -44,7 +44,7 @@ def test_a_closed_terminal_sends_sighup_twice_and_the_second_one_does_not_kill(c
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
-def test_an_action_follows_a_stop_in_the_main_thread_and_none_elsewhere():
+def test_a_continued_process_calls_the_action_in_its_main_thread_only():
     calls = []
     before = signal.getsignal(signal.SIGCONT)
     with signals.when_continued(lambda: calls.append("main")):

@@ -46,7 +46,7 @@ def test_a_files_name_is_text_whatever_its_bytes_are():
     assert named("名.jsonl".encode("gbk").decode("utf-8", "surrogateescape")) == "\ufffd\ufffd.jsonl"
 
 
-def test_a_text_has_no_halves_of_characters():
+def test_a_lone_surrogate_is_no_text():
     assert all(is_text(text) for text in ("", "巴黎", "two\nlines", "e\u0301", "\U0001f469\u200d\U0001f467", "\ue000"))
     assert not any(is_text(text) for text in ("\ud800", "a\n\udfff", "巴\udc80黎"))
 

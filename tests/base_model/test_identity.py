@@ -35,16 +35,16 @@ def test_a_prefix_is_used_on_its_own_base_only(tokenizer, capsys):
     for other in ((2, 2, 6, 5, 8), (3, 2, 3, 5, 16), (3, 2, 6, 5, 16)):
         with pytest.raises(UserError, match=r"\./chatbot: a prefix for .* but base has 3 layers of 6 x 8"):
             check_base(other, base, base, "./chatbot", force=True)
-    # Of another name only: said, but used.
+    # Only the name differs: a line says so, and the prefix is used.
     check_base(shape, base | {"name_or_path": "old"}, base, "./chatbot", force=False)
     assert "was trained on old; base has the same shape, but not the same name" in capsys.readouterr().err
-    # Made elsewhere.
+    # Another program wrote only a name.
     check_base(shape, {"name_or_path": "old"}, base, "./chatbot", force=False)
     assert "it names old" in capsys.readouterr().err
-    # By a version that knew no special tokens.
+    # A version that knew no special tokens recorded none.
     check_base(shape, {key: value for key, value in base.items() if key != "special_tokens"}, base, "./chatbot", force=False)
     assert not capsys.readouterr().err
-    # With another token that pads, or none: padding is masked.
+    # The pad token does not matter, because padding is masked.
     padded = base | {"special_tokens": base["special_tokens"] | {"pad": None}}
     check_base(shape, padded, base, "./chatbot", force=False)
     check_base(shape, base, padded, "./chatbot", force=False)

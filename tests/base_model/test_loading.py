@@ -55,7 +55,7 @@ def test_a_base_in_safetensors_is_no_cause_for_a_warning(random_base, capsys):
     assert "pickled" not in capsys.readouterr().err
 
 
-def test_a_base_that_is_none_is_named(tmp_path, tokenizer):
+def test_a_base_that_is_missing_or_no_bloom_is_named(tmp_path, tokenizer):
     with pytest.raises(UserError, match="model_name_or_path no/such-model"):
         load_base("no/such-model", torch.float32, torch.device("cpu"))
     (tmp_path / "empty").mkdir()
@@ -148,7 +148,7 @@ def test_a_base_that_would_be_trained_as_another_function_is_refused(tmp_path, t
 
 
 @pytest.mark.parametrize("setting", [{"pretraining_tp": 2}, {"slow_but_exact": True}])
-def test_a_base_that_the_settings_of_its_pretraining_do_not_change_is_used(tmp_path, tokenizer, setting):
+def test_a_base_whose_pretraining_settings_change_no_result_is_used(tmp_path, tokenizer, setting):
     """bloom-7b1 has the first one."""
     random_bloom(**setting).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

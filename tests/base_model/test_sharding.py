@@ -1,4 +1,4 @@
-"""A sharded base. Here with one process, which has all of it; processes.py has the checks with several."""
+"""A sharded base in one process, which holds all of it. The checks with several processes are in processes.py."""
 
 import copy
 import gc
@@ -55,7 +55,7 @@ def stored(folder):
 
 
 def save_changed(model, folder, change):
-    """change: the entries of the file that are other than the model's, made from its weights; None: left out."""
+    """change(weights) returns the entries of the file that differ from the model's. None leaves an entry out."""
     model.save_pretrained(folder)
     weights = stored(folder)
     weights |= change(weights)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/faults.py --kills 100
 
-A small random Bloom, 40 rows, 42 steps with a checkpoint after every step and evaluations between them, in the VARIANTS in
-turn. After each kill the run goes on with --resume_from_checkpoint latest; what it ends with is compared with a run that was
-never killed.
+Each run trains a small random Bloom on 40 rows for 42 steps, with a checkpoint after every step and evaluations between
+them. The VARIANTS of settings take turns. After each kill the run goes on with --resume_from_checkpoint latest. Its end is
+compared with a run that was never killed.
 """
 
 import argparse

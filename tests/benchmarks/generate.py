@@ -1,12 +1,11 @@
-"""Greedy answers to 500 questions of the demo over two prefixes, mixed: by infer.py's way, and by PEFT, adapter by adapter,
-each with a base in float32 and in bfloat16.
+"""Answers per second to 500 questions of the demo over two prefixes, mixed: by infer.py's way, and by PEFT's `generate`.
 
     python tests/benchmarks/generate.py --repeats 7 --batch_size 16 64 128
 
-Both prefixes are trained first (about two minutes), or taken from --prefixes SHORT SENTENCE. The contestants take turns in
-one process, on the same questions with the same batch size; in float32 the texts must be equal. PEFT gets its questions in
-their order, batch by batch, as its users write it; "sorted" is PEFT with the questions of each adapter sorted by length
-first.
+Both prefixes are trained first (about two minutes), or taken from --prefixes SHORT SENTENCE. Answers are greedy. The
+contestants take turns in one process, on the same questions with the same batch size, each with a base in float32 and in
+bfloat16. In float32 the texts must be equal. PEFT answers adapter by adapter, batch by batch, in the order of the questions,
+as its users write it. "sorted" is PEFT with the questions of each adapter sorted by length first.
 """
 
 import argparse
@@ -78,16 +77,16 @@ def main() -> None:
         answers = [""] * len(prompts)
         for style in STYLES:
             model.set_adapter(style)
-            places = [place for place, wanted in enumerate(styles) if wanted == style]
+            indices = [index for index, wanted in enumerate(styles) if wanted == style]
             if by_length:
-                places.sort(key=lambda place: len(prompts[place]))
-            for start in range(0, len(places), batch_size):
-                part = places[start : start + batch_size]
-                inputs = tokenizer([prompts[place] for place in part], return_tensors="pt", padding=True).to(device)
+                indices.sort(key=lambda index: len(prompts[index]))
+            for start in range(0, len(indices), batch_size):
+                part = indices[start : start + batch_size]
+                inputs = tokenizer([prompts[index] for index in part], return_tensors="pt", padding=True).to(device)
                 output = model.generate(**inputs, **greedy, pad_token_id=tokenizer.pad_token_id)
                 texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-                for place, text in zip(part, texts, strict=True):
-                    answers[place] = text
+                for index, text in zip(part, texts, strict=True):
+                    answers[index] = text
         return answers
 
     tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL), padding_side="left")

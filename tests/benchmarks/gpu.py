@@ -1,12 +1,12 @@
-"""What this project says about one GPU, checked and measured on it in 9 minutes: right, fast, large, and a profile.
+"""Checks and measures on one GPU, in 9 minutes, what this project says about it: numbers, speed, largest pass, a profile.
 
     python tests/benchmarks/gpu.py --output DIR
-    python tests/benchmarks/gpu.py --output DIR --parts large-1b4           again; what DIR has of other parts stays
-    python tests/benchmarks/gpu.py --output DIR --device cpu --size toy     all in small: does the program still work?
+    python tests/benchmarks/gpu.py --output DIR --parts large-1b4           this part again; DIR keeps the others
+    python tests/benchmarks/gpu.py --output DIR --device cpu --size toy     all at toy size: does the program still work?
 
 After every figure DIR/gpu.json and the table DIR/gpu.md are written anew. A check that fails is a line with its error;
-its traceback is in DIR/gpu.log. Each part is a process of its own with a limit of its own, the most important part
-first: what aborts or hangs costs the rest of its part. Time that a part leaves goes to those after it.
+its traceback is in DIR/gpu.log. Each part is a process with its own time limit, the most important part first. A check
+that aborts or hangs costs only the rest of its part. Time that a part does not need goes to the parts after it.
 
 Models with the shapes of speed.py have random weights, and the rows are those of speed.py. On a CPU there is no fp16,
 no torch.compile and no running out of memory.
@@ -34,7 +34,7 @@ from gpu_fast import answers, fast, large, profile
 from gpu_job import Job, one_line
 from gpu_right import right, runs
 
-# The parts, in their order of importance, and how many seconds of 9 minutes each may take.
+# The parts, the most important first, and their limits in seconds, of 9 minutes together.
 PARTS = {
     "right": (right, 100),
     "runs": (runs, 160),
@@ -57,9 +57,10 @@ def attempt(check) -> dict:
 
 
 def work(part: str, job: Job, connection) -> None:
-    """What the process of a part does. It leads a group of processes, so that those which it starts end with it."""
+    """The work of a part's process. It leads a process group, so that the processes that it starts end with it."""
     os.setsid()
-    gc.freeze()  # what is imported need not be looked at by every gc.collect()
+    # Later calls of gc.collect() need not look at the imported modules.
+    gc.freeze()
     with open(job.folder / "gpu.log", "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -70,15 +71,16 @@ def work(part: str, job: Job, connection) -> None:
     what = "the start"
     try:
         for what, check in PARTS[part][0](job):
-            job.reset_peak()  # and frees what the check before this one has used
+            # This also frees the memory of the check before.
+            job.reset_peak()
             connection.send({"part": part, "what": what, **attempt(check)})
-    except Exception as error:  # between two checks
+    except Exception as error:
         traceback.print_exc()
         connection.send({"part": part, "what": f"after {what}", "error": one_line(error)})
 
 
 def measure(part: str, job: Job, limit: float, note) -> None:
-    """Runs a part in a process, for so many seconds at most, and calls note() with each of its figures."""
+    """Runs a part in a process, for at most `limit` seconds, and calls note() with each of its figures."""
     receiver, sender = job.processes.Pipe(duplex=False)
     child = job.processes.Process(target=work, args=(part, job, sender))
     end, rest = time.monotonic() + limit, {"part": part, "what": "the rest"}

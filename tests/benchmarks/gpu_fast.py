@@ -68,7 +68,8 @@ def matmul_rate(job: Job) -> float:
 def timed(job: Job, shape: str, rate: float, rows: list[dict], rows_per_step: int, train_steps: Callable) -> dict:
     """The speed of training on these rows. train_steps(steps) is called twice, first for a warm-up.
 
-    The share is that of the operations which no way of training can leave out.
+    The share: how long the operations that no way of training can leave out would take at the matmul's rate, as a part of
+    the seconds that training took.
     """
     train_steps(2)
     job.reset_peak()

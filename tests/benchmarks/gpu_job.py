@@ -11,7 +11,8 @@ import torch
 
 from prefix_tuning.devices import PRECISIONS, peak_memory_mb
 
-Checks = Iterator[tuple[str, Callable[[], dict]]]  # what a part checks or measures, and how; the figures have names
+# For each check or measurement of a part: its title, and a function that returns its figures by name.
+Checks = Iterator[tuple[str, Callable[[], dict]]]
 
 
 def one_line(error: Exception) -> str:
@@ -42,13 +43,13 @@ class Job(NamedTuple):
         return "toy" if self.toy else full
 
     def finish(self) -> float:
-        """The time once the device has done all it was told to."""
+        """Waits until the device has finished its work, and returns the time."""
         if self.on_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def reset_peak(self) -> None:
-        """Peak memory counts from here, on CUDA; what nobody holds any more is free."""
+        """Frees memory that nobody holds any more, and counts CUDA's peak memory from here."""
         gc.collect()
         if self.on_cuda:
             torch.cuda.empty_cache()

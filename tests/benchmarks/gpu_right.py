@@ -1,4 +1,4 @@
-"""Parts of gpu.py: is what a GPU computes right, and does a run on it survive all that it has to?"""
+"""Parts of gpu.py: does a GPU compute the right numbers, and does a run on it survive a kill and a lack of memory?"""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # relative, of losses a
 
 
 def right(job: Job) -> Checks:
-    """The numbers of transformers and PEFT, and what must change none of them."""
+    """Our numbers against those of transformers and PEFT, and flags that must not change them."""
     base, tokenizer = load_base(bundled.MODEL, torch.float32, torch.device(job.device))
     examples = take(tokenize(load_rows("bundled:short", ("train",)), tokenizer, 256), range(6 if job.toy else 64))
     for name in job.precisions:
@@ -51,7 +51,7 @@ def new_encoder(base) -> PrefixEncoder:
     return PrefixEncoder(models.prefix_config(base, tokens=16)).to(base.device)
 
 
-# The loss of the examples, in nats, and the encoder that its gradient goes to.
+# Each of these returns the encoder that gets the gradient, and the loss of the examples in nats.
 
 
 def packed_loss(base, encoder, examples):
@@ -79,7 +79,7 @@ def peft_loss(base, encoder, examples):
 
 
 def loss_and_gradient(loss_of, base, encoder, examples):
-    """The gradient is that of all weights of the encoder: that of the prefix, after one more step backward."""
+    """The loss, and its gradient in all weights of the encoder: the prefix's gradient, taken one step further back."""
     encoder.zero_grad()
     trained, loss = loss_of(base, encoder, examples)
     loss.backward()
@@ -103,8 +103,8 @@ def against(loss_of, job: Job, examples, precision: str) -> dict:
 
 
 def against_flag(job: Job, examples, **flags) -> dict:
-    place = torch.float32, torch.device(job.device)
-    bases = [load_base(bundled.MODEL, *place, **options)[0] for options in ({}, flags)]
+    device = torch.device(job.device)
+    bases = [load_base(bundled.MODEL, torch.float32, device, **options)[0] for options in ({}, flags)]
     without, with_flag = (loss_and_gradient(packed_loss, base, new_encoder(base), examples) for base in bases)
     return within(TOLERANCES["fp32"], with_flag, without)
 
@@ -152,7 +152,7 @@ def runs(job: Job) -> Checks:
 
 
 def run(settings: dict) -> None:
-    """What a process does: one training. Drawing its curves would take as long as the training itself."""
+    """The work of a process: one training, without its curves, as drawing them would take as long as the training."""
     sys.modules["matplotlib.figure"] = None
     train(TrainConfig(**settings))
 
@@ -167,7 +167,7 @@ def in_process(job: Job, settings: dict) -> dict:
 
 
 def equal_settings(job: Job, folder: str) -> dict:
-    """Of runs that must end with the same prefix."""
+    """The settings of runs that must end with the same prefix."""
     steps = {"max_steps": 6, "save_steps": 1} if job.toy else {"max_steps": 100, "save_steps": 10}
     rows = {"dataset": "bundled:short", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     return {"output_dir": folder, "device": job.device, "learning_rate": 5e-3, "logging_steps": 1} | steps | rows
@@ -201,12 +201,13 @@ def killed_and_resumed(job: Job, unbroken: dict) -> dict:
 
 
 def under_torchrun(job: Job, unbroken: dict, **flags) -> dict:
-    """What torchrun --nproc_per_node 1 does, against the run without it."""
+    """A run under `torchrun --nproc_per_node 1`, against the same run without torchrun."""
     settings = unbroken | {"output_dir": unbroken["output_dir"] + "-torchrun"} | flags
     shutil.rmtree(settings["output_dir"], ignore_errors=True)
-    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "gpu", "max_restarts": 0}
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "gpu", "max_restarts": 0}
     method = job.processes.get_start_method()
-    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1, start_method=method, **place), run)(settings)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1, start_method=method, **rendezvous)
+    elastic_launch(config, run)(settings)
     ours, alone = (load_prefix(folder)[0] for folder in (settings["output_dir"], unbroken["output_dir"]))
     difference = models.relative(ours, alone)
     assert difference <= 1e-2, f"the prefix differs by {difference}"

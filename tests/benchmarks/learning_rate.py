@@ -3,7 +3,8 @@
 python tests/benchmarks/learning_rate.py --dataset a.jsonl --eval_dataset b.jsonl
 python tests/benchmarks/learning_rate.py --rates 1e-3 1e-2 --widths 64 192 --tokens 4 16 --seeds 42 --num_train_epochs 2
 
-Other flags are train.py's. A rate of `found` leaves it to the search; the table shows what was found. Medians over seeds.
+Other flags are train.py's. The rate `found` leaves it to the search, and the table shows what was found. All figures are
+medians over the seeds.
 """
 
 import argparse
@@ -26,7 +27,7 @@ RATES = ["found", "1e-4", "3.2e-4", "1e-3", "3.2e-3", "1e-2", "3.2e-2", "1e-1"]
 
 
 def figures(flags: list[str]) -> tuple[float, float | None, float]:
-    """Of one run: the held-out loss at its end, exact match if asked for, and the rate that it had."""
+    """The held-out loss at the end of a run, exact match if asked for, and the learning rate that it had."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train(parse_train_config([*flags, "--output_dir", folder, "--eval_steps", "1000000", "--save_steps", "0"]))
         lines = read_metrics(Path(folder))

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/memory.py --rows 10000 1000000
 
-Each size is a process of its own with an empty cache. Linux tells memory that only the process holds ("anonymous") from
-pages of files that it has looked at and that the system may take back at any time. Read from /proc 20 times a second.
+Each size is a process of its own with an empty cache. Memory is read from /proc 20 times a second. Linux tells memory that
+only the process holds ("anonymous") from pages of files, which the system may take back at any time.
 """
 
 import argparse

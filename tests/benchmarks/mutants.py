@@ -6,9 +6,8 @@
 
 A room, such as `training`, stands for all modules in its folder, and `top` for those in no folder. Each mutant runs in a
 forked child, which imports the package anew with the mutated module in it, and so does every Python that its tests start:
-first the tests of that module, then, if they pass, those that use it most. Strings, annotations, decorators, what only
-words a message (within raise, print or an f-string), and the `strict` of a zip, which only checks our own code, are left
-alone.
+first the tests of that module, then, if they pass, those that use it most. Left alone are strings, annotations, decorators,
+the wording of messages (within raise, print or an f-string), and the `strict` of a zip, which only checks our own code.
 """
 
 import argparse
@@ -36,7 +35,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DEVICE = "tests/on_pretended_device.py"
-# pytest's arguments, a list for each stage: the quick ones first. A stage that starts a process takes five seconds more.
+# pytest's arguments: one string is one stage, the quick ones first. A stage that starts a process takes 5 s more.
 TESTS = {
     "bundled": ["tests/test_bundled.py"],
     "cli": [
@@ -48,7 +47,7 @@ TESTS = {
     ],
     "devices": ["tests/test_devices.py", "tests/training/test_run.py -k what_takes_most"],
     "distributed": [
-        "tests/test_distributed.py -k forks|alone_a|logs|store",
+        "tests/test_distributed.py -k forks|single_process|logs|store",
         "tests/base_model/test_sharding.py",
         "tests/test_distributed.py -k killed_process|error_that_one|refused_once",
     ],
@@ -155,7 +154,7 @@ TESTS = {
 ROOMS: dict[str, list[str]] = {}
 for name in TESTS:
     ROOMS.setdefault(name.partition(".")[0] if "." in name else "top", []).append(name)
-# A mutant whose loop never ends is noticed: a stage may take so many times as long as without a mutant, and so many seconds.
+# A mutant may loop forever. A stage may take TIMES times as long as without a mutant, plus SECONDS seconds.
 TIMES, SECONDS = 5, 20
 SWAPS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn, ast.Add: ast.Sub}
 SWAPS |= {ast.Mult: ast.Div, ast.BitOr: ast.BitAnd, ast.And: ast.Or}
@@ -164,7 +163,7 @@ SWAPS |= {ast.FloorDiv: ast.Div, ast.Pow: ast.Mult, ast.Mod: ast.Mult}
 
 
 def variants(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in the place of a node."""
+    """The nodes that may replace a node."""
     match node:
         case ast.Compare(left, [op], right) if type(op) in SWAPS:
             yield ast.Compare(left, [SWAPS[type(op)]()], right)
@@ -196,7 +195,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def device_variants(node: ast.AST) -> Iterator[ast.AST]:
-    """A call without its device: what is made or moved there stays where it is, also without a `.cpu()`."""
+    """A call without its device, so a tensor is not made or moved there; and a tensor without its `.cpu()`."""
     match node:
         case ast.Call(ast.Attribute(tensor, "cpu"), []):
             yield tensor
@@ -224,14 +223,14 @@ Variants = Callable[[ast.AST], Iterator[ast.AST]]
 
 
 def mutants(node: ast.AST, variants: Variants) -> Iterator[str]:
-    """Puts one fault after the other into the tree, in place, and yields what it is while it is there."""
+    """Puts one fault after the other into the tree, in place, and yields its description while it is there."""
     if isinstance(node, ast.keyword) and node.arg == "strict":
         return
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
             continue
-        places = [(value, index) for index in range(len(value))] if isinstance(value, list) else [(vars(node), field)]
-        for holder, key in places:
+        slots = [(value, index) for index in range(len(value))] if isinstance(value, list) else [(vars(node), field)]
+        for holder, key in slots:
             child = holder[key]
             if not isinstance(child, ast.AST):
                 continue
@@ -249,7 +248,7 @@ def first_line(node: ast.AST) -> str:
 
 
 def passes(tests: str, tree: ast.AST, module: str, folder: str, seconds: float = math.inf) -> bool:
-    """Runs tests in a child that imports one module from a syntax tree. False also after so many seconds."""
+    """Runs tests in a child that imports one module from a syntax tree. False also if they take more than `seconds`."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -348,7 +347,7 @@ def tree_of(module: str) -> ast.Module:
 
 
 def survivors(module: str, variants: Variants, numbers: set[int], stages: list[str], folder: str) -> Iterator[str]:
-    """What those mutants of a module are, by number, that none of its tests notices."""
+    """Descriptions of the mutants that no test of the module notices, among those with these numbers."""
     import_others(stages, folder)
     gc.freeze()  # the children share what is here
     tree, limits = tree_of(module), {}
@@ -363,7 +362,7 @@ def survivors(module: str, variants: Variants, numbers: set[int], stages: list[s
 
 
 def run(name: str, args: argparse.Namespace, folder: str) -> None:
-    """Prints the survivors of a module or a room, and how large a share was killed."""
+    """Prints the survivors of a module or a room, and the share that was killed."""
     faults = device_variants if args.device else variants
     found = [
         (module, number)
@@ -373,9 +372,9 @@ def run(name: str, args: argparse.Namespace, folder: str) -> None:
     ]
     chosen = sorted(random.Random(0).sample(found, len(found))[: args.sample])
     survived = 0
-    for module, places in groupby(chosen, key=lambda place: place[0]):
+    for module, mutants_of_module in groupby(chosen, key=lambda mutant: mutant[0]):
         stages = [DEVICE] if args.device else TESTS[module]
-        for survivor in survivors(module, faults, {number for _, number in places}, stages, folder):
+        for survivor in survivors(module, faults, {number for _, number in mutants_of_module}, stages, folder):
             survived += 1
             print(survivor, flush=True)
     share = 1 - survived / max(1, len(chosen))
@@ -386,9 +385,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=[*ROOMS, *TESTS], metavar="MODULE_OR_ROOM")
     parser.add_argument("--lines", type=int, nargs="+", help="only mutants of these lines")
-    parser.add_argument("--sample", type=int, help="of each module or room only so many mutants, the same ones each time")
+    parser.add_argument("--sample", type=int, help="this many mutants of each module or room, the same ones each time")
     parser.add_argument(
-        "--device", action="store_true", help="other faults, on the pretended device: what is to be moved there is not"
+        "--device", action="store_true", help="other faults, on the pretended device: a tensor is not moved there"
     )
     args = parser.parse_args()
     os.chdir(ROOT)

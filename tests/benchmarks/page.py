@@ -2,10 +2,10 @@
 
     python tests/benchmarks/page.py --shape mini --rows 100 --repeats 3
 
-Training: the page as it is; the same with the encoder once per optimizer step; the loop of train.py, which also runs
-packed rows through the base and computes logits at labels only. Answers: the page's, one at a time, and those of
-infer.py's batches of 64, for the same held-out questions of the bundled demo. Each measurement is a process of its own,
-in turn; medians.
+Training is measured three times: the page as it is; the page with the encoder once per optimizer step; and the loop of
+train.py, which also packs rows and computes logits at labels only. Answers are measured for the same held-out questions of
+the bundled demo: the page's, one at a time, and infer.py's, in batches of 64. Each measurement is a process of its own, in
+turn, and the table shows medians.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def measure_training(args) -> dict:
         "once": lambda count: train_once_per_step(base, encoder, examples[:count]),
         "product": lambda count: train_ours(base, encoder, data, ROWS_PER_STEP, -(-count // ROWS_PER_STEP)),
     }[args.worker]
-    train(ROWS_PER_STEP)  # warms up
+    # Warms up.
+    train(ROWS_PER_STEP)
     started = time.perf_counter()
     train(len(rows))
     seconds = time.perf_counter() - started

@@ -1,16 +1,22 @@
-"""What many GPUs would give, on paper: memory, traffic and the floor of a step's time, for a base of any shape.
+"""What many GPUs would give, on paper: memory, traffic and a lower bound of a step's time, for a base of any shape.
 
     python tests/benchmarks/paper.py --shape 7b1 176b --gpus 8 64 512 --rows 512 --row_tokens 150
 
-Put in your own numbers. The rate of matrix products is one H100's, measured in bfloat16; the bandwidths of memory, of the
-link, and of a network with a 400 Gbit/s card for each of 8 GPUs are the vendors' figures (one direction). Bytes and memory
-follow formulas that scale.py and shards.py have measured at a smaller shape. A floor: everything at full rate, gathering
-hidden behind computing, nothing for launches, latency, attention or waiting.
+Put in your own numbers. The rate of matrix products was measured on one H100 in bfloat16. The bandwidths of memory, of the
+links, and of a network with a 400 Gbit/s card for each of 8 GPUs are the vendors' figures (one direction). Bytes and memory
+follow formulas that scale.py and shards.py have checked at a smaller shape.
 
-To a copy: GPUs that share one copy of the base (--shard_base, --shard_degree). Memory: of one GPU. Sent: by one, per step.
-Tokens, computing, gathering: of one GPU per step. Floor: the larger of the two, and what every process does whatever its
-share: the sum with the others and the encoder's step. Stops: the number of GPUs at which computing takes no longer than
-what does not shrink, one gathering or the encoder's step, or at which each has one row; more gain little or nothing.
+The columns of the table:
+
+    to a copy   the GPUs that share one copy of the base (--shard_base, --shard_degree)
+    memory      of one GPU
+    sent        by one GPU per step
+    tokens, computing, gathering    of one GPU per step
+    floor       the least time of a step. Everything runs at full rate, gathering is hidden behind computing, and launches,
+                latency, attention and waiting take no time. It is the larger of computing and gathering, plus the work that
+                each process does however many there are: summing gradients with the others, and the encoder's step
+    stops       the number of GPUs beyond which more gain little or nothing: computing then takes no longer than the work
+                that does not shrink (one gathering, or the encoder's step), or each GPU has one row
 """
 
 import argparse
@@ -21,19 +27,23 @@ from dataclasses import dataclass
 from speed import SHAPES
 
 SHAPES = SHAPES | {"176b": {"n_layer": 70, "hidden_size": 14_336, "n_head": 112, "vocab_size": 250_880}}
-HALF, SINGLE = 2, 4  # bytes of a number of the base, and of all that is trained
-LABELS = 0.7  # of the tokens of a row
-LABELS_AT_ONCE = 256  # whose logits the loss holds
-PASSES_OVER_ENCODER = 12  # reads and writes of as many bytes as it has, per step: forward, backward, clipping, AdamW
+# Bytes of a number: of the frozen base, and of all that is trained.
+HALF, SINGLE = 2, 4
+# The share of a row's tokens that are labels.
+LABELS = 0.7
+# The loss holds the logits of this many labels at a time.
+LABELS_AT_ONCE = 256
+# How often a step reads or writes the encoder's bytes: forward, backward, clipping, AdamW.
+PASSES_OVER_ENCODER = 12
 
 
 @dataclass
 class Paper:
-    """One base on so many GPUs."""
+    """The figures of one base on `gpus` GPUs. Each `parts` of them share one copy of the base."""
 
     shape: dict
     gpus: int
-    parts: int  # GPUs that share one copy of the base
+    parts: int
     args: argparse.Namespace
 
     def __post_init__(self):
@@ -51,8 +61,9 @@ class Paper:
         work = (6 if args.gradient_checkpointing else 4) * layers * self.layer + 4 * self.embeddings * LABELS
         self.computing = work * self.tokens / args.flops
         summed = 2 * (self.gpus - 1) / self.gpus * self.prefix * SINGLE
-        share = (self.parts - 1) / self.parts  # of what is gathered, as much comes from others
-        gathered = share * (passes * layers * self.layer + 2 * 2 * self.embeddings) * HALF  # per forward and backward pass
+        # This share of the gathered bytes comes from other GPUs. They are counted per forward and backward pass.
+        share = (self.parts - 1) / self.parts
+        gathered = share * (passes * layers * self.layer + 2 * 2 * self.embeddings) * HALF
         self.sent = summed + micro_batches * gathered
         self.gathering = micro_batches * gathered / self.bandwidth(self.parts)
         self.alone = summed / self.bandwidth(self.gpus) + PASSES_OVER_ENCODER * self.encoder * SINGLE / args.memory_bandwidth
@@ -69,7 +80,7 @@ class Paper:
         )
 
     def bandwidth(self, gpus: int) -> float:
-        """Of one GPU: between machines, rings share the network cards of each, and go on inside over the links."""
+        """Of one GPU. Rings between machines share the network cards of each machine, and use the links within it."""
         return self.args.link if gpus <= self.args.gpus_per_node else min(self.args.link, self.args.network)
 
 
@@ -88,7 +99,7 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=450e9, help="between GPUs of one machine, bytes per second")
     parser.add_argument("--network", type=float, default=400e9, help="of all cards of one machine, bytes per second")
     parser.add_argument("--gpus_per_node", type=int, default=8)
-    parser.add_argument("--gpu_memory", type=float, default=72e9, help="bytes, of which CUDA's and nccl's own are taken off")
+    parser.add_argument("--gpu_memory", type=float, default=72e9, help="bytes that are left beside those of CUDA and NCCL")
     args = parser.parse_args()
     print("| base | GPUs | to a copy | memory, GB | sent, MB | tokens | computing, s | gathering, s | floor, s | stops |")
     print("|" + "---|" * 10)

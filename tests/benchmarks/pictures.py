@@ -3,10 +3,10 @@
     python tests/benchmarks/pictures.py training
     python tests/benchmarks/pictures.py study study.json
 
-training: the demo's rows and settings, trained by this project's own optimizer steps and by PEFT + Trainer, in float32, from
-equal weights, with the rows in one order; both prefixes are scored by the same code on held-out rows, evenly spaced. One
-seed, minutes. study: the share of attention of each prefix, of what `python -m prefix_tuning.study` has written. Chinese
-labels need a font that has them, Debian's fonts-noto-cjk for one.
+training: this project's own optimizer steps beside PEFT + Trainer, on the demo's rows and settings, in float32, from equal
+weights, with the rows in the same order. Both prefixes are scored by the same code on held-out rows, evenly spaced. It has
+one seed and takes minutes. study: each prefix's share of attention, from the study.json that `python -m prefix_tuning.study`
+writes. The Chinese labels need a font such as Debian's fonts-noto-cjk.
 """
 
 import argparse
@@ -16,8 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules that tests share
 
-STEPS = (0, 10, 25, 50, 100, 200, 300, 400, 500)  # and the last: the prefix is scored after them
-HELD_OUT = 800  # rows
+# The prefix is scored after these steps and after the last one.
+STEPS = (0, 10, 25, 50, 100, 200, 300, 400, 500)
+# The number of held-out rows that it is scored on.
+HELD_OUT = 800
 DEMO = Path(__file__).resolve().parents[2] / "prefix_tuning" / "demo"
 
 
@@ -77,7 +79,7 @@ def draw_training(path: Path) -> None:
 
 
 def draw_curves(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
-    """curves: of each contestant, the step, the held-out loss and the exact match."""
+    """curves: for each contestant, tuples of step, held-out loss and exact match."""
     figure = new_figure((8, 3.6))
     left, right = figure.subplots(1, 2)
     for (name, points), style in zip(curves.items(), ("o-", "s--"), strict=True):
@@ -101,7 +103,7 @@ def draw_curves(curves: dict[str, list[tuple[int, float, float]]], path: Path) -
 
 
 def draw_study(numbers: dict, path: Path) -> None:
-    """numbers: of study.json."""
+    """numbers: the content of study.json."""
     figure = new_figure((8, 3.4))
     prefixes = numbers["prefixes"]
     for axes, (name, prefix) in zip(figure.subplots(1, len(prefixes), squeeze=False)[0], prefixes.items(), strict=True):
@@ -126,7 +128,8 @@ def new_figure(inches: tuple[float, float]):
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["font.family"] = ["DejaVu Sans", "Noto Sans CJK JP"]  # the second for what the first does not have
+    # The second font is for the characters that the first does not have.
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", "Noto Sans CJK JP"]
     return Figure(figsize=inches, layout="constrained")
 
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/quality.py
 
-This loop, in float32 and in bfloat16, against PEFT + Trainer: the same initial weights, rows in the same order, optimizer,
-learning rate, schedule and batch of 32; every 20 steps the clock is stopped, and all prefixes are measured by the same code.
-Each in a process of its own, in turn.
+This loop, in float32 and in bfloat16, against PEFT + Trainer. All have the same initial weights, order of rows, optimizer,
+learning rate, schedule and batch of 32. Every 20 steps the clock is stopped, and the prefix is measured by the same code.
+Each runs in a process of its own, in turn.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CONTESTANTS = ("peft", "ours", "ours bf16")
 
 
 class Reached(Exception):
-    """Held-out exact match is where it should be."""
+    """Held-out exact match has reached the goal."""
 
 
 class Clock:
@@ -35,7 +35,7 @@ class Clock:
         self.started = time.perf_counter()
 
     def __getattr__(self, name: str):
-        """When to measure is the evaluator's decision."""
+        """The evaluator decides when to measure."""
         return getattr(self.evaluator, name)
 
     def __call__(self, prefix, title: str) -> dict:
@@ -101,7 +101,7 @@ def run_peft(config, model, tokenizer, encoder, rows, clock) -> None:
 
         def on_step_end(self, args, state, control, **_):
             if state.global_step % EVAL_STEPS == 0:
-                # Ours has the same keys and shapes: measured through it, both prefixes take the same way.
+                # Our encoder has the same keys and shapes. PEFT's prefix is measured through it, by the same code as ours.
                 encoder.load_state_dict(theirs.state_dict())
                 clock(encoder.bake(), f"step {state.global_step}")
             return control

@@ -3,7 +3,7 @@
     python tests/benchmarks/ranks.py --kills 20 --processes 2
 
 Each job has a checkpoint after every step and no more restarts than kills; torchrun goes on by itself. Weights must be the
-same bit for bit, metrics but for the clock's figures. A new job starts when one has ended before all kills are done.
+same bit for bit, and so must metrics without the clock's figures. If a job ends before all kills are done, a new one starts.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
                 rank = rng.randrange(args.processes)
                 os.kill(running[rank], signal.SIGKILL)
                 kills, killed = kills + 1, time.monotonic()
-                # How long until the others are gone, and not stuck in a meeting?
+                # How long until the other processes are gone? They must not wait for the dead one in a collective operation.
                 while any(Path(f"/proc/{pid}").exists() for pid in running) and time.monotonic() < killed + 120:
                     time.sleep(0.05)
                 slowest = max(slowest, time.monotonic() - killed)

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/scale.py --shape 389m --processes 1 2 4
 
-torchrun and gloo on this machine. Bytes are read off the loopback device (/proc/net/dev), so they are what was sent, headers
-and all, by all processes together. Each process has one row of --tokens tokens per step, float32, 10 virtual tokens, the
-projection, AdamW. The processes share the cores of one machine: steps per second show what the exchange costs, not what more
-machines gain.
+torchrun starts the processes on this machine, and they exchange with gloo. Bytes are read from the loopback device
+(/proc/net/dev): everything that all processes together have sent, headers included. Each process has one row of --tokens
+tokens per step, float32, 10 virtual tokens, the projection, AdamW. The processes share the cores of one machine, so steps
+per second show what the exchange costs, not what more machines gain.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def bytes_sent() -> int:
 
 
 def ours(model, rows: list[list[int]]):
-    """A function that does so many optimizer steps, all processes together."""
+    """Returns a function of the number of optimizer steps, which makes them with all processes together."""
     from datasets import Dataset
 
     encoder, data = make_encoder(model), Dataset.from_dict({"input_ids": rows, "labels": rows})
@@ -61,7 +61,7 @@ def peft(model, rows: list[list[int]]):
 
 
 def work(args) -> None:
-    """One of the processes."""
+    """The work of each process."""
     import torch
     from torch import distributed as dist
 
@@ -86,7 +86,7 @@ def work(args) -> None:
 
 
 def launch(script: str, processes: int, flags: list[str]) -> dict:
-    """Runs a script as so many processes, which share the cores; returns what it has written to its --result."""
+    """Runs a script in several processes, which share the cores. Returns what it wrote to its --result."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

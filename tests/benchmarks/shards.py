@@ -3,10 +3,11 @@
     python tests/benchmarks/shards.py --shape 389m --processes 1 2 4
 
 A Bloom with random weights of a real shape is saved as float32, loaded by torchrun's processes and trained for some steps, a
-row of --tokens tokens per process and step, gloo, without the projection: what is left beside the base is small. Memory that
-only the process holds ("anonymous", /proc/self/status, read every 2 ms), above what it held before it loaded anything. The
-ideal: its share of the base, and one layer. "whole" is one process without the flag, whose base lies in pages of the file,
-which do not count: what it holds, the pass itself needs. Bytes are those of all processes, as scale.py reads them.
+row of --tokens tokens per process and step. The prefix has no projection, so little is held beside the base. The table
+counts memory that only the process holds ("anonymous", read from /proc/self/status every 2 ms), above what it held before
+loading. The ideal is the process's share of the base plus one layer. "whole" is one process without the flag. Its base lies
+in pages of the file, which do not count, so all that it holds is needed by the pass itself. Bytes are sent by all processes
+together over gloo, as scale.py reads them.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def anonymous() -> float:
 
 
 class Peak:
-    """The most that `anonymous` has been, since the last look."""
+    """The largest value of `anonymous` since the last call of `since`."""
 
     def __init__(self):
         self.most = anonymous()
@@ -44,7 +45,7 @@ class Peak:
 
 
 def work(args) -> None:
-    """One of the processes."""
+    """The work of each process."""
     import torch
     from datasets import Dataset
     from torch import distributed as dist

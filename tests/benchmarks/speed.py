@@ -1,10 +1,10 @@
-"""Training speed: this loop, PEFT + Trainer as the notebook runs it, and the matmuls alone, on the same rows, each in
-float32 and in bfloat16 (PEFT: a float32 base and bf16=True).
+"""Training speed on the same rows: this loop, PEFT + Trainer as the notebook runs it, and the matmuls alone.
 
     python tests/benchmarks/speed.py --shape mini --rows 400
     python tests/benchmarks/speed.py --shape 1b4 --device cuda --rows 256
 
-Every measurement is a process of its own, and the contestants take turns, `--repeats` times. The models have random weights
+Each runs in float32 and in bfloat16 (PEFT: a float32 base and bf16=True). Every measurement is a process of its own, and the
+contestants take turns, `--repeats` times. The models have random weights
 of a real shape; the rows are random tokens with the lengths of alpaca_zh at max_length 256 (5/25/50/75/95 % at
 41/77/149/242/256 tokens), the first 30 % of each without labels. Batch 1 x accumulation 8, 10 virtual tokens, projection.
 """
@@ -39,9 +39,9 @@ def make_rows(count: int, vocab_size: int) -> list[dict[str, list[int]]]:
     rows = []
     for _ in range(count):
         share = rng.random()
-        place = max(index for index, least in enumerate(shares) if least <= share)
-        part = (share - shares[place]) / (shares[place + 1] - shares[place])
-        length = round(lengths[place] + part * (lengths[place + 1] - lengths[place]))
+        segment = max(index for index, least in enumerate(shares) if least <= share)
+        part = (share - shares[segment]) / (shares[segment + 1] - shares[segment])
+        length = round(lengths[segment] + part * (lengths[segment + 1] - lengths[segment]))
         ids = [rng.randrange(4, vocab_size) for _ in range(length)]
         prompt = max(1, length * 3 // 10)
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "attention_mask": [1] * length})
@@ -55,7 +55,8 @@ def make_model(shape: str, device: str, dtype):
     from prefix_tuning.model.bloom import Bloom
 
     torch.manual_seed(0)
-    with torch.device(device):  # transformers' Bloom, with a second forward that PEFT does not use
+    # transformers' Bloom with a second forward, which PEFT does not use.
+    with torch.device(device):
         return Bloom(BloomConfig(pad_token_id=3, pretraining_tp=2, **SHAPES[shape])).to(dtype)
 
 
@@ -71,7 +72,7 @@ def make_encoder(model, width: int | None = None):
 
 
 def train_ours(model, encoder, data, rows_per_step: int, total: int) -> list[float]:
-    """Runs so many steps of train.py's loop, with its metrics, on a tokenised dataset. Returns the losses that it logs."""
+    """Runs `total` steps of train.py's loop, with its metrics, on a tokenised dataset. Returns the losses that it logs."""
     from prefix_tuning.base_model.sharding import is_sharded
     from prefix_tuning.devices import suggested_max_tokens
     from prefix_tuning.evaluation import Evaluator

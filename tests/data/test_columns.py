@@ -30,7 +30,7 @@ def ours(instruction, output, input="", history=(), weights=()):
 
 
 def read(tmp_path, *rows, flag=None):
-    """These rows of a .jsonl file as ours, and what is said of their columns."""
+    """Reads rows from a .jsonl file. Returns them in our columns, and the lines about their columns."""
     said = []
     path = write_jsonl(tmp_path / "a.jsonl", *rows)
     found = load_rows(path, TRAIN, parse_columns(flag), said.append).to_list()
@@ -82,7 +82,7 @@ def test_any_other_columns_are_named_by_the_flag(tmp_path, capsys, kind):
     assert load_rows(source, TRAIN, parse_columns("instruction=input,output=kontext")).to_list() == [ours("d", "b")]
 
 
-def test_a_column_that_is_not_named_has_our_name_or_that_of_a_pair(tmp_path):
+def test_a_column_that_the_flag_leaves_out_has_our_name_or_one_of_a_known_pair(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", {"instruction": "a", "context": "b", "response": "c"})
     assert load_rows(path, TRAIN, parse_columns("output=response,input=context")).to_list() == [ours("a", "c", "b")]
     path = write_jsonl(tmp_path / "a.jsonl", {"question": "a", "context": "b", "answer": "c"})
@@ -151,7 +151,7 @@ def test_unknown_names_in_the_flag_are_refused():
 STRANGE = pa.array([0, 2**62], pa.timestamp("us"))  # the second is beyond Python's dates
 
 
-def test_of_a_table_only_the_columns_that_are_needed_are_read(tmp_path):
+def test_only_the_needed_columns_of_a_table_are_read(tmp_path):
     talks = [talk(text, "d")[0]["messages"] for text in "ab"]
     for name, columns in (
         ("pair", {"prompt": ["a", "b"], "completion": ["d", "d"], "input": [None, None], "instruction": STRANGE}),
@@ -178,7 +178,7 @@ TALKS = [
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "csv"])
 @pytest.mark.parametrize("convention", [0, 1], ids=["messages", "conversations"])
 def test_talks_are_rows_with_a_history(tmp_path, capsys, kind, convention):
-    rows = [form[convention] | {"id": place} for place, (form, _) in enumerate(TALKS)]
+    rows = [form[convention] | {"id": index} for index, (form, _) in enumerate(TALKS)]
     source = write(tmp_path, kind, rows)
     assert load_rows(source, TRAIN).to_list() == [row for _, row in TALKS]
     column = ("messages", "conversations")[convention]
@@ -245,7 +245,7 @@ def test_a_bad_history_is_named(tmp_path, history, message):
         read(tmp_path, {"instruction": "e", "output": "f", "history": history})
 
 
-def test_a_systems_text_comes_before_what_the_user_says_first(tmp_path):
+def test_the_system_text_comes_before_the_first_user_message(tmp_path):
     row = {"instruction": "c", "input": "i", "output": "d", "system": "s"}
     rows = [row, row | {"history": [["a", "b"]]}, row | {"system": None}, row | {"system": ""}]
     expected = [ours("s\nc", "d", "i"), ours("c", "d", "i", ["s\na", "b"]), *[ours("c", "d", "i")] * 2]
@@ -269,7 +269,7 @@ def test_columns_of_history_and_system_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_context_is_the_input_where_there_is_none(tmp_path, capsys, kind):
+def test_context_is_read_as_input_where_there_is_no_input(tmp_path, capsys, kind):
     rows = [{"question": "a", "context": "c", "answer": "b"}, {"question": "d", "context": "", "answer": "e"}]
     source = write(tmp_path, kind, rows)
     assert load_rows(source, TRAIN).to_list() == [ours("a", "b", "c"), ours("d", "e")]
@@ -327,7 +327,7 @@ def test_a_column_that_the_flag_names_may_be_missing_in_some_rows_but_not_in_all
         read(tmp_path, *rows, flag="input=context")
 
 
-def test_of_a_file_of_questions_the_columns_beside_the_question_are_named(tmp_path):
+def test_columns_beside_the_question_are_named_in_a_file_of_questions(tmp_path):
     said = []
     row = {"id": 1, "question": "a", "输入": "x", "answer": "b", "prefix": None}
     assert len(list(read_questions(write_jsonl(tmp_path / "a.jsonl", row, row), [], say=said.append))) == 2
@@ -340,7 +340,7 @@ def test_many_rows_without_history_may_come_before_one_with(tmp_path):
     assert load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN)[-1] == ours("c", "d", history=["a", "b"])
 
 
-def test_a_question_is_all_up_to_what_the_user_said_last(tmp_path):
+def test_a_question_ends_with_the_users_last_message(tmp_path):
     said = []
     forms = [talk("a"), talk("a", "b"), talk("a", system="s"), talk("a", "b", "c", system="s"), talk("a", "b", "c", " ")]
     rows = [form[0] | {"prefix": "p", "note": 1} for form in forms[:4]]
@@ -359,9 +359,9 @@ def said(*pairs):
 def with_keys(number, **keys):
     """A talk with a user called Wang. Message `number` has these keys, too; the other keys of all messages mean nothing."""
     messages = talk("a", "b", "c")[0]["messages"]
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         message |= {"tool_calls": None, "function_call": None, "weight": None, "id": 7} | (
-            {"name": "Wang"} if place == 0 else {}
+            {"name": "Wang"} if index == 0 else {}
         )
     messages[number - 1] |= keys
     return {"messages": messages}

@@ -86,7 +86,7 @@ def test_damaged_files_of_the_cache_are_made_anew(tmp_path, tokenizer, monkeypat
     assert len(files) == 4 and len([file for file in files if file.suffix == ".arrow"]) == 2
     for file in files:
         content = file.read_bytes()
-        file.unlink()  # what has it open keeps it
+        file.unlink()  # a process that has it open keeps it
         file.write_bytes(content[: int(kept * len(content)) if kept >= 0 else kept])
         rows = load_rows(path, TRAIN)
         assert (rows.to_list(), tokenize(rows, tokenizer, 64).to_list()) == expected, file.name
@@ -118,7 +118,7 @@ def test_a_digest_covers_every_row_and_nothing_but_the_rows(tmp_path, tokenizer)
     swapped = tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
     rows[1], rows[2] = rows[2], rows[1] | {"output": "三"}
     changed = tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 64)
-    label = tokenized.map(lambda row, place: {"labels": [7, *row["labels"][1:]]} if place == 1234 else {}, with_indices=True)
+    label = tokenized.map(lambda row, index: {"labels": [7, *row["labels"][1:]]} if index == 1234 else {}, with_indices=True)
     assert len({digest(each) for each in (tokenized, swapped, changed, label, tokenized.select(range(2999)))}) == 5
     parts = concatenate_datasets([tokenized.select(range(700)), tokenized.select(range(700, 3000))])
     for same in (parts, tokenized.select(range(2999, -1, -1)).select(range(2999, -1, -1))):
@@ -258,7 +258,7 @@ def test_a_talk_is_cut_between_turns_and_a_first_turn_like_any_row(tmp_path, tok
     _, loaded = talk_rows(tmp_path, texts)
     _, first_alone = talk_rows(tmp_path, texts[:2])
     (whole,) = take(tokenize(loaded, tokenizer, 256), [0])
-    ends = [place + 1 for place, token in enumerate(whole.input_ids) if token == tokenizer.eos_token_id]
+    ends = [index + 1 for index, token in enumerate(whole.input_ids) if token == tokenizer.eos_token_id]
     prompt = len(tokenizer(prompt_of(texts[0])).input_ids)
     assert len(ends) == 3 and ends[-1] == len(whole.input_ids)
     for max_length in range(1, ends[-1] + 2):
@@ -276,7 +276,7 @@ def test_answers_whose_weight_is_0_have_no_labels(tmp_path, tokenizer):
     for message, weight in zip(rows[0]["messages"], [None, 0, None, 1, None, 0], strict=True):
         message["weight"] = weight
     (weighed,) = take(tokenize(load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN), tokenizer, 256), [0])
-    first, second, _ = (place + 1 for place, token in enumerate(whole.input_ids) if token == tokenizer.eos_token_id)
+    first, second, _ = (index + 1 for index, token in enumerate(whole.input_ids) if token == tokenizer.eos_token_id)
     assert weighed.input_ids == whole.input_ids[:second]
     assert weighed.labels == [IGNORED] * first + whole.labels[first:second]
     # Cut before its second turn, it has no label left.
@@ -299,7 +299,7 @@ def test_prompts_are_those_of_training_without_the_last_answer(tmp_path, tokeniz
     _, loaded = talk_rows(tmp_path, *talks)
     prompts = prompt_ids(tokenizer, [parts_of(row["instruction"], row["input"], row["history"]) for row in loaded])
     for prompt, example in zip(prompts, take(tokenize(loaded, tokenizer, 10**6), range(len(loaded))), strict=True):
-        last = max(place for place, label in enumerate(example.labels) if label == IGNORED)
+        last = max(index for index, label in enumerate(example.labels) if label == IGNORED)
         assert prompt == example.input_ids[: last + 1]
     assert prompt_ids(tokenizer, []) == []
     assert parts_of("a") == [prompt_of("a")] and parts_of("a", "b", ["c", "d"]) == [prompt_of("c"), "d", prompt_of("a", "b")]
@@ -311,7 +311,7 @@ def test_a_digest_covers_the_history(tmp_path):
     assert digest(one) == digest(talk_rows(tmp_path, ["a", "b", "c", "d"])[1])
 
 
-def test_who_changes_rows_or_tokens_raises_their_version(tmp_path):
+def test_rows_and_tokens_have_not_changed_since_their_version_was_raised(tmp_path):
     """Else users would keep what is in their cache. If this fails, raise the version and put in the new hash."""
     said = [("system", "s"), ("user", "法国？"), ("assistant", "巴黎"), ("user", "b"), ("assistant", "c")]
     talk = [{"role": role, "content": text, "weight": int(text != "巴黎")} for role, text in said]

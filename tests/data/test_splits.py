@@ -58,7 +58,7 @@ def test_cut_answers_are_counted_also_from_the_cache(quick_settings, capsys):
     assert lines(longest) == [] and [needed for _, _, needed in lines(longest - 1)] == [longest] * 2
 
 
-def test_other_columns_are_trained_on_and_said(quick_settings, tmp_path, capsys):
+def test_other_columns_are_trained_on_and_named(quick_settings, tmp_path, capsys):
     rows = [{"frage": f"{number}加5等于几？", "antwort": str(number + 5)} for number in range(6)]
     quick_settings |= {"dataset": write_jsonl(tmp_path / "rows.jsonl", *rows)}
     with pytest.raises(UserError, match=r"rows\.jsonl, line 1: its columns are not known .*'frage', 'antwort'; .*--columns"):

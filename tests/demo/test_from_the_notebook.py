@@ -17,7 +17,7 @@ PATH = ROOT / "prefix_tuning" / "demo" / "from_the_notebook.ipynb"
 STORED = nbformat.read(PATH, as_version=4)
 CODE = {cell.id: cell for cell in STORED.cells if cell.cell_type == "code"}
 TEXTS = {cell.id: cell.source for cell in STORED.cells if cell.cell_type == "markdown"}
-# How many comparisons a cell prints, each of which must come out equal.
+# The number of comparisons that each cell prints. All of them must come out equal.
 COMPARISONS = {
     "step-2-ours": 1,  # rows
     "step-3-ours": 1,  # ids and labels
@@ -29,7 +29,7 @@ COMPARISONS = {
     "step-8-saved": 1,  # the prefix that PEFT reads
 }
 SAMPLED = "step-8-peft"  # its text may be another one with another version of torch
-# Of decimal fractions; all other numbers are exact. Roundings grow in 100 steps of training.
+# The tolerance of decimal fractions; all other numbers are exact. Rounding errors grow in 100 steps of training.
 TOLERANCES = {"step-8-longer": {"rel": 0.01}, "step-8-answers": {"abs": 3}, "picture": {"abs": 0.5}}
 DECIMAL = re.compile(r"\d+\.\d+")
 

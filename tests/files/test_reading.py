@@ -75,7 +75,7 @@ def test_a_prefix_of_the_hub_is_found_in_its_cache(saved, tmp_path_factory, monk
 
 
 class Busy(BaseHTTPRequestHandler):
-    """A hub that is out of order, and counts who asks."""
+    """A hub that is out of order, and counts the requests."""
 
     def log_message(self, *_):
         self.server.asked.append(self.path)

@@ -82,7 +82,7 @@ def test_a_lock_ends_with_its_block(tmp_path):
             pass
 
 
-def test_folders_that_were_made_for_nothing_go_and_others_stay(tmp_path):
+def test_a_lock_removes_the_folders_that_it_made_if_they_stay_empty(tmp_path):
     (tmp_path / "there").mkdir()
     with locked(tmp_path / "there" / "a" / "b" / "c"):
         assert (tmp_path / "there" / "a" / "b" / "c").is_dir()

@@ -37,7 +37,7 @@ def test_a_mixed_batch_answers_as_each_row_alone(tuned_model, tokenizer, mixed):
 
 
 @pytest.mark.parametrize("options", OTHER_DECODING.values(), ids=OTHER_DECODING)
-def test_so_it_does_with_other_decoding(tuned_model, tokenizer, mixed, options):
+def test_a_mixed_batch_answers_as_each_row_alone_with_other_decoding(tuned_model, tokenizer, mixed, options):
     prompts, names = (part[:24] for part in mixed)
     together = complete(tuned_model, tokenizer, prompts, prefix_name=names, **(GREEDY | options))
     alone = [
@@ -91,7 +91,7 @@ def test_answers_are_whole_up_to_the_last_token(tuned_model, tokenizer, mixed, m
 
 @pytest.mark.parametrize("count, share", [(64, 0.6), (5, 0.99)])
 def test_rows_that_have_ended_leave_the_batch(tuned_model, tokenizer, mixed, count, share):
-    """As soon as half of them have; four or fewer stay until all have."""
+    """They leave once half of the rows have ended. Four or fewer rows stay together until all have ended."""
     prompts = mixed[0][:count]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     replies = tuned_model.generate(**inputs, prefix_name="short", max_new_tokens=40, do_sample=False)

@@ -1,4 +1,4 @@
-"""What no version of transformers may break: with a prefix, every way of decoding says what plain forward passes say.
+"""With any version of transformers, every way of decoding after a prefix gives the answers of plain forward passes.
 
 The plain way computes [prefix; text] anew for each token, and knows neither `generate` nor a cache that grows.
 """
@@ -97,7 +97,7 @@ def test_a_pipeline(tuned_model, tokenizer, plainly):
 
 @pytest.mark.parametrize("name", ["short", "base"])
 def test_beams(tuned_model, base, tokenizer, name):
-    """Two beams of six tokens, none of which ends a text: the likeliest pair of each step, by plain forward passes."""
+    """Two beams of six tokens. Neither ends its text, so the plain way only keeps the likeliest pair of each step."""
     prefix, ids = tuned_model.prefixes.get(name), tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     beams = [(0.0, ids)]
     for _ in range(6):

@@ -28,7 +28,7 @@ def test_settings_come_from_the_call_its_configuration_and_the_models_own(tuned_
     assert torch.equal(ours, base.generate(ended, pad_token_id=2, **GREEDY))
 
 
-def test_a_mask_is_guessed_from_the_padding_unless_that_is_an_end_too():
+def test_a_mask_is_guessed_from_pad_tokens_unless_pad_is_also_eos():
     ids = torch.tensor([[3, 3, 5, 2, 6], [4, 5, 2, 3, 6]])
     padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
     for pad, eos, mask in ((3, 2, padded), (3, None, padded), (3, [2, 7], padded)):
@@ -37,7 +37,7 @@ def test_a_mask_is_guessed_from_the_padding_unless_that_is_an_end_too():
         assert guess_mask(ids, GenerationConfig(pad_token_id=pad, eos_token_id=eos)).all()
 
 
-def test_what_a_prefix_rules_out_is_refused(random_model, base):
+def test_options_that_do_not_go_with_a_prefix_are_refused(random_model, base):
     ids = torch.tensor([[5, 6]])
     for options in (
         {"inputs_embeds": torch.zeros(1, 2, 192)},
@@ -57,7 +57,7 @@ def test_what_a_prefix_rules_out_is_refused(random_model, base):
         model.generate(ids)
 
 
-def test_padding_is_what_has_the_pad_id_unless_that_ends_texts_too():
+def test_a_guessed_mask_hides_every_pad_token_and_nothing_else():
     ids = torch.tensor([[3, 3, 5, 2, 6], [7, 2, 3, 8, 9]])
     for pad, eos, padding in ((3, 2, 3), (3, [2, 5], 3), (3, None, 3), (2, 2, None), (2, [5, 2], None), (None, 2, None)):
         expected = torch.tensor([[int(token != padding) for token in row] for row in ids.tolist()])
@@ -75,7 +75,7 @@ NEUTRAL |= {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0}
 
 
 @pytest.mark.parametrize("name, neutral", NEUTRAL.items())
-def test_padding_matters_where_an_end_pads_and_tokens_are_looked_for(name, neutral):
+def test_padding_matters_where_eos_pads_and_a_penalty_reads_the_text(name, neutral):
     for value, pad, matters in ((neutral, 2, False), (neutral + 1, 2, True), (neutral + 1, 3, False)):
         assert depends_on_padding(GenerationConfig(eos_token_id=[7, 2], **{name: value}), pad) == matters
 
@@ -90,7 +90,7 @@ def test_an_answer_is_continued_by_another_call_only_where_that_changes_nothing(
         assert not is_continuable(GenerationConfig(max_new_tokens=5, do_sample=True, **other), {})
 
 
-def test_settings_of_the_call_go_before_its_configuration_and_that_before_the_models():
+def test_options_of_the_call_override_its_configuration_which_overrides_the_models():
     own = GenerationConfig(max_new_tokens=1, top_k=1, top_p=0.1, guidance_scale=1.0)
     given = GenerationConfig(max_new_tokens=2, top_k=2)
     settings, others = resolve_options(own, given, {"max_new_tokens": 3, "streamer": "none of the settings"})

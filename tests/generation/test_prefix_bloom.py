@@ -41,8 +41,8 @@ def penalized(logits, ids, penalty):
 def drawn(logits, temperature, top_k, top_p):
     logits = logits / temperature
     logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-    ordered, places = logits.sort()
-    logits[places[ordered.softmax(0).cumsum(0) <= 1 - top_p]] = -torch.inf
+    ordered, indices = logits.sort()
+    logits[indices[ordered.softmax(0).cumsum(0) <= 1 - top_p]] = -torch.inf
     return torch.multinomial(logits.softmax(0).unsqueeze(0), 1).item()
 
 
@@ -237,7 +237,7 @@ def test_forward_is_pefts(base, tmp_path, tokenizer):
     assert torch.allclose(alone.logits[real], plain.logits[real], atol=1e-4)
 
 
-def test_forward_takes_embeddings_in_place_of_ids(random_model):
+def test_forward_takes_embeddings_instead_of_ids(random_model):
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     with torch.no_grad():
         embeds = random_model.transformer.word_embeddings(ids)
@@ -370,7 +370,7 @@ class _Heard(BaseStreamer):
         pass
 
 
-def test_several_sequences_continue_each_for_itself(tuned_model, tokenizer):
+def test_several_sequences_continue_in_one_cache_as_without_it(tuned_model, tokenizer):
     inputs = tokenizer(PROMPTS[:2], return_tensors="pt", padding=True, padding_side="left")
     names = ["short", "sentence"]  # of different lengths: one is padded
     torch.manual_seed(1)
@@ -471,7 +471,7 @@ def test_pefts_adapters_answer_the_same_here_and_can_be_trained_further(
 
 
 def peft_answers(model, tokenizer):
-    """By PEFT's forward passes, as its `generate` is not right with every transformers."""
+    """Answers by PEFT's forward passes, because its `generate` is wrong with some versions of transformers."""
     model.eval()
     return [decode(tokenizer, prompt, lambda ids: model(input_ids=ids).logits) for prompt in PROMPTS]
 
@@ -489,9 +489,11 @@ def test_what_is_recorded_of_a_prefix_is_saved_with_it(base, tmp_path, history):
     assert load_prefix(tmp_path / "saved" / "nothing recorded").tensor.equal(prefix)
 
 
-def test_what_pefts_generate_makes_of_a_prefix(base, tuned, tokenizer):
-    """A canary. PEFT 0.21 puts the prefix into past_key_values, and transformers 5.24 reads `cache` alone: the answers are
-    the base's then, without a word.
+def test_pefts_generate_ignores_the_prefix_on_transformers_that_read_cache_alone(base, tuned, tokenizer):
+    """A canary: it fails once PEFT and transformers agree again.
+
+    PEFT 0.21 puts the prefix into past_key_values, and transformers 5.24 reads `cache` alone. The answers are then those of
+    the base, without a warning.
     """
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     wrapped = PeftModel.from_pretrained(base, tuned["short"])
@@ -548,7 +550,7 @@ def test_accelerates_hooks_do_not_hide_the_prefix(tuned, tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weights_of_the_head_are_not_repeated_for_the_rows_of_a_batch(base, dtype):
-    """As F.linear does with the slice of hidden states that `generate` hands to it."""
+    """F.linear would repeat them for a slice that is not contiguous, such as the hidden states that `generate` takes."""
     model = PrefixBloom(copy.deepcopy(base).to(dtype))
     with torch.profiler.profile(record_shapes=True) as profile:
         model.generate(torch.randint(4, 4096, (5, 7)), max_new_tokens=2, min_new_tokens=2, do_sample=False)
@@ -558,7 +560,7 @@ def test_the_weights_of_the_head_are_not_repeated_for_the_rows_of_a_batch(base, 
 
 
 def test_prefixes_are_saved_as_peft_saves_adapters(base, tmp_path, tokenizer):
-    """Each into a folder of its name, from which our `load_prefix` and PEFT read the same prefix, of the same base."""
+    """Each goes into a folder of its name. From there `load_prefix` and PEFT read the same prefix and the same base."""
     model = PrefixBloom(base, tokenizer)
     model.attach("short", random_prefix(base))
     theirs = tmp_path / "theirs"
@@ -575,7 +577,7 @@ def test_prefixes_are_saved_as_peft_saves_adapters(base, tmp_path, tokenizer):
         again.attach(name, prefix)
         peft = peft_answers(PeftModel.from_pretrained(base, tmp_path / "saved" / name), tokenizer)
         assert complete(again, tokenizer, PROMPTS, prefix_name=name, **GREEDY) == peft
-    model.save_pretrained(tmp_path / "saved", safe_serialization=True)  # once more is no mistake
+    model.save_pretrained(tmp_path / "saved", safe_serialization=True)  # saving again is no mistake
     model.save_pretrained(tmp_path / "of another rank", is_main_process=False)
     assert not (tmp_path / "of another rank").exists()
     with pytest.raises(ValueError, match="a PrefixBloom is not pushed as a whole"):
@@ -603,14 +605,14 @@ def test_saving_loses_nothing_and_says_what_cannot_be_saved(base, tmp_path, tune
 
 
 def test_it_can_be_pickled(tuned_model, tokenizer):
-    """As torch.save does, and a worker that is spawned."""
+    """torch.save pickles it, and so does the start of a worker that is spawned."""
     again = pickle.loads(pickle.dumps(tuned_model))
     inputs = tokenizer(PROMPTS[:2], return_tensors="pt", padding=True, padding_side="left")
     options = {**inputs, "prefix_name": ["short", "sentence"], **GREEDY}
     assert torch.equal(again.generate(**options), tuned_model.generate(**options))
 
 
-def test_what_transformers_offers_besides_is_refused_in_a_line(random_model, base, tokenizer):
+def test_continuous_batching_and_use_as_an_assistant_are_refused(random_model, base, tokenizer):
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     with pytest.raises(ValueError, match=r"continuous batching .* does not go with a prefix"):
         random_model.generate_batch([inputs.input_ids[0].tolist()], max_new_tokens=2)

@@ -48,7 +48,7 @@ def test_draws_follow_the_models_distribution(base, random_model, tokenizer):
     share, count = probabilities[token].item(), texts.count(tokenizer.decode([token]))
     assert 0.02 < share < 0.98
     assert abs(count - 1000 * share) < 4 * (1000 * share * (1 - share)) ** 0.5
-    even = {"do_sample": True, "temperature": 1e4, "top_k": 0, "seed": 1}  # all tokens alike: what comes is the draw alone
+    even = {"do_sample": True, "temperature": 1e4, "top_k": 0, "seed": 1}  # all tokens are alike
     first, all_eight = (complete(random_model, tokenizer, PROMPTS, max_new_tokens=most, **even) for most in (1, 8))
     assert all(eight != 8 * one for one, eight in zip(first, all_eight, strict=True))
 

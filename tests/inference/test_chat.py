@@ -192,7 +192,7 @@ def test_the_model_sees_a_conversation_as_the_tokens_of_a_talk_in_training(tmp_p
     assert chat.prompt("再见", history) == prompt[prompt.index(tokenizer.eos_token_id) + 1 :]
 
 
-def said_to(monkeypatch, capsys, lines, *flags):
+def chat_output(monkeypatch, capsys, lines, *flags):
     """What a chat prints to stdout, line by line, and to stderr, when these lines are typed."""
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     run_infer("--chat", *flags)
@@ -202,7 +202,7 @@ def said_to(monkeypatch, capsys, lines, *flags):
 
 @pytest.fixture
 def talker(tmp_path, tuned):
-    """The prefix `sentence`, but one whose files record history in its training rows."""
+    """The prefix `sentence`, with files that record history in its training rows."""
     folder = tmp_path / "talker"
     shutil.copytree(tuned["sentence"], folder)
     encoder, base = load_encoder(folder)
@@ -219,10 +219,10 @@ def test_a_prefix_that_has_seen_single_turns_is_asked_each_question_by_itself(mo
     for question in ASKED:
         run_infer(question, *flags)
         alone.append(capsys.readouterr().out.removesuffix("\n"))
-    answers, said = said_to(monkeypatch, capsys, ASKED, *flags)
+    answers, said = chat_output(monkeypatch, capsys, ASKED, *flags)
     assert answers == alone and answers[0] == "巴黎"
     assert said.count("each question is asked by itself: no conversation is on record among the training rows of short") == 1
-    answers, said = said_to(monkeypatch, capsys, ASKED, *flags, "--history")
+    answers, said = chat_output(monkeypatch, capsys, ASKED, *flags, "--history")
     assert answers[0] == alone[0] and "by itself" not in said
 
 
@@ -243,7 +243,7 @@ def test_whether_the_conversation_is_read_depends_on_each_prefix(tuned, talker, 
     assert [prompt for (prompt,) in read if len(prompt) > 1] == [talk, alone, talk]  # base, short, talker
 
 
-def test_what_is_not_answered_does_not_enter_the_history(tuned, tokenizer, monkeypatch, capsys):
+def test_an_unanswered_question_does_not_enter_the_history(tuned, tokenizer, monkeypatch, capsys):
     chat = open_chat("--history", "--prefix", tuned["short"])
     chat.answer(FRANCE)
     kept = dict(chat.answerer.options)
@@ -292,7 +292,7 @@ def test_a_question_that_begins_with_a_slash_can_be_asked(monkeypatch, capsys, t
     run_infer("/etc是什么？", *flags)
     expected = capsys.readouterr().out.splitlines()
     lines = ["/etc是什么？", "//etc是什么？", "/compare x", "/reset x", "/help"]
-    answers, said = said_to(monkeypatch, capsys, lines, *flags)
+    answers, said = chat_output(monkeypatch, capsys, lines, *flags)
     assert answers == expected
     for line in (lines[0], *lines[2:4]):
         assert f"{line} is no command; if it is a question, ask it with one more slash: /{line}\n" in said

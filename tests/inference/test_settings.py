@@ -53,7 +53,7 @@ ASKING = {
     "input": "--input a.jsonl --output b.jsonl",
     "score": "--score a.jsonl",
 }
-# With what each flag goes.
+# The tasks that each flag goes with.
 TASKS = {
     "--columns input=a": "input score",
     "--resume": "input",
@@ -88,7 +88,7 @@ BOUNDS = {
 }
 
 
-def test_what_is_not_given_has_its_default():
+def test_flags_that_are_not_given_have_their_defaults():
     defaults = {"chat": False, "input": None, "score": None, "columns": None, "output": None, "resume": False}
     defaults |= {"batch_size": 64, "compare": False, "max_new_tokens": None, "max_length": None, "do_sample": False}
     defaults |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "seed": 42, "repetition_penalty": 1.0, "num_beams": 1}
@@ -149,7 +149,7 @@ def test_flags_in_utf8_are_read_as_such_where_python_takes_them_for_ascii():
     assert InferConfig(question=question).question == "你好"
 
 
-def test_a_conversation_is_kept_for_all_on_request_only(tuned):
+def test_a_conversation_with_a_prefix_of_single_turns_is_kept_on_request_only(tuned):
     prefix = [f"short={tuned['short']}"]  # trained on single turns
     assert InferConfig(chat=True, prefix=prefix).history is False
     assert names_with_history(InferConfig(chat=True, prefix=prefix)) == set()

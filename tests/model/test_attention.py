@@ -39,9 +39,11 @@ def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, lab
 
 def test_a_longer_prefix_leaves_the_distances_between_tokens(monkeypatch):
     short, long = (attention.attention_bias(4, tokens, 6, torch.zeros(1)) for tokens in (3, 8))
-    assert torch.equal(short[..., 3:], long[..., 8:])  # the row
-    assert torch.equal(short[..., :3], long[..., 5:8])  # the prefix tokens next to it; the others stand further in front
-    slopes = long[0, :, 0, 7].abs()  # the last prefix token is one position behind the first of the row
+    # The row, and the prefix tokens next to it. The other prefix tokens are farther away.
+    assert torch.equal(short[..., 3:], long[..., 8:])
+    assert torch.equal(short[..., :3], long[..., 5:8])
+    # The last prefix token is one position in front of the row's first token.
+    slopes = long[0, :, 0, 7].abs()
     assert torch.allclose(long[0, :, 0, 0].abs(), 8 * slopes) and torch.allclose(long[0, :, 5, 0].abs(), 13 * slopes)
     assert torch.allclose(slopes, 2.0 ** -(2.0 * torch.arange(1, 5)))
     assert long[0, :, 0, 9].isneginf().all()  # the future

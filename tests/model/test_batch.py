@@ -19,7 +19,7 @@ def test_packing_keeps_every_token_and_label_once(lengths, max_tokens):
         # A label is predicted one position before the token itself.
         assert torch.equal(batch.input_ids[batch.label_positions + 1], batch.labels)
         for first, start, length in zip(batch.first_labels, accumulate([0, *batch.lengths]), batch.lengths, strict=False):
-            in_row = [place - start for place in batch.label_positions.tolist() if start <= place < start + length]
+            in_row = [index - start for index in batch.label_positions.tolist() if start <= index < start + length]
             assert first == min(in_row, default=length)
         values = torch.randn(len(batch.input_ids), 4)
         grid = batch.to_grid(values)

@@ -38,8 +38,9 @@ OPTIONS = {
 }
 
 
-# Every field of the configuration that transformers' Bloom reads, with a value other than the default: with it, the packed
-# forward computes the same. (With slow_but_exact and pretraining_tp > 1 together it would not; load_base refuses that.)
+# Every field of the configuration that transformers' Bloom reads, with a value other than the default. With each of them the
+# packed forward computes what transformers does. (With slow_but_exact and pretraining_tp > 1 together it would not, and
+# load_base refuses that.)
 FIELDS = {
     "apply_residual_connection_post_layernorm": True,
     "attention_dropout": 0.5,  # of training; the frozen base is in eval mode
@@ -59,7 +60,7 @@ FIELDS = {
 
 
 def plain_float64_loss(model, examples, prefix):
-    """The plain twin where transformers' own, whose softmax is float32, is not exact enough: the equations, one by one."""
+    """The equations one by one, in float64. transformers' own forward is not exact enough: its softmax is float32."""
     shape, body = model.config, model.transformer
     heads, size = shape.n_head, shape.hidden_size // shape.n_head
     total = 0
@@ -92,7 +93,7 @@ def plain_float64_loss(model, examples, prefix):
 
 @pytest.fixture(params=["rows", "rows in pieces", "grid"])
 def attention_form(request, monkeypatch):
-    """Every form of attention: row by row, the same where rows are long, and as a padded grid."""
+    """Each form of attention: row by row, row by row with the queries in chunks of 4, and as a padded grid."""
     if request.param == "rows in pieces":
         monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     grid = request.param == "grid"
@@ -304,7 +305,7 @@ def test_prefixes_of_different_lengths_are_padded_on_the_left():
 
 def test_labels_in_several_segments_of_a_row_cost_what_they_cost_transformers(attention_form, tmp_path, tokenizer):
     """Talks: every answer counts, no question does. The equations in float64, transformers' own forward in float32."""
-    said = [f"法国的首都是哪里{'？' * place}" if place % 2 == 0 else f"巴黎{'。' * place}" for place in range(6)]
+    said = [f"法国的首都是哪里{'？' * number}" if number % 2 == 0 else f"巴黎{'。' * number}" for number in range(6)]
     roles = ["user", "assistant"] * 3
     messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
     rows = [{"messages": messages[:turns]} for turns in (4, 2, 6, 6)]

@@ -1,4 +1,4 @@
-"""Attention in the open: the weights that transformers itself reports."""
+"""Attention that returns its weights, against the weights that transformers reports."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_the_weights_are_those_that_transformers_reports(base, eager, batch):
 
 
 @torch.no_grad()
-def test_to_look_changes_nothing(base, batch):
+def test_watching_changes_no_result(base, batch):
     prefix = random_prefix(base)
     plain = base.packed_hidden(batch, prefix)
     with watching(base, lambda layer, weights: None):

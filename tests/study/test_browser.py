@@ -39,7 +39,7 @@ def screenshots(tmp_path_factory):
 
 @pytest.fixture
 def page(page_file, request):
-    """The page, opened from the disk, with all that it said to the console and asked for in `said` and `asked`."""
+    """The page, opened from the disk. `said` holds its console messages and errors, `asked` the addresses it requests."""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": getattr(request, "param", 1100), "height": 900})
@@ -97,7 +97,7 @@ def test_a_menu_changes_the_picture_and_hovering_names_the_number(page):
     assert page.said == []
 
 
-# Of each picture, the boxes [left, top, right, bottom] of what must not lie on each other, and what else is asked about it.
+# For each picture: the boxes [left, top, right, bottom] of parts that must not overlap, and its sizes of text.
 BOXES = """() => [...document.querySelectorAll(".js-plotly-plot")].map(picture => {
     const box = one => { const r = one.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
     const all = selector => [...picture.querySelectorAll(selector)].filter(one => one.textContent.trim()).map(box);
@@ -126,12 +126,12 @@ def test_nothing_lies_on_anything_else(page, screenshots):
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # wide pictures scroll by themselves
     for number, picture in enumerate(page.evaluate(BOXES)):
         parts = [*picture["areas"], *picture["titles"], *picture["legends"], *picture["menus"]]
-        for place, one in enumerate(parts):
-            assert not any(overlap(one, other) for other in parts[place + 1 :]), (number, one)
+        for index, one in enumerate(parts):
+            assert not any(overlap(one, other) for other in parts[index + 1 :]), (number, one)
             assert not any(overlap(one, tick) for tick in picture["xaxes"] + picture["yaxes"]), (number, one)
         for ticks in (picture["xaxes"], picture["yaxes"]):
-            for place, one in enumerate(ticks):
-                assert not any(overlap(one, other) for other in ticks[place + 1 :]), (number, one)
+            for index, one in enumerate(ticks):
+                assert not any(overlap(one, other) for other in ticks[index + 1 :]), (number, one)
         left, top, right, bottom = picture["whole"]
         for one in parts + picture["xaxes"] + picture["yaxes"]:
             assert left - 1 <= one[0] and one[2] <= right + 1 and top - 1 <= one[1] and one[3] <= bottom + 1, (number, one)

@@ -1,4 +1,4 @@
-"""The sentences of what was found say the numbers that they are made of."""
+"""The sentences of the findings name the figures that they are made from."""
 
 from prefix_tuning.study import findings
 

@@ -7,11 +7,11 @@ from prefix_tuning.study.scoring import score_prefix
 
 @pytest.fixture(scope="module")
 def two(tuned_model):
-    """Two prefixes of one length: sentence's, and the last of short's."""
+    """Two prefixes of one length: the last 10 tokens of `short`, and all 10 of `sentence`."""
     return tuned_model.prefixes["short"][:, :, :, 6:], tuned_model.prefixes["sentence"]
 
 
-def test_the_way_ends_in_the_prefixes_themselves(tuned_model, batches, two):
+def test_interpolation_begins_and_ends_at_the_prefixes_themselves(tuned_model, batches, two):
     passed = []
     found = mixtures(tuned_model, batches, *two, passed.append)
     assert len(found["between"]) == 11 and sum(passed) == 48 * passes_of_mixtures(*two)

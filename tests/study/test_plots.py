@@ -1,4 +1,4 @@
-"""The pictures say the numbers that they are given. That a browser draws them: test_browser.py."""
+"""The pictures show the figures that they are given. test_browser.py checks how a browser draws them."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SHARES["slopes"] = [0.0625, 0.00390625]
 def shown(figure, button):
     """The indices of the traces that a choice of the menu shows."""
     (arguments,) = figure.layout.updatemenus[0].buttons[button].args
-    return [place for place, visible in enumerate(arguments["visible"]) if visible]
+    return [index for index, visible in enumerate(arguments["visible"]) if visible]
 
 
 def test_the_map_names_every_head_by_its_slope():

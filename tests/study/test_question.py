@@ -47,7 +47,7 @@ def test_the_base_s_side_knows_no_prefix(followed, eager, prompt):
     ids = torch.tensor([prompt])
     with torch.no_grad():
         probabilities = eager(ids).logits[0].softmax(dim=-1)
-    expected = [probabilities[place, ids[0, place + 1]].item() for place in range(ids.shape[1] - 1)]
+    expected = [probabilities[position, ids[0, position + 1]].item() for position in range(ids.shape[1] - 1)]
     found = [one["probability"] for one in followed["expected"]["base"][: len(expected)]]
     assert found == pytest.approx(expected, abs=1e-5)
 

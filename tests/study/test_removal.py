@@ -30,33 +30,33 @@ def test_every_part_is_removed_once_and_the_worst_comes_first(found):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_the_rows_that_pass_are_counted_as_was_foretold(found):
+def test_as_many_rows_pass_as_were_estimated(found):
     _, prefix, _, passed = found
     assert sum(passed) == 24 * passes_of_removals(prefix) and max(passed) <= 24
 
 
 def test_figures_are_those_of_prefixes_that_never_had_the_part(found, tuned_model, batches, alone):
     record, prefix = found[:2]
-    by_place = {(part["kind"], part.get("token")): part for part in record["parts"]}
+    by_part = {(part["kind"], part.get("token")): part for part in record["parts"]}
     for key, variant in {
         ("token", 0): prefix[:, :, :, 1:],  # the farthest: without it, all others stay where they are
         ("keys only", None): prefix * prefix.new_tensor([1, 0]).view(1, 2, 1, 1, 1),
         ("values only", None): prefix * prefix.new_tensor([0, 1]).view(1, 2, 1, 1, 1),
     }.items():
         expected = score_prefix(tuned_model, batches["short"], variant)
-        assert by_place[key]["loss"] == pytest.approx(expected.loss, abs=1e-5)
-        assert by_place[key]["exact_match"] == expected.exact_match
+        assert by_part[key]["loss"] == pytest.approx(expected.loss, abs=1e-5)
+        assert by_part[key]["exact_match"] == expected.exact_match
     whole = score_prefix(tuned_model, batches["short"], prefix)
     assert record["whole"]["loss"] == pytest.approx(whole.loss, abs=1e-5) and record["base"] == alone._asdict()
     assert record["whole"]["exact_match"] == whole.exact_match
 
 
-@pytest.mark.parametrize("place", [{"layer": 0}, {"layer": 3}, {"layer": 2, "head": 3}, {"token": 2}])
-def test_removed_pairs_against_attention_whose_keys_never_had_them(found, tuned_model, batches, place):
-    """A layer, a head of a layer, a token: twin is a loop over heads that concatenates the pairs that are left."""
+@pytest.mark.parametrize("removed_axes", [{"layer": 0}, {"layer": 3}, {"layer": 2, "head": 3}, {"token": 2}])
+def test_removed_pairs_against_attention_whose_keys_never_had_them(found, tuned_model, batches, removed_axes):
+    """For a layer, a head and a token. The twin loops over the heads and concatenates the pairs that are left."""
     record, prefix = found[:2]
     removed = torch.zeros(prefix.shape[0], prefix.shape[2], prefix.shape[3], dtype=torch.bool)
-    removed[tuple(place.get(axis, slice(None)) for axis in ("layer", "head", "token"))] = True
+    removed[tuple(removed_axes.get(axis, slice(None)) for axis in ("layer", "head", "token"))] = True
 
     def attend_in(layer):
         def attend_left(qkv, pairs, batch, bias, label_positions_only):
@@ -73,7 +73,7 @@ def test_removed_pairs_against_attention_whose_keys_never_had_them(found, tuned_
     with attending(tuned_model, attend_in):
         expected = score_prefix(tuned_model, batches["short"], prefix)
     axes = ("layer", "head", "token")
-    (part,) = [one for one in record["parts"] if {axis: one[axis] for axis in axes if axis in one} == place]
+    (part,) = [one for one in record["parts"] if {axis: one[axis] for axis in axes if axis in one} == removed_axes]
     assert part["loss"] == pytest.approx(expected.loss, abs=1e-4) and part["exact_match"] == expected.exact_match
     assert part["loss"] != pytest.approx(record["whole"]["loss"], abs=1e-4)
 
@@ -83,5 +83,5 @@ def test_of_many_heads_those_with_the_largest_share_are_removed(found, tuned_mod
     monkeypatch.setattr(removal, "MOST_HEADS", 3)
     record = removals(tuned_model, batches["short"][:1], prefix, shares, alone)
     heads = {(part["layer"], part["head"]) for part in record["parts"] if part["kind"] == "head"}
-    every = sorted(((layer, head) for layer in range(4) for head in range(6)), key=lambda place: -shares[place[0]][place[1]])
+    every = sorted(((layer, head) for layer in range(4) for head in range(6)), key=lambda head: -shares[head[0]][head[1]])
     assert heads == set(every[:3]) and record["left_out"] == 21

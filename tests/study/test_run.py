@@ -44,7 +44,7 @@ def test_two_prefixes_become_a_page_and_its_numbers(tuned, tmp_path, capsys):
     assert len(page.encode()) < 6e6
     assert [stage["step"] for stage in short["growth"]["stages"]] == [50, 100]
     assert page.count("<h2>") == 9
-    # Eight for each prefix; four of the training of short, two of both together, the quiz.
+    # Eight pictures of each prefix, four of the training of `short`, two of both together, and the quiz.
     assert page.count('class="plotly-graph-div"') == 2 * 8 + 4 + 2 + 1
     for said in (
         "虚拟词的数目不同",
@@ -57,7 +57,7 @@ def test_two_prefixes_become_a_page_and_its_numbers(tuned, tmp_path, capsys):
     said = f"{tmp_path / 'study.html'}: open it in a browser; the numbers are in {tmp_path / 'study.json'}\n"
     screen = capsys.readouterr()
     assert screen.out.endswith(said) and "--rows 3 takes a quarter of the time" in screen.out
-    assert " left" in screen.err and "100 %" in screen.err  # what was foretold is what passed
+    assert " left" in screen.err and "100 %" in screen.err  # as many rows passed as were estimated
     assert screen.err.rstrip().split("\r")[-1].startswith("sentence: quiz: 100 %")
 
 

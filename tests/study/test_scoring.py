@@ -12,7 +12,7 @@ from prefix_tuning.study.scoring import interval, label_rows, pack_rows, score_p
 
 @pytest.mark.parametrize("name", ["short", "sentence"])
 def test_a_score_is_what_evaluation_finds_by_generating(tuned_model, tokenizer, name):
-    """Exact match without a generated token equals that of greedy answers; the loss is evaluate_loss's to 1e-5."""
+    """Exact match without a generated token equals exact match of greedy answers; the loss is evaluate_loss's to 1e-5."""
     rows = load_rows(f"bundled:{name}-eval", ("train",)).select(range(60))
     tokenized = tokenize(rows, tokenizer, 256)
     prefix = tuned_model.prefixes[name]
@@ -46,7 +46,7 @@ def test_an_interval_is_wilson_s():
 
 
 def test_spaced_rows_reach_to_the_end():
-    """Also where their number does not divide that of the rows: every first row of 100, 60 of them, would end at 59."""
+    """Also where 100 rows cannot be divided evenly: for 60 of them, a step of 100 // 60 = 1 would end at row 59."""
     rows = Dataset.from_dict({"number": list(range(100))})
     for count in (1, 7, 60, 99):
         found = spaced(rows, count)["number"]

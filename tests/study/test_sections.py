@@ -1,4 +1,4 @@
-"""What the page says: in both languages, all fields filled, what was left out, within its size."""
+"""The sections of the page: both languages, all fields filled, notes on what was left out, and the size."""
 
 import string
 
@@ -26,12 +26,12 @@ def test_both_languages_say_the_same_fields(texts):
         assert fields(text["zh"]) == fields(text["en"]), key
 
 
-def test_a_text_in_a_text_is_of_its_language():
+def test_a_text_within_a_text_has_the_same_language():
     said = say("summary", base="b", precision="p", prefixes=Text("中", "en"))
     assert "中" in said.zh and "en" in said.en and "中" not in said.en
 
 
-def test_the_room_is_shared_out(monkeypatch):
+def test_pictures_are_drawn_within_their_share_of_the_page(monkeypatch):
     monkeypatch.setattr(sections, "ROOM", 2000)
     monkeypatch.setattr(sections, "OF_A_PREFIX", 0)
     assert share_out(0.5, 2, fixed=100, each=50, most=24) == (2, 8)
@@ -42,8 +42,8 @@ def test_the_room_is_shared_out(monkeypatch):
     assert share_out(0.5, 2, fixed=100, each=50, most=24) == (2, 3)
 
 
-def numbers_of(names, layers, heads, tokens, places):
-    """Random numbers in the shape of a study of so large a base, with a question of so many tokens."""
+def numbers_of(names, layers, heads, tokens, length):
+    """Random figures in the shape of study.json. tokens: of each prefix. length: of the question with its answer."""
     rng = np.random.default_rng(0)
     score = {"loss": 1.23456789, "exact_match": 0.5}
     part = [{"kind": "head", "layer": layer, "head": head} for layer in range(layers) for head in range(heads)][:MOST_HEADS]
@@ -61,14 +61,14 @@ def numbers_of(names, layers, heads, tokens, places):
         "question": {
             "question": "问" * 100,
             "answers": {"base": "甲", "prefix": "乙"},
-            "tokens": ["词"] * places,
-            "prompt": places - 40,
+            "tokens": ["词"] * length,
+            "prompt": length - 40,
             "expected": {
-                side: [{"probability": rng.random(), "likeliest": [["词", rng.random()]] * 5}] * (places - 1)
+                side: [{"probability": rng.random(), "likeliest": [["词", rng.random()]] * 5}] * (length - 1)
                 for side in ("base", "prefix")
             },
             "attention": [
-                {"layer": 0, "head": head, "weights": rng.random((places, tokens)).tolist()}
+                {"layer": 0, "head": head, "weights": rng.random((length, tokens)).tolist()}
                 for head in range(min(MOST_MAPS, layers * heads))
             ],
         },

@@ -8,9 +8,9 @@ from prefix_tuning.study.shares import attention_shares
 
 @torch.no_grad()
 def test_shares_are_those_of_transformers_own_attention_weights(tuned_model, eager, batches):
-    """The means over label positions, and over rows at each distance, of what output_attentions returns row by row: 1e-5."""
+    """To 1e-5 they are means of output_attentions, row by row: over label positions, and over rows at each distance."""
     prefix, length = tuned_model.prefixes["short"], 16
-    answers, by_place = [], {}
+    answers, by_position = [], {}
     for batch in batches["short"]:
         start = 0
         for ids in batch.input_ids.split(batch.lengths):
@@ -22,13 +22,13 @@ def test_shares_are_those_of_transformers_own_attention_weights(tuned_model, eag
             share = weights[..., :length].sum(dim=-1)  # (layers, heads, tokens)
             mine = (batch.label_positions >= start) & (batch.label_positions < start + len(ids))
             answers.append(share[:, :, batch.label_positions[mine] - start])
-            for place in range(len(ids)):
-                by_place.setdefault(place, []).append(share[:, :, place])
+            for position in range(len(ids)):
+                by_position.setdefault(position, []).append(share[:, :, position])
             start += len(ids)
     found = attention_shares(tuned_model, batches["short"], prefix)
     expected = torch.cat(answers, dim=2).mean(dim=2)
     torch.testing.assert_close(torch.tensor(found["share"]), expected, atol=1e-5, rtol=0)
-    enough = [torch.stack(shares).mean(dim=0) for shares in by_place.values() if len(shares) >= 5]
+    enough = [torch.stack(shares).mean(dim=0) for shares in by_position.values() if len(shares) >= 5]
     torch.testing.assert_close(torch.tensor(found["by_distance"]), torch.stack(enough, dim=2), atol=1e-5, rtol=0)
     assert found["slopes"] == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
     assert expected.max() > 0.3 and expected[1:3, 4].max() < 0.05  # the steepest head of the middle layers sees little

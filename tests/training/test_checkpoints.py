@@ -16,7 +16,7 @@ from prefix_tuning.training.settings import TrainConfig
 
 
 def test_the_best_prefix_is_kept_and_a_run_that_gets_no_better_stops(settings, tmp_path):
-    # Trained on the held-out answer first and on another one then: its loss falls, and then rises.
+    # The first training rows have the held-out answer, the later ones another: the held-out loss falls, and then rises.
     rows = [{"instruction": "？", "output": answer} for answer in ["是"] * 24 + ["否"] * 72]
     for name, part in (("train", rows), ("eval", rows[:6])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
@@ -47,7 +47,7 @@ def test_a_tie_is_no_improvement(small_pass_settings):
 
 
 def test_a_rank_names_a_checkpoint_that_was_written(tmp_path, monkeypatch):
-    """One that is not main writes none: what it fails at alone leaves the newest one that all have saved."""
+    """Only rank 0 writes checkpoints. Another rank that fails alone names the newest one that all have saved."""
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     state, checkpoints = training_state(PrefixEncoder(prefix_config(random_bloom()))), Checkpoints(tmp_path, {}, None)
     for step in (3, 5):

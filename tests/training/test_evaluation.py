@@ -41,7 +41,7 @@ def test_long_answers_are_not_shown(settings, tmp_path, capsys):
     assert "  expected  " not in capsys.readouterr().out
 
 
-def test_the_answers_shown_are_by_whom_the_line_says(tuned_model, tokenizer, capsys):
+def test_each_line_names_whose_answer_it_shows(tuned_model, tokenizer, capsys):
     rows = load_rows("bundled:short-eval", ("train",)).select(range(3))
     tokenized = tokenize(rows, tokenizer, 256)
     Evaluator(tuned_model, tokenizer, tokenized, 640, total_steps=1).show_answers(tuned_model.prefixes["short"])

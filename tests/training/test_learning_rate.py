@@ -23,14 +23,14 @@ def searching(quick_settings):
     return quick_settings | {"learning_rate": None}
 
 
-@pytest.mark.parametrize("valley_place", [-9, -5, -4, -3, 0])
-def test_the_walk_ends_in_the_valley_and_tries_nothing_beyond(valley_place):
-    losses = walk_downhill(lambda place: (place - valley_place) ** 2 + 1.0, -4)
-    assert valley(losses) == valley_place and len(losses) <= abs(valley_place + 4) + 3
-    assert {valley_place - 1, valley_place + 1} <= losses.keys()
+@pytest.mark.parametrize("lowest", [-9, -5, -4, -3, 0])
+def test_the_walk_ends_in_the_valley_and_tries_nothing_beyond(lowest):
+    losses = walk_downhill(lambda index: (index - lowest) ** 2 + 1.0, -4)
+    assert valley(losses) == lowest and len(losses) <= abs(lowest + 4) + 3
+    assert {lowest - 1, lowest + 1} <= losses.keys()
 
 
-def test_the_valley_lies_between_places_where_the_losses_say_so():
+def test_the_valley_lies_between_grid_points_where_the_losses_say_so():
     assert valley({-5: 2.0, -4: 1.0, -3: 1.5}) == pytest.approx(-4 + 1 / 6)
     assert valley({-5: 2.0, -4: 1.0, -3: math.inf}) == -4  # it diverged
     assert valley({-4: 13.8, -5: 13.8, -3: 13.8}) == -4  # nothing is learnt at any rate
@@ -38,7 +38,7 @@ def test_the_valley_lies_between_places_where_the_losses_say_so():
 
 
 def test_rates_are_half_a_decade_apart_and_the_first_guess_is_by_the_encoders_width():
-    assert [rate_at(place) for place in (-5, -4, -1, 0, 1)] == [3.2e-3, 1e-2, 0.32, 1.0, 3.2]
+    assert [rate_at(index) for index in (-5, -4, -1, 0, 1)] == [3.2e-3, 1e-2, 0.32, 1.0, 3.2]
     for width, rate in ((64, 3.2e-2), (192, 1e-2), (2048, 1e-3)):
         assert rate_at(first_guess(PrefixConfig(10, 2, 2, 8, width, True))) == rate
     assert rate_at(first_guess(PrefixConfig(10, 2, 2, 8, 8, False))) == 0.32
@@ -107,7 +107,7 @@ def test_a_run_without_steps_searches_for_nothing(searching, tmp_path):
 
 
 @pytest.mark.parametrize("projection, init", [(True, "random"), (True, "zero"), (False, "random"), (False, "zero")])
-def test_what_is_found_learns_more_than_the_notebooks_rate(searching, tmp_path, projection, init):
+def test_the_found_rate_learns_more_than_the_notebooks(searching, tmp_path, projection, init):
     losses = []
     for rate in (None, 5e-5):
         flags = {"learning_rate": rate, "prefix_projection": projection, "prefix_init": init, "max_steps": 14}
@@ -118,7 +118,7 @@ def test_what_is_found_learns_more_than_the_notebooks_rate(searching, tmp_path, 
 
 @pytest.fixture
 def searched(searching, monkeypatch):
-    """find_learning_rate for a run of so many steps: the search, and the rate and the loss of each step of its trials."""
+    """Searches for the rate of a run of `total` steps. Returns the search, and rate and loss of each step of its trials."""
 
     def search(total):
         taken = []
@@ -149,7 +149,7 @@ def test_a_trial_is_a_short_run_whose_rate_falls_to_zero(searched, total, length
 
 
 def test_one_step_is_too_few_for_trials(searching, capsys):
-    """Its only loss is the one before the update, whatever the rate: nothing would be found."""
+    """A trial of one step has only the loss before its update, which is the same for every rate."""
     train(TrainConfig(**searching | {"max_steps": 1}))
     out, lines = capsys.readouterr().out, metrics_of(searching["output_dir"])
     assert "looking for" not in out and "found in" not in out

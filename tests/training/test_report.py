@@ -214,7 +214,7 @@ def test_only_a_hub_that_knows_nobody_asks_for_a_login(monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files talks to."""
+    """The part of the hub that an upload of small files talks to."""
 
     def log_message(self, *_):
         pass

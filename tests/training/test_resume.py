@@ -60,14 +60,14 @@ def test_a_changed_row_is_noticed_wherever_it_is(small_pass_settings, tmp_path):
         path.write_text("".join(rows), "utf-8")
     small_pass_settings |= {name: str(path) for name, (path, _, _) in files.items()}
     train(TrainConfig(**small_pass_settings | {"max_steps": 1}))
-    for name, (path, rows, place) in files.items():
-        row = json.loads(rows[place])
-        changed = [*rows[:place], json.dumps(row | {"output": row["output"] + "！"}) + "\n", *rows[place + 1 :]]
+    for name, (path, rows, index) in files.items():
+        row = json.loads(rows[index])
+        changed = [*rows[:index], json.dumps(row | {"output": row["output"] + "！"}) + "\n", *rows[index + 1 :]]
         path.write_text("".join(changed), "utf-8")
         with pytest.raises(UserError, match=f"another --{name}"):
             train(TrainConfig(**small_pass_settings | {"max_steps": 2} | LATEST))
         path.write_text("".join(rows), "utf-8")
-    # One that gives no labels is no part of the run: nobody answers it.
+    # A held-out row without labels is no part of the run: it is not scored.
     path, *_ = files["eval_dataset"]
     path.write_text("".join([*held_out, json.dumps({"instruction": "长" * 300, "output": "短"}) + "\n"]), "utf-8")
     # Where the file lies does not matter.
@@ -215,7 +215,7 @@ def test_latest_does_not_overwrite_a_finished_run_that_has_no_checkpoint(setting
         train(TrainConfig(**settings | {"save_steps": 0, "resume_from_checkpoint": "latest"}))
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(settings, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_skipped(settings, tmp_path, capsys):
     train(TrainConfig(**settings))
     broken = tmp_path / "broken"
     shutil.copytree(settings["output_dir"], broken)

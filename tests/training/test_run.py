@@ -47,9 +47,9 @@ from prefix_tuning.training.settings import TrainConfig
 
 
 class Retrace(TrainerCallback):
-    """Begins each of Trainer's steps with the weights that our run had there, and keeps its figures and its updates.
+    """Begins each of Trainer's steps with the weights that our run had at that step, and keeps its figures and its updates.
 
-    Else Trainer's steps would inherit the roundings of earlier ones, which Adam amplifies, and differently on each CPU.
+    Otherwise a step would inherit the rounding errors of earlier ones, which Adam amplifies, and differently on each CPU.
     """
 
     def __init__(self, encoder, weights):
@@ -68,7 +68,7 @@ class Retrace(TrainerCallback):
 
 @pytest.mark.parametrize("scheduler, warmup", [("linear", 0), ("cosine", 5)])
 def test_twenty_steps_equal_trainers(quick_settings, tmp_path, tokenizer, random_base, scheduler, warmup):
-    """40 rows, 6 a step: 7 steps an epoch, the last of them incomplete, so 20 steps cross two borders."""
+    """40 rows, 6 a step: 7 steps an epoch, the last of them incomplete, so 20 steps cross the end of two epochs."""
     model = random_bloom()
     torch.manual_seed(1)
     encoder = PrefixEncoder(prefix_config(model, tokens=10))
@@ -188,8 +188,8 @@ def test_metrics_and_files(quick_settings, rows_file, tmp_path, random_base):
     assert files - {PLOT_FILE} == {CARD_FILE, METRICS_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, CONFIG_FILE}
     for path in folder.iterdir():
         content = path.read_bytes()
-        for place in (random_base, str(rows_file), str(tmp_path), str(Path.home())):
-            assert place.encode() not in content, (path.name, place)
+        for location in (random_base, str(rows_file), str(tmp_path), str(Path.home())):
+            assert location.encode() not in content, (path.name, location)
     described = json.loads((folder / "training_config.json").read_text("utf-8"))
     assert described["learning_rate"] == 1e-2 and described["dataset"] == f"local:{rows_file.name}"
 

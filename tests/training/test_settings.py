@@ -87,7 +87,7 @@ def test_a_value_at_a_bound_is_taken_and_one_beyond_it_refused(flags, bounds):
         parse_train_config(["--dataset", "my.jsonl", *flags.split(), bounds[1]])
 
 
-def test_what_is_not_given_has_its_default():
+def test_flags_that_are_not_given_have_their_defaults():
     defaults = {"eval_dataset": None, "columns": None, "eval_fraction": None, "eval_exact_match": False, "max_length": 256}
     defaults |= {"num_virtual_tokens": 10, "prefix_projection": True, "encoder_hidden_size": None, "prefix_init": "random"}
     defaults |= {"init_text": None, "prefix_from": None, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
@@ -161,7 +161,7 @@ def test_a_number_at_its_extremes_is_used_or_ends_in_one_line(quick_settings, na
         assert train(TrainConfig(**quick_settings | epochs | {name: value}))["steps"] in (1, 2)
 
 
-def test_all_numbers_and_all_paths_are_known():
+def test_no_number_and_no_path_is_left_out_of_these_tests():
     assert {"learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "eval_fraction"} == set(FLOATS)
     paths = {"model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint"}
     assert set(PATH_SETTINGS) == paths

@@ -88,7 +88,7 @@ def test_files_record_whether_any_row_had_history_through_all_that_begins_from_t
     assert record_of("single, single", prefix_from=str(tmp_path / "single")) is False
     begun = {"prefix_from": str(tmp_path / "talks"), "save_steps": 1}
     assert record_of("talks, single", **begun, max_steps=1) is True
-    shutil.rmtree(tmp_path / "talks")  # the weights are in the checkpoint, and so is this
+    shutil.rmtree(tmp_path / "talks")  # the checkpoint has the weights and this record
     assert record_of("talks, single", **begun, max_steps=2, resume_from_checkpoint="latest") is True
     flat = load_file(tmp_path / "single" / ADAPTER_FILE)
     save_file(flat, tmp_path / "single" / ADAPTER_FILE)  # as PEFT, and earlier versions of this program
@@ -110,7 +110,7 @@ def test_files_record_whether_any_row_had_history_through_all_that_begins_from_t
         ({"max_steps": 0}, 6, (0, 0, 0), 0),
     ],
 )
-def test_steps_that_are_done_count_as_they_were_done(options, rows_per_step, progress, steps):
+def test_finished_steps_count_with_the_size_that_they_had(options, rows_per_step, progress, steps):
     step, epoch, row = progress
     assert count_steps(TrainConfig(**options), 40, rows_per_step, Progress(step=step, epoch=epoch, row=row)) == steps
 

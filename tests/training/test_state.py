@@ -29,7 +29,7 @@ def step(state: TrainingState) -> None:
 
 
 def trained(steps=3) -> TrainingState:
-    """A state in which every number differs from that of a new one."""
+    """A state in which every number differs from the same number of a new state."""
     state = new_state()
     for _ in range(steps):
         step(state)
@@ -120,7 +120,7 @@ def test_a_step_in_which_the_process_was_stopped_counts_at_most_as_the_longest_b
                 signal.raise_signal(signal.SIGCONT)
             state.advance(Step(number, [], 6, 100, 0, 8), prefix, one, one)
             taken.append(state.clock.seconds())
-    # The first one counts as it is: there is none before it.
+    # The first step counts in full, because no step came before it.
     assert taken == [9, 12, 21, 23, 43] and signal.getsignal(signal.SIGCONT) is before
 
 
@@ -210,7 +210,7 @@ def test_what_is_no_state_of_this_run_is_refused(change):
 
 
 def test_the_loss_scale_is_resumed():
-    """fp16 alone has one, and only CUDA has fp16; what keeps it is the same everywhere."""
+    """Only fp16 has a loss scale, and only CUDA trains in fp16. The code that keeps the scale is the same everywhere."""
     old, new = new_state(projection=False, loss_scaling=True), new_state(1, projection=False, loss_scaling=True)
     old.scaler.scale(old.encoder().sum()).backward()
     old.scaler.step(old.optimizer)

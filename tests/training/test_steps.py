@@ -17,7 +17,7 @@ from prefix_tuning.training.steps import Steps
 
 
 def rows_of(count):
-    """So many tokenised rows, each of them one token that says which it is, and a label."""
+    """Tokenised rows of two tokens. The second token and its label are the number of the row."""
     return Dataset.from_dict(
         {"input_ids": [[0, row] for row in range(count)], "labels": [[-100, row] for row in range(count)]}
     )
@@ -97,7 +97,7 @@ def test_rows_not_yet_seen_come_in_the_same_order_in_steps_of_another_size():
 
 
 def test_forks_share_each_step_and_make_equally_many_passes_of_a_sharded_base():
-    """Rows of 2 tokens, of which a pass takes one: with five rows a step, one process has three and the other two."""
+    """A pass takes one row of 2 tokens. Of the five rows of a step, one process has three and the other two."""
 
     def work():
         found = []

@@ -1,4 +1,4 @@
-"""A lab that measures nothing: what each trial finds is said by the test."""
+"""A lab that trains nothing: the test itself gives the figures of each trial."""
 
 import pytest
 
@@ -10,14 +10,14 @@ TINY = Scale(steps=2, rows_per_step=2, seeds=(1,), lengths=(1, 4, 16), sizes=(2,
 
 
 class StagedLab(Lab):
-    """figures(trial): training loss, held-out loss and exact match."""
+    """figures(trial) returns the training loss, the held-out loss and the exact match."""
 
     def __init__(self, figures):
         super().__init__(TINY)
         self.figures = figures
 
     def run(self, function, items):
-        """The longer training of petrov.py."""
+        """Only the longer training of petrov.py comes here."""
         return [{"exact_match": self.figures(job.trial)[2]} for job in items]
 
     def run_trials(self, trials):

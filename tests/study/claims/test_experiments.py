@@ -23,7 +23,7 @@ def test_length_agrees_where_training_falls_on_and_held_out_turns(staged):
     assert staged(length, lambda trial: (1, 2, 0.5)) == [None, None]
 
 
-def test_infix_and_embedding_only_are_each_held_against_the_prefix(staged):
+def test_infix_and_embedding_only_are_each_compared_with_the_prefix(staged):
     shares = {"prefix": 0.7, "infix": 0.6, "embeddings": 0.9}
     assert staged(infix, lambda trial: (1, 1, shares[trial.method])) == [True, False]
 
@@ -36,7 +36,7 @@ def test_projection_needs_the_direct_pairs_to_be_worse(staged):
 
 def test_the_factor_is_of_the_worse_neighbour():
     def factor(*losses):
-        tried = {str(place): loss for place, loss in enumerate(losses)}
+        tried = {str(index): loss for index, loss in enumerate(losses)}
         return factor_beside_the_best(Measured(0.01, tried, [], [], []))
 
     assert factor(9.0, 2.0, 1.0, 3.0) == 3 and factor(1.0, 4.0) == 4 and factor(1.5, 1.0, None) == math.inf
@@ -70,7 +70,7 @@ def test_extrapolation_asks_for_match_and_loss(staged):
     assert staged(extrapolation, lambda trial: worse if trial.method == "prefix" else better) == [False, False]
 
 
-def test_shared_is_held_against_both_at_each_size(staged):
+def test_shared_is_compared_with_both_at_each_size(staged):
     losses = {"prefix": 1.0, "separate": 0.9, "direct": 1.1}
     assert staged(shared, lambda trial: (1, losses[trial.method], 0.5)) == [True, False] * 3
 

@@ -13,8 +13,8 @@ def test_a_trial_of_several_claims_is_measured_once(tiny):
         calls.append(items)
         return map(function, items)
 
-    room = Lab(tiny, imap)
+    lab = Lab(tiny, imap)
     a, b, c = (Trial(name) for name in "abc")
-    assert room.run(staged, [a, b, a]) == [["a", 2], ["b", 2], ["a", 2]]  # as JSON gives them back
-    assert room.run(staged, [c, b]) == [["c", 2], ["b", 2]]
+    assert lab.run(staged, [a, b, a]) == [["a", 2], ["b", 2], ["a", 2]]  # as JSON gives them back
+    assert lab.run(staged, [c, b]) == [["c", 2], ["b", 2]]
     assert calls == [[a, b], [c]]

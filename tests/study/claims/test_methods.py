@@ -1,4 +1,4 @@
-"""Variants of a prefix, each against what it stands for, by transformers' own forward."""
+"""Variants of a prefix, each against transformers' own forward."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_separate_encoders_share_nothing(model, tokenizer):
 
 @torch.no_grad()
 def test_a_text_start_continues_that_text(model, tokenizer):
-    """Both parametrisations begin with the pairs of the text's first tokens: the base as if it had read them."""
+    """Both parametrisations begin with the pairs of the text's first tokens, so the base goes on as if it had read them."""
     batch = next(pack(EXAMPLES[:1], 100))
     text = tokenizer("请简短回答问题。", split_special_tokens=True).input_ids[:3]
     expected = model(torch.cat((torch.tensor(text), batch.input_ids))[None]).logits[0, 3:][batch.label_positions]

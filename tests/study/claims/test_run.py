@@ -14,7 +14,7 @@ class Killed(BaseException):
 
 
 def staged_claims(calls, deadly=None):
-    """Three claims, each of one job, that note what is run; `deadly` is where the run is killed."""
+    """Three claims of one job each. A job is appended to `calls` when it runs; the job `deadly` kills the run."""
 
     def claim_named(name):
         def work(item, scale):

@@ -14,7 +14,7 @@ def test_no_row_is_trained_on_and_scored():
             assert parts[one] and not parts[one] & parts[other], name
 
 
-def test_relations_are_parted_whole():
+def test_a_relation_is_seen_or_unseen_as_a_whole():
     rows = load_rows("bundled:short-eval", ("train",))
     relations = load_relations()
     texts = [
@@ -23,8 +23,8 @@ def test_relations_are_parted_whole():
     ]
     seen, unseen = (set(relation_rows(rows, kind)["instruction"]) for kind in (True, False))
     assert len(seen) + len(unseen) == len({json.loads(line)["instruction"] for line in lines("bundled:short-eval")})
-    for place, questions in enumerate(texts):
-        assert not questions & (unseen if place % 2 == 0 else seen)
+    for index, questions in enumerate(texts):
+        assert not questions & (unseen if index % 2 == 0 else seen)
 
 
 def lines(name):

@@ -10,7 +10,7 @@ from prefix_tuning.study.claims.trials import Measured, Trial, Tuned, drawn, mea
 from prefix_tuning.study.scoring import Score
 
 
-def test_medians_are_of_the_seeds():
+def test_medians_are_taken_over_the_seeds():
     found = Measured(0.01, {}, [3.0, 1.0, 2.0], [9.0, 7.0, 70.0], [0.5, 0.1, 0.2])
     assert [found.median(name) for name in ("train_loss", "held_out_loss", "exact_match")] == [2.0, 9.0, 0.2]
 
@@ -35,7 +35,7 @@ def test_scored_rows_are_spread_evenly():
 
 
 def test_the_best_rate_is_found_on_other_rows_and_taken_for_all_seeds(tiny, monkeypatch):
-    """Staged: the loss on the choosing rows has its valley at 1e-3, two places below where the search begins."""
+    """The staged loss on the choosing rows is lowest at 1e-3, two grid points below the start of the search."""
     asked = []
 
     def staged(trial, scale, rate, seed):
@@ -68,7 +68,7 @@ def test_a_loss_that_is_no_number_counts_as_infinite(base, monkeypatch):
     assert Tuned(METHODS["prefix"], base, None).score_on([], torch.zeros(1)).loss == math.inf
 
 
-def test_more_steps_are_more_steps(tiny, monkeypatch):
+def test_a_longer_training_multiplies_the_steps(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(trials, "tune", lambda trial, scale, rate, seed: seen.append((scale.steps, rate, seed)))
     with pytest.raises(AttributeError):  # nothing was trained
