@@ -132,6 +132,7 @@ def test_the_peak_of_memory_is_in_mebibytes(monkeypatch):
     # 128 MiB. In kibibytes the peak would be a number above 2**17.
     torch.ones(2**25)
     assert 128 < peak_memory_mb(torch.device("cpu")) < 2**17
+    assert isinstance(peak_memory_mb(torch.device("cpu")), int)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20 + 5)
     assert peak_memory_mb(torch.device("cuda")) == 3
     monkeypatch.setattr("sys.platform", "win32")

@@ -14,6 +14,7 @@ from prefix_tuning import PrefixBloom
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix, recorded_history
+from prefix_tuning.files.reading import opened
 
 
 def test_missing_or_broken_files_are_named(saved):
@@ -36,6 +37,11 @@ def test_missing_or_broken_files_are_named(saved):
         (folder / ADAPTER_CONFIG_FILE).write_text(text)
         with pytest.raises(UserError, match=ADAPTER_CONFIG_FILE):
             load_prefix(str(folder))
+
+
+def test_a_file_that_is_gone_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.safetensors: no such file$"), opened(tmp_path / "gone.safetensors"):
+        pass
 
 
 def test_what_a_file_records_of_its_base_is_checked(saved):
@@ -125,6 +131,7 @@ def test_of_other_tensors_one_is_named(saved):
     for tensors, named in (
         ({"prompt_embeddings": flat, "a": flat.clone()}, "a is (5, 288) where no tensor of that name is expected"),
         ({"a": flat, "b": flat.clone()}, "a is (5, 288) where no tensor of that name is expected, and 2 more differ"),
+        ({"a": flat}, "a is (5, 288) where no tensor of that name is expected, and 1 more differ"),
         ({"prompt_embeddings": flat[1:]}, "prompt_embeddings is (4, 288) where (5, 288) is expected"),
     ):
         save_file(tensors, folder / ADAPTER_FILE)
