@@ -43,37 +43,32 @@ def test_a_line_of_metrics_is_the_mean_of_its_steps(quick_settings, tmp_path):
     assert losses[4] == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-6)
 
 
-def test_a_line_of_metrics_has_the_figures_of_its_interval_alone(tmp_path, monkeypatch, capsys):
+def write_lines(folder, monkeypatch, total, intervals):
+    """Writes a line of metrics for each interval, whose steps are (seconds, tokens, loss), of a run of `total` steps."""
     now = 0.0
     monkeypatch.setattr("prefix_tuning.training.state.time.perf_counter", lambda: now)
     state = training_state(PrefixEncoder(PrefixConfig(5, 2, 2, 8, 6, prefix_projection=True)))
     state.progress.rows_per_step = 8
-    metrics = Metrics(tmp_path, 1, Steps(range(80), 8, total=11, max_tokens=100))
+    metrics, number = Metrics(folder, 1, Steps(range(80), 8, total=total, max_tokens=100)), 0
     with state.clock.running():
-        for number, (seconds, tokens, loss) in enumerate([(2, 100, 3.0), (4, 1000, 2.0), (1, 30, 2.5)], start=1):
-            now += seconds
-            step = Step(number, [], 5, tokens, next_epoch=0, next_row=8 * number)
-            state.advance(step, state.good_prefix, torch.tensor(loss), grad_norm=torch.tensor(float(number)))
+        for steps in intervals:
+            for seconds, tokens, loss in steps:
+                now, number = now + seconds, number + 1
+                step = Step(number, [], 5, tokens, next_epoch=0, next_row=8 * number)
+                state.advance(step, state.good_prefix, torch.tensor(loss), grad_norm=torch.tensor(float(number)))
             metrics.write_interval(state)
+
+
+def test_a_line_of_metrics_has_the_figures_of_its_interval_alone(tmp_path, monkeypatch):
+    write_lines(tmp_path, monkeypatch, 3, [[(2, 100, 3.0)], [(4, 1000, 2.0)], [(1, 30, 2.5)]])
     found = [[line[name] for name in ("epoch", "tokens_per_second", "loss", "grad_norm")] for line in metrics_of(tmp_path)]
     assert found == [[0.1, 50.0, 3.0, 1.0], [0.2, 250.0, 2.0, 2.0], [0.3, 30.0, 2.5, 3.0]]
-    # The first line tells for how long the other 10 steps will take, at 2 s each.
-    assert "about 20 s of training left, at 50 tokens/s" in capsys.readouterr().out
 
 
-def test_the_time_that_is_left_is_by_step_where_a_line_is_of_several(tmp_path, monkeypatch, capsys):
-    now = 0.0
-    monkeypatch.setattr("prefix_tuning.training.state.time.perf_counter", lambda: now)
-    state = training_state(PrefixEncoder(PrefixConfig(5, 2, 2, 8, 6, prefix_projection=True)))
-    state.progress.rows_per_step = 8
-    metrics = Metrics(tmp_path, 4, Steps(range(80), 8, total=10, max_tokens=100))
-    with state.clock.running():
-        for number in range(1, 5):
-            now += 3.0
-            step = Step(number, [], 5, 60, next_epoch=0, next_row=8 * number)
-            state.advance(step, state.good_prefix, torch.tensor(1.0), grad_norm=torch.tensor(1.0))
-        metrics.write_interval(state)
-    assert "about 18 s of training left, at 20 tokens/s" in capsys.readouterr().out
+def test_the_first_line_tells_the_time_that_is_left(tmp_path, monkeypatch, capsys):
+    """Of 10 steps, 4 took 12 s together."""
+    write_lines(tmp_path, monkeypatch, 10, [[(3, 60, 1.0)] * 4, [(3, 60, 1.0)] * 2])
+    assert capsys.readouterr().out == "about 18 s of training left, at 20 tokens/s\n"
 
 
 def test_the_bar_counts_neither_evaluations_nor_an_earlier_part_of_the_run(monkeypatch):
