@@ -2,7 +2,7 @@ import pytest
 import torch
 from answers import FRANCE, complete
 from datasets import Dataset
-from models import plain_loss, random_bloom, random_prefix
+from models import plain_loss, random_bloom, random_prefix, training_state
 from rows import write_jsonl
 from runs import metrics_of
 
@@ -12,6 +12,7 @@ from prefix_tuning.data.rows import prompt_of, take, tokenize
 from prefix_tuning.evaluation import SPARE_TOKENS, Evaluator, answer_turns, exact_match, expected_answers, last_turn
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.model.batch import IGNORED
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -149,3 +150,23 @@ def test_turns_are_answered_greedily_on_a_base_that_samples(tokenizer):
     expected = answer_turns(PrefixBloom(base), tokenizer, turns, None, 1000)
     base.generation_config.update(do_sample=True, temperature=3.0)
     assert answer_turns(PrefixBloom(base), tokenizer, turns, None, 1000) == expected
+
+
+@pytest.mark.parametrize("every, due", [(1, [1, 2, 3, 4, 5]), (2, [2, 4]), (None, [3])])
+def test_evaluations_are_due_by_steps_or_at_the_end_of_an_epoch(every, due):
+    """A run of 6 steps, whose epochs have 3. The last step is evaluated after its prefix is saved."""
+    state = training_state(PrefixEncoder(PrefixConfig(5, 2, 2, 8, 6, prefix_projection=True)))
+    evaluator = Evaluator(None, None, Dataset.from_list([{"input_ids": [5]}]), 640, total_steps=6, every=every)
+    found = []
+    for step in range(7):
+        state.progress.step, state.progress.row = step, step % 3
+        found += [step] if evaluator.due(state) else []
+        state.progress.evaluated_step = step
+        assert not evaluator.due(state)
+    assert found == due
+    state.progress.evaluations_since_best = 2
+    assert [Evaluator(None, None, None, 640, 6, patience=patience).out_of_patience(state) for patience in (None, 2, 3)] == [
+        False,
+        True,
+        False,
+    ]

@@ -53,7 +53,7 @@ TESTS = {
     ],
     "errors": ["tests/test_errors.py", "tests/files/test_reading.py"],
     "evaluation": ["tests/test_evaluation.py", "tests/training/test_evaluation.py", DEVICE],
-    "parser": ["tests/test_parser.py", "tests/test_cli.py -k printed|drops|default_of_prefix|80"],
+    "parser": ["tests/test_parser.py", "tests/test_cli.py -k printed|drops|default_of_prefix|80|is_called"],
     "plain": ["tests/test_plain.py", DEVICE],
     "screen": ["tests/test_screen.py"],
     "settings": ["tests/test_settings.py tests/test_parser.py", "tests/training/test_settings.py"],
