@@ -55,7 +55,7 @@ TESTS = {
     "evaluation": ["tests/test_evaluation.py", "tests/training/test_evaluation.py", DEVICE],
     "parser": ["tests/test_parser.py", "tests/test_cli.py -k printed|drops|default_of_prefix|80|is_called"],
     "plain": ["tests/test_plain.py", DEVICE],
-    "screen": ["tests/test_screen.py"],
+    "screen": ["tests/test_screen.py", "tests/test_cli.py tests/inference/test_answer_file.py -k full|closed"],
     "settings": ["tests/test_settings.py tests/test_parser.py", "tests/training/test_settings.py"],
     "signals": ["tests/test_signals.py", "tests/training/test_steps.py tests/training/test_run.py -k signal"],
     "text": ["tests/test_text.py", "tests/inference/test_ask.py -k wide"],
