@@ -131,6 +131,7 @@ def test_tokens_and_labels_are_the_products(rows, rows_file, tokenizer):
     for row, example in zip(rows, take(tokenized, list(range(40))), strict=True):
         ids, labels = plain.tokenize(row, tokenizer)
         assert (ids[0].tolist(), labels[0].tolist()) == (example.input_ids, example.labels)
+    assert plain.tokenize({"instruction": "很长" * 300, "output": "好"}, tokenizer)[0].shape == (1, 256)
 
 
 def test_twenty_steps_of_train_py_are_those_of_the_page(product, base, examples):

@@ -232,7 +232,8 @@ def test_the_degree_says_how_many_processes_share_a_copy(group, monkeypatch):
             parts_of_base(True, degree)
 
 
-# Frees 128 MB of weights while small tensors between them stay in use. The exit code says how many MB it still holds.
+# Frees 96 MB of weights, in blocks of 1.5 MB, while small tensors between them stay in use. The exit code says how many MB it
+# still holds.
 FREE_WEIGHTS = """
 import os, sys, torch
 from prefix_tuning.base_model.sharding import return_freed_memory
@@ -245,10 +246,10 @@ large = torch.ones(2**21)
 del large  # after this, glibc takes blocks of up to this size from its heap
 before, weights, small = resident(), [], []
 for _ in range(64):
-    weights.append(torch.ones(2**19))
+    weights.append(torch.ones(3 * 2**17))
     small.append(torch.ones(2**8))
 del weights
-sys.exit((resident() - before) // 2**20)
+sys.exit(max(0, resident() - before) // 2**20)
 """
 
 
@@ -257,5 +258,5 @@ def test_the_memory_of_freed_weights_goes_back_to_the_system():
     process = forks().Process(target=exec, args=(FREE_WEIGHTS, {}))
     process.start()
     process.join()
-    # glibc's own choice leaves about 100 of the 128 MB in the process.
+    # glibc's own choice leaves most of the 96 MB in the process.
     assert process.exitcode < 32

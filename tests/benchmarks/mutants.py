@@ -56,7 +56,11 @@ TESTS = {
     "parser": ["tests/test_parser.py", "tests/test_cli.py -k printed|drops|default_of_prefix|80|is_called"],
     "plain": ["tests/test_plain.py", DEVICE],
     "screen": ["tests/test_screen.py", "tests/test_cli.py tests/inference/test_answer_file.py -k full|closed"],
-    "settings": ["tests/test_settings.py tests/test_parser.py", "tests/training/test_settings.py"],
+    "settings": [
+        "tests/test_settings.py tests/test_parser.py",
+        "tests/data/test_splits.py -k twentieth",
+        "tests/training/test_settings.py",
+    ],
     "signals": ["tests/test_signals.py", "tests/training/test_steps.py tests/training/test_run.py -k signal"],
     "text": ["tests/test_text.py", "tests/inference/test_ask.py -k wide"],
     "model.encoder": ["tests/model/test_encoder.py", "tests/model/test_bloom.py tests/files/test_prefixes.py"],

@@ -56,14 +56,14 @@ def test_each_line_names_whose_answer_it_shows(tuned_model, tokenizer, capsys):
 
 
 def test_tokens_and_not_characters_decide_what_is_too_long_to_be_shown(tokenizer, capsys):
-    """80 characters of 40 tokens are shown, 30 characters of 120 tokens are not."""
-    texts = {"fits": "北京" * 40, "long": "𠮷" * 30}
+    """126 characters of 64 tokens are shown, 16 characters of 65 tokens are not. EOS is one of them."""
+    texts = {"fits": "北京" * 63, "long": "𠮷" * 16}
     rows = [{"instruction": name, "input": "", "output": text, "history": [], "weights": []} for name, text in texts.items()]
     model = random_bloom()
     tokenized = tokenize(Dataset.from_list(rows), tokenizer, 256)
     Evaluator(model, tokenizer, tokenized, 640, total_steps=1).show_answers(random_prefix(model))
     out = capsys.readouterr().out
-    assert "question     fits\n" in out and "question     long\n" not in out
+    assert "question     fits\n" in out and "question     long\n" not in out and out.endswith("\n\n")
 
 
 # Evaluations: the frozen base, steps 3, 6 and 9, and the last step, 11.
