@@ -232,8 +232,8 @@ def test_the_degree_says_how_many_processes_share_a_copy(group, monkeypatch):
             parts_of_base(True, degree)
 
 
-# Frees 96 MB of weights, in blocks of 1.5 MB, while small tensors between them stay in use. The exit code says how many MB it
-# still holds.
+# Frees 96 MB of weights, in blocks of 1.5 MB, while small tensors between them stay in use. The exit code is the number of
+# MB that it still holds.
 FREE_WEIGHTS = """
 import os, sys, torch
 from prefix_tuning.base_model.sharding import return_freed_memory

@@ -44,7 +44,10 @@ def test_long_answers_are_not_shown(settings, tmp_path, capsys):
 def test_each_line_names_whose_answer_it_shows(tuned_model, tokenizer, capsys):
     rows = load_rows("bundled:short-eval", ("train",)).select(range(3))
     tokenized = tokenize(rows, tokenizer, 256)
-    Evaluator(tuned_model, tokenizer, tokenized, 640, total_steps=1).show_answers(tuned_model.prefixes["short"])
+    evaluator = Evaluator(tuned_model, tokenizer, tokenized, 640, total_steps=1)
+    # Answers take longer than losses, so nobody gets them unasked.
+    assert evaluator(None, "frozen base").keys() == {"eval_loss", "eval_perplexity"}
+    evaluator.show_answers(tuned_model.prefixes["short"])
     out = capsys.readouterr().out
     prompts = [prompt_of(question) for question in rows["instruction"]]
     for title, name in (("frozen base", "base"), ("with prefix", "short")):
