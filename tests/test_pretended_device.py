@@ -1,3 +1,4 @@
+import pytest
 from forks import Fork
 
 
@@ -7,4 +8,6 @@ def test_what_runs_on_a_gpu_runs_on_a_pretended_one():
     """
     program = Fork("tests/on_pretended_device.py")
     out, err = program.communicate()
+    if "this torch cannot make a device in Python" in out and " passed" not in out:
+        pytest.skip("this torch cannot make a device in Python")
     assert program.returncode == 0 and " passed" in out, out + err
