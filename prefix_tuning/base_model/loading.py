@@ -1,8 +1,11 @@
 """The frozen base as a run gets it: loaded, checked, with special tokens that fit its tokenizer, and with wrapped layers."""
 
 import functools
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,14 +97,32 @@ def _load_whole(name: str, path: str, dtype: torch.dtype, device: torch.device) 
     # If PEFT is installed, transformers attaches an adapter that it finds beside the weights. The base must not depend on
     # what is installed, so transformers is told to look for adapters in a folder that no base has.
     nowhere = {"subfolder": "no-adapter"}
-    loaded: Any = Bloom.from_pretrained(path, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
+    with _without_adapter(path) as folder:
+        loaded: Any = Bloom.from_pretrained(folder, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
     model, report = loaded
+    model.name_or_path = path
     safetensors = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     if not any(_has_file(path, file, local_files_only=True) for file in safetensors):
         note(f"{name}: its weights are a pickled .bin file; safetensors is the safer format")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model.requires_grad_(False).eval().to(device)
+
+
+@contextmanager
+def _without_adapter(path: str) -> Iterator[str]:
+    """A folder that has all files of a base's folder but its adapter, or the path itself if it has none.
+
+    Earlier releases of transformers, such as 5.17, look for an adapter in a local folder whatever the subfolder is.
+    """
+    if not Path(path, ADAPTER_CONFIG_FILE).exists():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as view:
+        for file in Path(path).absolute().iterdir():
+            if file.name != ADAPTER_CONFIG_FILE:
+                Path(view, file.name).symlink_to(file)
+        yield view
 
 
 def _has_file(path: str, file: str, local_files_only: bool = False) -> bool:

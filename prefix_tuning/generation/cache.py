@@ -48,6 +48,9 @@ class PrefixedCache(Cache):
     def reset(self):
         super().reset()
         self.prefix_mask = None
+        # Earlier releases of transformers only set the keys and values of a DynamicCache to zero.
+        if length := self.get_seq_length():
+            self.crop(-length)
 
 
 class PrefixedDynamicCache(PrefixedCache, DynamicCache):
