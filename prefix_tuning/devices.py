@@ -92,7 +92,7 @@ def activation_bytes_per_token(model: BloomForCausalLM) -> int:
     once per pass.
     """
     in_attention = attention_dtype(model.dtype, model.device)
-    return (6 * model.dtype.itemsize + 4 * in_attention.itemsize) * model.config.hidden_size * model.config.n_layer
+    return (6 * model.dtype.itemsize + 4 * in_attention.itemsize) * model.config.hidden_size * model.config.num_hidden_layers
 
 
 def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:

@@ -1,6 +1,7 @@
 """The files of a prefix: the encoder, which can be trained further, and the baked prefix, which PEFT can load too.
 
-Letters: P prefix tokens, L layers, H heads, D head_dim (H * D is the hidden size), E encoder_hidden_size.
+Letters: P prefix tokens, L layers, H heads of keys and values, D head_dim (H * D is token_dim, the hidden size of Bloom), E
+encoder_hidden_size.
 
 Both tensor files are safetensors (`write_tensors` in writing.py): float32, little-endian, the last axis contiguous.
 

@@ -30,9 +30,8 @@ Nothing runs under autocast. With a base in bf16:
 A base in fp16 runs on CUDA only, with float16 in place of bfloat16, and its loss is scaled (training/loop.py).
 
 Another family of models, for example with rotary positions and grouped heads, needs a `forward_packed` and a bias of its own
-(attention.py), its own way to layers and embeddings (`packed_hidden`, and base_model/), and the number of key-value heads
-wherever a prefix gets its shape from the base's configuration (`PrefixConfig.of`, `empty_prefix`, base_model/identity.py).
-The encoder, the loop and the file formats stay.
+(attention.py), and its own way to layers and embeddings (`packed_hidden`, and base_model/). The encoder, the loop and the
+file formats stay: the shape of a prefix comes from any base's configuration (`key_value_shape`).
 """
 
 from collections.abc import Callable
@@ -41,12 +40,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from transformers import BloomConfig, BloomForCausalLM, Cache, DynamicCache
+from transformers import BloomForCausalLM, Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
 from prefix_tuning.model.attention import attend, attention_bias
 from prefix_tuning.model.batch import Batch
+from prefix_tuning.model.encoder import key_value_shape
 
 
 class PackedBlock(BloomBlock):
@@ -172,9 +172,10 @@ class FrozenHeadLoss(torch.autograd.Function):
         return (grad * grad_losses.unsqueeze(1)).to(ctx.dtype), None, None
 
 
-def empty_prefix(config: BloomConfig) -> torch.Tensor:
-    """The prefix of no tokens for a base of this shape, which is the base alone: (L, 2, H, 0, D), float32."""
-    return torch.empty(config.n_layer, 2, config.n_head, 0, config.hidden_size // config.n_head)
+def empty_prefix(config: PreTrainedConfig) -> torch.Tensor:
+    """The prefix of no tokens for a base of this configuration, which is the base alone: (L, 2, H, 0, D), float32."""
+    layers, heads, head_dim = key_value_shape(config)
+    return torch.empty(layers, 2, heads, 0, head_dim)
 
 
 def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tuple[Cache, torch.Tensor]:

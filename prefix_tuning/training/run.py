@@ -332,8 +332,9 @@ def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:
     """Suggests which flag to lower if a run does not fit in memory. The larger part decides: the encoder with its optimizer,
     or the activations of a forward pass of `max_tokens`.
     """
+    shape = prefix_config_of(config, base)
     with torch.device("meta"):
-        parameters = PrefixEncoder(prefix_config_of(config, base)).parameters()
+        parameters = PrefixEncoder(shape).parameters()
     # Of each parameter: weight, gradient and AdamW's two moments.
     encoder_bytes = 16 * sum(parameter.numel() for parameter in parameters)
     # A row that is longer than max_tokens has a pass of its own.
@@ -341,7 +342,7 @@ def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:
         cause = f"the encoder and its optimizer take {encoder_bytes / 2**30:.1f} GiB"
         if not config.prefix_projection:
             return f"{cause}: lower --num_virtual_tokens (it was {config.num_virtual_tokens})"
-        return f"{cause}: lower --encoder_hidden_size (it was {config.encoder_hidden_size or base.config.hidden_size})"
+        return f"{cause}: lower --encoder_hidden_size (it was {shape.encoder_hidden_size})"
     hints = []
     if max_tokens > config.max_length:
         hints.append(f"lower --max_tokens_per_batch (it was {max_tokens})")
