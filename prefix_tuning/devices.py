@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import BloomForCausalLM
+from transformers import PreTrainedModel
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.attention import attention_dtype
@@ -84,7 +84,7 @@ def make_reproducible(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def activation_bytes_per_token(model: BloomForCausalLM) -> int:
+def activation_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes per token that a forward pass keeps for its backward pass.
 
     A layer keeps about 10 numbers per token and hidden unit: 4 for the input of the GELU, 2 for the inputs of the layer
@@ -95,7 +95,7 @@ def activation_bytes_per_token(model: BloomForCausalLM) -> int:
     return (6 * model.dtype.itemsize + 4 * in_attention.itemsize) * model.config.hidden_size * model.config.num_hidden_layers
 
 
-def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
+def suggested_max_tokens(model: PreTrainedModel, gathers: bool) -> int:
     """Number of tokens per forward pass that suits device and model (tests/benchmarks/README.md).
 
     The activations that a pass keeps stay within 512 MiB on a CPU, where more than 640 tokens gain little; elsewhere within

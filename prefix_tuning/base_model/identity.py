@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import BloomForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefix_tuning import bundled
 from prefix_tuning.base_model.sharding import first_row, sum_of_parts
@@ -80,7 +80,7 @@ def _compared(entry: Any) -> Any:
     return {kind: token for kind, token in entry.items() if kind != "pad"} if isinstance(entry, dict) else entry
 
 
-def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Tells one base from another, in a form that JSON can hold. All processes that share a sharded base call this together.
 
         name_or_path                                its `portable_name`

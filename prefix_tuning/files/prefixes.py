@@ -145,7 +145,7 @@ def load_prefix(name: str | Path) -> SavedPrefix:
     if unknown := [name for name, value in config.items() if value and name not in _PEFT_FIELDS]:
         raise UserError(f"{config_path}: sets {', '.join(unknown)}, which this program does not know how to apply")
     if config.get("num_transformer_submodules") not in (1, None):
-        raise UserError(f"{config_path}: is for {config['num_transformer_submodules']} submodules, and Bloom is one")
+        raise UserError(f"{config_path}: is for {config['num_transformer_submodules']} submodules, and a decoder is one")
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise UserError(f"{config_path}: is for the task {config['task_type']}, not for CAUSAL_LM")
     try:

@@ -30,7 +30,7 @@ from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.files.names import CARD_FILE, METRICS_FILE, PLOT_FILE, SEARCH_FILE
 from prefix_tuning.files.prefixes import recorded_history
 from prefix_tuning.files.writing import locked
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import PackedModel
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.screen import Screen
 from prefix_tuning.text import duration
@@ -211,7 +211,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
 
 
 def fit_and_save(
-    base: Bloom,
+    base: PackedModel,
     base_fingerprint: dict,
     state: TrainingState,
     steps: Steps,
@@ -305,7 +305,7 @@ def excused(what: str) -> Iterator[None]:
         print(f"{what}: left out ({type(error).__name__}: {reason_of(error)}); the prefix is saved", file=sys.stderr)
 
 
-def prefix_config_of(config: TrainConfig, base: Bloom) -> PrefixConfig:
+def prefix_config_of(config: TrainConfig, base: PackedModel) -> PrefixConfig:
     """The shape of a new prefix for this base."""
     return PrefixConfig.of(base.config, config.num_virtual_tokens, config.encoder_hidden_size, config.prefix_projection)
 
@@ -328,7 +328,7 @@ def size_of_run(encoder: PrefixEncoder, steps: Steps, eval_set: Dataset | None) 
     return f"{rows}; a prefix of {encoder.config.num_virtual_tokens} tokens by {trainable:,} trainable parameters"
 
 
-def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:
+def memory_hint(config: TrainConfig, base: PackedModel, max_tokens: int) -> str:
     """Suggests which flag to lower if a run does not fit in memory. The larger part decides: the encoder with its optimizer,
     or the activations of a forward pass of `max_tokens`.
     """

@@ -1,0 +1,126 @@
+"""PrefixBloom around other families than Bloom: every answer equals the one that plain forwards give its row alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from models import random_decoder
+from transformers import AutoModelForCausalLM, FalconConfig, pipeline
+
+from prefix_tuning import PrefixBloom
+from prefix_tuning.generation.batches import complete
+from prefix_tuning.generation.cache import CACHE
+from prefix_tuning.model.bloom import empty_prefix, prefix_cache
+from prefix_tuning.model.decoder import sliding_window
+from prefix_tuning.model.encoder import key_value_shape
+
+# Rotation, positions in the embeddings, soft caps with sliding windows, sinks. The windows are 64 tokens.
+FAMILIES = ["llama", "qwen3", "gpt2", "gemma2", "gpt_oss"]
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33]]
+NAMES = ["five", "nine", "base"]
+NEW = 6
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    window = {"sliding_window": 64} if request.param in ("gemma2", "gpt_oss") else {"use_sliding_window": False}
+    model = PrefixBloom(random_decoder(request.param, **window))
+    layers, heads, head_dim = key_value_shape(model.config)
+    for name, tokens in (("five", 5), ("nine", 9)):
+        torch.manual_seed(tokens)
+        model.attach(name, 3 * torch.randn(layers, 2, heads, tokens, head_dim))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def logits_alone(model, ids, name):
+    """transformers' own forward of one row, after a prefix of exactly its length."""
+    prefix = model.prefixes.get(name, empty_prefix(model.config))
+    plain = super(PrefixBloom, model).forward
+    return plain(input_ids=torch.tensor([ids]), **{CACHE: prefix_cache([prefix])[0]}).logits[0]
+
+
+def greedy_alone(model, ids, name):
+    for _ in range(NEW):
+        ids = [*ids, logits_alone(model, ids, name)[-1].argmax().item()]
+    return ids
+
+
+def padded(rows):
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def test_forward_of_a_batch_equals_each_row_alone(model):
+    logits = model(**padded(ROWS), prefix_name=NAMES).logits
+    for row, name, found in zip(ROWS, NAMES, logits, strict=True):
+        torch.testing.assert_close(found[-len(row) :], logits_alone(model, row, name), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_greedy_answers_equal_those_of_each_row_alone(model, options):
+    expected = [greedy_alone(model, row, name)[-NEW:] for row, name in zip(ROWS, NAMES, strict=True)]
+    assert len(set(map(tuple, expected))) == len(expected)  # the prefixes do show
+    found = model.generate(**padded(ROWS), prefix_name=NAMES, max_new_tokens=NEW, do_sample=False, **options)
+    assert found[:, -NEW:].tolist() == expected
+
+
+@torch.no_grad()
+def test_beams_and_continued_caches_equal_each_row_alone(model):
+    options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 3}
+    found = model.generate(**padded(ROWS), prefix_name=NAMES, **options)[:, -NEW:]
+    for row, name, answer in zip(ROWS, NAMES, found, strict=True):
+        assert model.generate(torch.tensor([row]), prefix_name=name, **options)[0, -NEW:].tolist() == answer.tolist()
+    # A cache of an earlier call, and the whole text so far.
+    inputs = padded(ROWS)
+    first = model.generate(**inputs, prefix_name=NAMES, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    cache = first.cache if CACHE == "cache" else first.past_key_values
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    rest = model.generate(first.sequences, attention_mask=mask, max_new_tokens=NEW - 3, do_sample=False, **{CACHE: cache})
+    whole = model.generate(**inputs, prefix_name=NAMES, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(rest, whole)
+
+
+@torch.no_grad()
+def test_a_copy_and_a_pickle_answer_the_same(model):
+    asked = {**padded(ROWS[:1]), "prefix_name": "nine", "max_new_tokens": NEW, "do_sample": False}
+    expected = model.generate(**asked)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again.generate(**asked), expected)
+
+
+@torch.no_grad()
+def test_rows_that_outgrow_a_sliding_window_are_answered_as_alone(tokenizer):
+    """Layers with a window count the padding between prefix and text."""
+    model = PrefixBloom(random_decoder("mistral", vocab_size=4096, eos_token_id=4095))
+    torch.manual_seed(0)
+    model.attach("five", 3 * torch.randn(3, 2, 2, 5, 12))
+    model.generation_config.eos_token_id = None
+    assert sliding_window(model.config) == 8
+    with pytest.raises(ValueError, match="outgrow the model's window of 8 tokens"):
+        model.generate(**padded(ROWS), max_new_tokens=NEW)
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    expected = [tokenizer.decode(greedy_alone(model, row, "five")[-NEW:], skip_special_tokens=True) for row in ROWS]
+    assert complete(model, tokenizer, ROWS, "five", **options) == expected
+
+
+def test_a_pipeline_takes_it(tokenizer, capfd):
+    model = PrefixBloom(random_decoder("llama", vocab_size=4096))
+    model.attach("five", 3 * torch.randn(3, 2, 2, 5, 12))
+    asked = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (found,) = asked("考试", max_new_tokens=NEW, do_sample=False, return_tensors=True)
+    ids = tokenizer("考试").input_ids
+    assert found["generated_token_ids"] == greedy_alone(model, ids, "five")
+    assert "not supported" not in capfd.readouterr().err
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match="not FalconForCausalLM"):
+        PrefixBloom(
+            AutoModelForCausalLM.from_config(FalconConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        )
