@@ -29,9 +29,7 @@ Nothing runs under autocast. With a base in bf16:
 
 A base in fp16 runs on CUDA only, with float16 in place of bfloat16, and its loss is scaled (training/loop.py).
 
-Another family of models, for example with rotary positions and grouped heads, needs a `forward_packed` and a bias of its own
-(attention.py), and its own way to layers and embeddings (`packed_hidden`, and base_model/). The encoder, the loop and the
-file formats stay: the shape of a prefix comes from any base's configuration (`key_value_shape`).
+decoder.py does the same for other families of models, with the same encoder, loop and files.
 """
 
 from collections.abc import Callable

@@ -19,7 +19,7 @@ What is different from Bloom (attention.py):
   learned as keys are *after* rotation, so it is not turned here; there is no slope that hides it from a distance.
 - Grouped heads. H / G heads of queries share the keys and values of one group, so a prefix is (L, 2, G, P, D).
 - No bias but the mask: token i sees the prefix and its row up to i; in a layer with a sliding window of w, of both together
-  the last w positions up to its own. Positions in the embeddings (GPT-2, OPT) begin at P, too.
+  the last w positions up to its own.
 - Gemma 2 bounds scores and logits by cap * tanh(x / cap). gpt-oss gives each head a sink, a score that takes a share of the
   softmax and adds no value. Cohere and Granite multiply the logits by a constant.
 
@@ -46,11 +46,12 @@ from prefix_tuning.model.bloom import FrozenHeadLoss, PackedModel, empty_prefix
 PACKED = "packed_prefix"  # the name of `attend_packed` in transformers' table
 
 # The model_type of each family that tests/model/test_decoder.py holds to transformers' own forward. Others may have layers
-# that are no attention, keys and values of other shapes, or a head with arithmetic of its own.
+# that are no attention, keys and values of other shapes, a head with arithmetic of its own, or a table of positions with an
+# end (GPT-2, OPT).
 FAMILIES = {
-    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2",
-    "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "hunyuan_v1_dense", "internlm3", "llama", "ministral", "mistral",
-    "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", 
+    "gpt_neox", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "internlm3", "llama", "ministral", "mistral",
+    "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
     "starcoder2",
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ from prefix_tuning.files.names import CARD_FILE, METRICS_FILE, PLOT_FILE, SEARCH
 from prefix_tuning.files.prefixes import recorded_history
 from prefix_tuning.files.writing import locked
 from prefix_tuning.model.bloom import PackedModel
+from prefix_tuning.model.decoder import sliding_window
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.screen import Screen
 from prefix_tuning.text import duration
@@ -166,6 +167,9 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
                 print(f"the run is over already: it is at step {state.progress.step}, and nothing is left to train")
         state.progress.rows_per_step = rows_per_step
         print(f"{size_of_run(encoder, steps, eval_set)}; {describe_dtype(dtype, config.precision, device)}")
+        window = sliding_window(base.config)
+        if window and (longest := encoder.config.num_virtual_tokens + config.max_length) > window:
+            print(f"layers with a sliding window see {window} tokens; at the end of the longest rows, {longest}, no prefix")
 
         if config.torch_compile and (first := next(iter(steps), None)):
             print("compiling the layers, which may take minutes", flush=True)

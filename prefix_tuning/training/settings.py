@@ -37,7 +37,7 @@ class ModelArguments(SharedBaseArguments):
 
     model_name_or_path: str = content_flag(
         bundled.MODEL,
-        "The frozen Bloom: a hub name, a folder, or the mini Bloom that comes with this program.",
+        "The frozen Bloom, Llama, Qwen, Gemma, ...: a hub name, a folder, or the mini Bloom that comes with this program.",
         is_path=True,
     )
 

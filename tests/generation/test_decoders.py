@@ -15,8 +15,8 @@ from prefix_tuning.model.bloom import empty_prefix, prefix_cache
 from prefix_tuning.model.decoder import sliding_window
 from prefix_tuning.model.encoder import key_value_shape
 
-# Rotation, positions in the embeddings, soft caps with sliding windows, sinks. The windows are 64 tokens.
-FAMILIES = ["llama", "qwen3", "gpt2", "gemma2", "gpt_oss"]
+# Rotation of all or some numbers of a head, soft caps with sliding windows, sinks. The windows are 64 tokens.
+FAMILIES = ["llama", "qwen3", "gpt_neox", "gemma2", "gpt_oss"]
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33]]
 NAMES = ["five", "nine", "base"]
 NEW = 6
@@ -105,8 +105,28 @@ def test_rows_that_outgrow_a_sliding_window_are_answered_as_alone(tokenizer):
     with pytest.raises(ValueError, match="outgrow the model's window of 8 tokens"):
         model.generate(**padded(ROWS), max_new_tokens=NEW)
     options = {"max_new_tokens": NEW, "do_sample": False}
-    expected = [tokenizer.decode(greedy_alone(model, row, "five")[-NEW:], skip_special_tokens=True) for row in ROWS]
+    alone = [greedy_alone(model, row, "five") for row in ROWS]
+    expected = [tokenizer.decode(ids[-NEW:], skip_special_tokens=True) for ids in alone]
     assert complete(model, tokenizer, ROWS, "five", **options) == expected
+    options |= {"cache_implementation": "static", "disable_compile": True}
+    assert model.generate(torch.tensor(ROWS[:1]), **options)[0].tolist() == alone[0]
+
+
+@torch.no_grad()
+def test_a_batch_that_shrinks_gives_the_answers_of_each_row_alone(tokenizer):
+    """Rows that have ended leave the batch, and the others go on from their part of the cache."""
+    model = PrefixBloom(random_decoder("qwen3", vocab_size=4096, use_sliding_window=False, eos_token_id=None))
+    for name, tokens in (("five", 5), ("nine", 9)):
+        torch.manual_seed(tokens)
+        model.attach(name, 3 * torch.randn(3, 2, 2, tokens, 12))
+    rows = [[10 * row + token for token in range(2 + row % 4)] for row in range(1, 10)]
+    names = [NAMES[row % 3] for row in range(9)]
+    alone = [greedy_alone(model, *asked)[-NEW:] for asked in zip(rows, names, strict=True)]
+    ends = model.generation_config.eos_token_id = sorted({answer[1] for answer in alone[:6]})
+    cut = [answer[: 1 + next((at for at, token in enumerate(answer) if token in ends), NEW)] for answer in alone]
+    assert min(map(len, cut)) < max(map(len, cut)) == NEW
+    expected = [tokenizer.decode(answer, skip_special_tokens=True) for answer in cut]
+    assert complete(model, tokenizer, rows, names, max_new_tokens=NEW, do_sample=False) == expected
 
 
 def test_a_pipeline_takes_it(tokenizer, capfd):

@@ -12,7 +12,7 @@ from prefix_tuning.model.decoder import FAMILIES
 from prefix_tuning.model.encoder import key_value_shape
 
 # Families whose layer norms, rotation and softmax compute in the model's dtype, float64 included.
-IN_FLOAT64 = {"gpt2", "gpt_neox", "gptj", "opt", "phi", "starcoder2"}
+IN_FLOAT64 = {"gpt_neox", "phi", "starcoder2"}
 # Short rows run as a grid, and long ones row by row. The sliding windows are 8 tokens.
 EXAMPLES = examples_of([5, 9, 31, 50, 60], vocab_size=99)
 MAX_TOKENS = 60
