@@ -9,8 +9,8 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -114,7 +114,7 @@ def _load_whole(name: str, path: str, config: PreTrainedConfig, dtype: torch.dty
     # If PEFT is installed, transformers attaches an adapter that it finds beside the weights. The base must not depend on
     # what is installed, so transformers is told to look for adapters in a folder that no base has.
     nowhere = {"subfolder": "no-adapter"}
-    family: Any = Bloom if config.model_type == "bloom" else AutoModelForCausalLM
+    family: Any = Bloom if config.model_type == "bloom" else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     loaded: Any = family.from_pretrained(path, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
     model, report = loaded
     safetensors = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)

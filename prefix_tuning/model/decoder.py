@@ -50,7 +50,7 @@ PACKED = "packed_prefix"  # the name of `attend_packed` in transformers' table
 # end (GPT-2, OPT).
 FAMILIES = {
     "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", 
-    "gpt_neox", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "internlm3", "llama", "ministral", "mistral",
+    "gpt_neox", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "llama", "ministral", "mistral",
     "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
     "starcoder2",
 }  # fmt: skip

@@ -5,15 +5,15 @@ import pickle
 
 import pytest
 import torch
-from models import random_decoder
+from models import peft_model, random_decoder
 from transformers import AutoModelForCausalLM, FalconConfig, pipeline
 
-from prefix_tuning import PrefixBloom
+from prefix_tuning import PrefixBloom, load_prefix
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.bloom import empty_prefix, prefix_cache
 from prefix_tuning.model.decoder import sliding_window
-from prefix_tuning.model.encoder import key_value_shape
+from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, key_value_shape
 
 # Rotation of all or some numbers of a head, soft caps with sliding windows, sinks. The windows are 64 tokens.
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gemma2", "gpt_oss"]
@@ -127,6 +127,19 @@ def test_a_batch_that_shrinks_gives_the_answers_of_each_row_alone(tokenizer):
     assert min(map(len, cut)) < max(map(len, cut)) == NEW
     expected = [tokenizer.decode(answer, skip_special_tokens=True) for answer in cut]
     assert complete(model, tokenizer, rows, names, max_new_tokens=NEW, do_sample=False) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma"])
+def test_an_adapter_of_peft_gives_the_same_logits_here_and_there(family, tmp_path):
+    base = random_decoder(family, use_sliding_window=False, **({"sliding_window": None} if family == "mistral" else {}))
+    theirs = peft_model(copy.deepcopy(base), PrefixEncoder(PrefixConfig.of(base.config, 5)))
+    theirs.save_pretrained(tmp_path)
+    model = PrefixBloom(base)
+    model.attach("theirs", load_prefix(tmp_path))
+    ids = torch.tensor(ROWS[:1])
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(ids, prefix_name="base").logits, theirs(ids).logits, atol=1e-3)
 
 
 def test_a_pipeline_takes_it(tokenizer, capfd):
