@@ -18,7 +18,7 @@ from prefix_tuning.model.batch import IGNORED, Example
 
 # The version of the cached tokens, part of their cache key. Raise it when `encode` begins to make other tokens, labels or
 # counts of the same rows; else users keep getting those that are already in their cache. (The rows have ROWS_VERSION.)
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 
 # A row of a file of questions with all its columns; its `parts_of`; and the prefix that its column prefix names, or None.
 Question = tuple[dict[str, Any], list[str], str | None]

@@ -49,17 +49,16 @@ PACKED = "packed_prefix"  # the name of `attend_packed` in transformers' table
 # that are no attention, keys and values of other shapes, a head with arithmetic of its own, or a table of positions with an
 # end (GPT-2, OPT).
 FAMILIES = {
-    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", 
-    "gpt_neox", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "llama", "ministral", "mistral",
-    "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
-    "starcoder2",
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "gpt_neox", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "olmo",
+    "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
 
 
 class Decoder(PackedModel):
     """What a causal language model of transformers lacks for training a prefix. `as_decoder` adds it."""
 
-    family: type[PreTrainedModel]
+    family: type[PreTrainedModel]  # transformers' own class, such as LlamaForCausalLM
 
     def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         prefix = empty_prefix(self.config).to(self.device) if prefix is None else prefix
@@ -77,7 +76,8 @@ class Decoder(PackedModel):
 
     def head_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         head, config = self.get_output_embeddings(), self.config
-        # Cohere's and Granite's names of the constant. It may as well multiply the head's input.
+        # Cohere multiplies the logits by one constant, Granite divides them by another. The head is linear, so its input may
+        # be multiplied instead.
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         cap = getattr(config, "final_logit_softcapping", None)
         return FrozenHeadLoss.apply(hidden * scale, head.weight, labels, head.bias, cap)
