@@ -1,6 +1,6 @@
-"""Prefix tuning for Bloom, by hand. Start reading in plain.py, then model/, then training/run.py.
+"""Prefix tuning for Bloom and other decoders, by hand. Start reading in plain.py, then model/, then training/run.py.
 
-As a library: `load_prefix` reads what train.py or PEFT has saved, `PrefixBloom` uses it on a Bloom that you have loaded.
+As a library: `load_prefix` reads what train.py or PEFT has saved, `PrefixBloom` uses it on a base that you have loaded.
 """
 
 import importlib

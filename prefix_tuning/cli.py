@@ -25,9 +25,7 @@ from prefix_tuning.training.settings import (
 )
 
 DEMO_FLAGS = " ".join(f"--{name} {value}" for name, value in bundled.SETTINGS.items())
-TRAIN_HELP = (
-    f"Tune a prefix for a frozen Bloom. With no model and no dataset named, the bundled demo runs, with {DEMO_FLAGS}"
-)
+TRAIN_HELP = f"Tune a prefix for a frozen model. With no model and no dataset, the bundled demo runs, with {DEMO_FLAGS}"
 # The flags that --help shows first.
 MOST_USED_IN_TRAINING = (
     "dataset", "model_name_or_path", "output_dir", "eval_dataset", "learning_rate", "num_train_epochs", "num_virtual_tokens",
@@ -79,7 +77,7 @@ def parse_infer_config(argv: list[str]) -> InferConfig:
     from prefix_tuning.parser import Parser
 
     groups = (AskArguments, SharedBaseArguments, DecodingArguments)
-    parser = Parser(groups, MOST_USED_IN_INFERENCE, prog="infer.py", description="Ask a frozen Bloom with a prefix.")
+    parser = Parser(groups, MOST_USED_IN_INFERENCE, prog="infer.py", description="Ask a frozen model with a prefix.")
     parser.add_argument(
         "question",
         nargs="?",

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import BloomForCausalLM
+from transformers import PreTrainedModel
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.attention import attention_dtype
+from prefix_tuning.model.encoder import key_value_shape
 
 if sys.platform != "win32":
     import resource
@@ -84,18 +85,23 @@ def make_reproducible(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def activation_bytes_per_token(model: BloomForCausalLM) -> int:
+def activation_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes per token that a forward pass keeps for its backward pass.
 
-    A layer keeps about 10 numbers per token and hidden unit: 4 for the input of the GELU, 2 for the inputs of the layer
-    norms, and in the dtype of attention 4 for query, key, value and result. Not counted: the bias and a slice of logits,
-    once per pass.
+    A layer of Bloom keeps about 10 numbers per token and hidden unit: 4 for the input of the GELU, 2 for the inputs of the
+    layer norms, and in the dtype of attention 4 for query, key, value and result. A gated MLP of another family keeps its
+    gate, its input and their product, and its heads together may be wider than its hidden size. Not counted: the bias and a
+    slice of logits, once per pass.
     """
+    config, (layers, _, head_dim) = model.config, key_value_shape(model.config)
+    gated = getattr(config, "intermediate_size", None)
+    inner = 3 * gated if gated else 4 * config.hidden_size
+    width = config.num_attention_heads * head_dim
     in_attention = attention_dtype(model.dtype, model.device)
-    return (6 * model.dtype.itemsize + 4 * in_attention.itemsize) * model.config.hidden_size * model.config.n_layer
+    return layers * ((inner + 2 * config.hidden_size) * model.dtype.itemsize + 4 * width * in_attention.itemsize)
 
 
-def suggested_max_tokens(model: BloomForCausalLM, gathers: bool) -> int:
+def suggested_max_tokens(model: PreTrainedModel, gathers: bool) -> int:
     """Number of tokens per forward pass that suits device and model (tests/benchmarks/README.md).
 
     The activations that a pass keeps stay within 512 MiB on a CPU, where more than 640 tokens gain little; elsewhere within

@@ -18,7 +18,7 @@ from prefix_tuning.devices import prompt_tokens
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import EMPTY_BATCH, IGNORED, Batch, Example, count_labels, pack
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import PackedModel
 from prefix_tuning.text import shorten
 
 SORTED_ROWS = 1024  # rows that are sorted by length together
@@ -32,7 +32,7 @@ LONGEST_SHOWN = 64
 
 @torch.no_grad()
 def row_losses(
-    model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
+    model: PackedModel, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> Iterator[tuple[float, int]]:
     """For every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number.
 
@@ -73,7 +73,7 @@ def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple
         yield following or ([], EMPTY_BATCH)
 
 
-def evaluate_loss(model: Bloom, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> dict[str, float]:
+def evaluate_loss(model: PackedModel, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> dict[str, float]:
     """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset. The ranks share its rows.
 
     Raises Interrupted in all ranks, after the current pass, if one of them gets a signal.
@@ -165,7 +165,7 @@ class Evaluator:
     loss; None: it does not. keep_best: the weights with the lowest loss are kept.
     """
 
-    base: Bloom
+    base: PackedModel
     tokenizer: PreTrainedTokenizerBase
     tokenized: Dataset | None
     max_tokens: int  # of one forward pass of training

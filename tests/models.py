@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import BloomConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerBase
 
 from prefix_tuning import plain
 from prefix_tuning.base_model.loading import load_base
@@ -13,6 +13,7 @@ from prefix_tuning.data.splits import load_splits
 from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.model.batch import IGNORED, Example, count_labels, pack
 from prefix_tuning.model.bloom import Bloom, empty_prefix
+from prefix_tuning.model.decoder import Decoder, as_decoder
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training import run
 from prefix_tuning.training.start import new_encoder
@@ -28,6 +29,29 @@ def random_bloom(seed=0, dtype=torch.float32, **options) -> Bloom:
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     return model.to(dtype)
+
+
+# Uneven heads, and a head_dim that is not hidden_size / heads where a family allows it. Each family takes what it knows.
+_DECODER_SHAPE = {
+    "vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 12, "intermediate_size": 40, "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1,
+    "max_position_embeddings": 128, "rotary_dim": 4, "ffn_dim": 40, "word_embed_proj_dim": 48, "n_inner": 40,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def random_decoder(family, dtype=torch.float32, **options) -> Decoder:
+    """A small model of a family other than Bloom, random in all its weights."""
+    torch.manual_seed(0)
+    default = CONFIG_MAPPING[family]()
+    shape = {name: value for name, value in _DECODER_SHAPE.items() if hasattr(default, name)} | options
+    if "sliding_attention" in (getattr(default, "layer_types", None) or ()):
+        shape["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**shape)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return as_decoder(model.to(dtype))
 
 
 def prefix_config(model, tokens=5, projection=True, width=None) -> PrefixConfig:

@@ -88,8 +88,8 @@ def test_help_shows_the_default_of_prefix_once(capsys):
 @pytest.mark.parametrize(
     "parse, command, begins",
     [
-        (parse_train_config, "train.py", "Tune a prefix for a frozen Bloom."),
-        (parse_infer_config, "infer.py", "Ask a frozen Bloom with a prefix."),
+        (parse_train_config, "train.py", "Tune a prefix for a frozen model."),
+        (parse_infer_config, "infer.py", "Ask a frozen model with a prefix."),
         (parse_study_config, "python -m prefix_tuning.study", "What a prefix does:"),
         (parse_claims_config, "python -m prefix_tuning.study.claims", "Try each claim of the papers"),
     ],

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import BloomForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefix_tuning import bundled
 from prefix_tuning.base_model.sharding import first_row, sum_of_parts
 from prefix_tuning.errors import UserError
+from prefix_tuning.model.encoder import key_value_shape
 from prefix_tuning.text import named
 
 # Stands before the name of a file or folder that only the machine of the training has.
@@ -79,18 +80,19 @@ def _compared(entry: Any) -> Any:
     return {kind: token for kind, token in entry.items() if kind != "pad"} if isinstance(entry, dict) else entry
 
 
-def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Tells one base from another, in a form that JSON can hold. All processes that share a sharded base call this together.
 
         name_or_path                                its `portable_name`
-        n_layer, n_head, hidden_size, vocab_size    its shape
+        n_layer, n_head, hidden_size                the shape of its keys and values: layers, heads, heads * head_dim
+        vocab_size                                  the number of its tokens
         weights                                     a hash over about 64 numbers of every tensor; None in float16
         tokenizer                                   a hash over the vocabulary; None without a tokenizer
         special_tokens                              the ids of BOS, EOS, PAD and UNK; None without a tokenizer
 
     The numbers are rounded to bfloat16 first, so that float32 and bfloat16 give the same hash. float16 rounds differently.
     """
-    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "hidden_size", "vocab_size")}
+    layers, heads, head_dim = key_value_shape(model.config)
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):  # the state_dict of torch's quantised layers also has other entries
@@ -99,7 +101,10 @@ def fingerprint(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | No
     special = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad", "unk")} if tokenizer else None
     return {
         "name_or_path": portable_name(model.name_or_path or ""),
-        **shape,
+        "n_layer": layers,
+        "n_head": heads,
+        "hidden_size": heads * head_dim,
+        "vocab_size": model.config.vocab_size,
         "weights": None if model.dtype == torch.float16 else weights.hexdigest(),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest() if tokenizer else None,
         "special_tokens": special,

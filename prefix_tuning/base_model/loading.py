@@ -6,12 +6,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, BloomConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from prefix_tuning import bundled
@@ -20,7 +27,8 @@ from prefix_tuning.distributed import note
 from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import Bloom, PackedModel
+from prefix_tuning.model.decoder import FAMILIES, Decoder, as_decoder
 
 
 def load_base(
@@ -30,8 +38,8 @@ def load_base(
     parts: int | None = None,
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
-) -> tuple[Bloom, PreTrainedTokenizerBase]:
-    """Loads a Bloom and its tokenizer by bundled name, hub name or path, and freezes the Bloom.
+) -> tuple[PackedModel, PreTrainedTokenizerBase]:
+    """Loads a base and its tokenizer by bundled name, hub name or path, and freezes the base.
 
     parts: number of processes that share one copy of the weights, each with its own part (sharding.py); None: this process
     loads all of them. The two flags are those of `wrap_layers`.
@@ -42,18 +50,16 @@ def load_base(
     An adapter in the model's folder is ignored, and a line on stderr says so. No code that comes with a model is run:
     trust_remote_code is off, and transformers reads pickled weights with torch.load's weights_only.
 
-    Raises UserError if there is no such model, if it is broken or not a Bloom, if its config.json asks for something that
-    model/bloom.py does not compute, or if its tokenizer does not fit it.
+    Raises UserError if there is no such model, if it is broken or of a family that model/ does not know, if its config.json
+    or a flag asks for something that model/ does not compute, or if its tokenizer does not fit it.
     """
     path = bundled.resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if config.model_type != "bloom":
-            raise UserError(f"--model_name_or_path {name} is a {config.model_type} model; this program tunes Bloom")
-        _check_forward(name, config)
+        _check_forward(name, config, sharded=parts is not None, compiled=torch_compile)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
         _check_tokenizer(name, tokenizer, config.vocab_size)
-        model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, dtype, device)
+        model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, config, dtype, device)
     except UserError:
         raise
     except Exception as error:  # transformers and tokenizers raise many classes for broken files
@@ -64,13 +70,27 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
     align_special_tokens(model.generation_config, tokenizer, name)
-    wrap_layers(model, gradient_checkpointing, torch_compile)
+    if isinstance(model, Bloom):
+        wrap_layers(model, gradient_checkpointing, torch_compile)
+    elif gradient_checkpointing:
+        cast(Decoder, model).checkpoint_layers()
     return model, tokenizer
 
 
-def _check_forward(name: str, config: BloomConfig) -> None:
-    """Raises UserError for a setting with which transformers' forward computes something else than the packed one."""
-    if config.slow_but_exact and config.pretraining_tp > 1:
+def _check_forward(name: str, config: PreTrainedConfig, sharded: bool, compiled: bool) -> None:
+    """Raises UserError for a family, a setting or a flag with which the packed forward would compute something else than
+    transformers' own.
+    """
+    family = config.model_type
+    if family != "bloom" and family not in FAMILIES:
+        known = ", ".join(["bloom", *sorted(FAMILIES)])
+        raise UserError(f"--model_name_or_path {name} is a {family} model; this program tunes {known}")
+    if family != "bloom" and (sharded or compiled):
+        flag = "--shard_base" if sharded else "--torch_compile"
+        raise UserError(f"{flag} is for Bloom alone, and --model_name_or_path {name} is a {family} model; leave it out")
+    if family != "bloom" and getattr(config, "quantization_config", None):
+        raise UserError(f"--model_name_or_path {name}: its weights are quantised, which is tested for Bloom alone")
+    if family == "bloom" and config.slow_but_exact and config.pretraining_tp > 1:
         fault = 'slow_but_exact, with which transformers leaves out two biases of every layer; set "slow_but_exact": false'
     elif not getattr(config, "is_causal", True):
         fault = 'attention to later tokens; set "is_causal": true'
@@ -92,13 +112,14 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
     raise UserError(f"--model_name_or_path {name}: its tokenizer {fault}")
 
 
-def _load_whole(name: str, path: str, dtype: torch.dtype, device: torch.device) -> Bloom:
+def _load_whole(name: str, path: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PackedModel:
     """The frozen model, read by transformers."""
     # If PEFT is installed, transformers attaches an adapter that it finds beside the weights. The base must not depend on
     # what is installed, so transformers is told to look for adapters in a folder that no base has.
     nowhere = {"subfolder": "no-adapter"}
+    family: Any = Bloom if config.model_type == "bloom" else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _without_adapter(path) as folder:
-        loaded: Any = Bloom.from_pretrained(folder, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
+        loaded: Any = family.from_pretrained(folder, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
     model, report = loaded
     model.name_or_path = path
     safetensors = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -106,7 +127,8 @@ def _load_whole(name: str, path: str, dtype: torch.dtype, device: torch.device) 
         note(f"{name}: its weights are a pickled .bin file; safetensors is the safer format")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
-    return model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval().to(device)
+    return model if isinstance(model, Bloom) else as_decoder(model)
 
 
 @contextmanager
@@ -202,7 +224,7 @@ def _compiled_for_training(forward: Callable[..., torch.Tensor]) -> Callable[...
     return lambda *inputs, **options: (compiled if torch.is_grad_enabled() else forward)(*inputs, **options)
 
 
-def compile_now(model: Bloom, batches: Iterable[Batch], prefix: torch.Tensor) -> float:
+def compile_now(model: PackedModel, batches: Iterable[Batch], prefix: torch.Tensor) -> float:
     """Makes wrapped layers compile by computing gradients, which are thrown away. Returns the seconds it took.
 
     prefix: (layers, 2, heads, tokens, head_dim). Raises UserError if torch finds no working compiler.

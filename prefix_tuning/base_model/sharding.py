@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
+from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -37,9 +37,9 @@ HEAD, EMBEDDINGS = "lm_head.weight", "word_embeddings.weight"
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
-def is_sharded(model: BloomForCausalLM) -> bool:
+def is_sharded(model: PreTrainedModel) -> bool:
     # Asked of a module, because a PrefixBloom shares the modules of a sharded base without being an FSDPModule itself.
-    return isinstance(model.lm_head, FSDPModule)
+    return isinstance(model.get_output_embeddings(), FSDPModule)
 
 
 def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
@@ -219,7 +219,7 @@ class Lockstep:
 
 
 @contextmanager
-def equal_passes(model: BloomForCausalLM, idle_pass: Callable[[], object]) -> Iterator[None]:
+def equal_passes(model: PreTrainedModel, idle_pass: Callable[[], object]) -> Iterator[None]:
     """Inside, each rank runs as many passes of transformers' forward as it has work for. At the end, it joins the passes of
     the other ranks with empty ones of its own. A no-op unless the model is sharded.
 

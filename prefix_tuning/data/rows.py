@@ -18,7 +18,7 @@ from prefix_tuning.model.batch import IGNORED, Example
 
 # The version of the cached tokens, part of their cache key. Raise it when `encode` begins to make other tokens, labels or
 # counts of the same rows; else users keep getting those that are already in their cache. (The rows have ROWS_VERSION.)
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 
 # A row of a file of questions with all its columns; its `parts_of`; and the prefix that its column prefix names, or None.
 Question = tuple[dict[str, Any], list[str], str | None]
@@ -50,13 +50,16 @@ def parts_of(instruction: str, input: str = "", history: Sequence[str] = ()) -> 
 
 
 def part_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """The token ids of every part of every talk. Each answer ends with EOS.
+    """The token ids of every part of every talk. A talk begins with the tokenizer's BOS if it adds one, as Llama's and
+    Gemma's do and Bloom's and Qwen's do not; each answer ends with EOS.
 
     Text that looks like a special token, "</s>" say, is tokenised as text (split_special_tokens).
     """
     texts = list(chain.from_iterable(talks))
-    ids = iter(tokenizer(texts, split_special_tokens=True).input_ids if texts else [])
-    return [[next(ids) + [tokenizer.eos_token_id] * (index % 2) for index in range(len(parts))] for parts in talks]
+    ids = iter(tokenizer(texts, split_special_tokens=True, add_special_tokens=False).input_ids if texts else [])
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    start = bos if tokenizer("").input_ids[:1] == bos else []
+    return [[start * (index == 0) + next(ids) + eos * (index % 2) for index in range(len(parts))] for parts in talks]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -72,7 +75,7 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Tokenises rows of `load_rows`, in the same order. Columns input_ids and labels: lists of at most max_length token ids.
 
-        input_ids = tokens(prompt)               + tokens(output) + [EOS]
+        input_ids = tokens(prompt)               + tokens(output) + [EOS]      (BOS in front: see `part_ids`)
         labels    = [-100] * len(tokens(prompt)) + tokens(output) + [EOS]
 
     -100 is the ignore_index of torch's cross_entropy. The prompt counts neither in the loss nor in the number of labels that

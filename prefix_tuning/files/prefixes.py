@@ -1,6 +1,7 @@
 """The files of a prefix: the encoder, which can be trained further, and the baked prefix, which PEFT can load too.
 
-Letters: P prefix tokens, L layers, H heads, D head_dim (H * D is the hidden size), E encoder_hidden_size.
+Letters: P prefix tokens, L layers, H heads of keys and values, D head_dim (H * D is token_dim, the hidden size of Bloom), E
+encoder_hidden_size.
 
 Both tensor files are safetensors (`write_tensors` in writing.py): float32, little-endian, the last axis contiguous.
 
@@ -144,7 +145,7 @@ def load_prefix(name: str | Path) -> SavedPrefix:
     if unknown := [name for name, value in config.items() if value and name not in _PEFT_FIELDS]:
         raise UserError(f"{config_path}: sets {', '.join(unknown)}, which this program does not know how to apply")
     if config.get("num_transformer_submodules") not in (1, None):
-        raise UserError(f"{config_path}: is for {config['num_transformer_submodules']} submodules, and Bloom is one")
+        raise UserError(f"{config_path}: is for {config['num_transformer_submodules']} submodules, and a decoder is one")
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise UserError(f"{config_path}: is for the task {config['task_type']}, not for CAUSAL_LM")
     try:

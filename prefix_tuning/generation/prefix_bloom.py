@@ -1,4 +1,6 @@
-"""PrefixBloom: transformers' Bloom with named prefixes, a different one for each row of a batch.
+"""PrefixBloom: a causal language model of transformers with named prefixes, a different one for each row of a batch.
+
+The name is older than its support for other families than Bloom (model/decoder.py).
 
 A prefix goes into past_key_values, in the dtype of the base, as if it were text that the model has already read.
 transformers' `generate` knows the text alone; `prepare_inputs_for_generation` adds the prefix's part of the attention mask.
@@ -19,11 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     BloomForCausalLM,
     Cache,
     DynamicCache,
     GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StaticCache,
 )
@@ -36,7 +39,8 @@ from prefix_tuning.files.names import ENCODER_FILE
 from prefix_tuning.files.prefixes import SavedPrefix, save_prefix
 from prefix_tuning.generation.cache import CACHE, PrefixedCache, has_prefixes, is_supported, set_prefix_mask
 from prefix_tuning.generation.options import check_options, copies_of_a_row, guess_mask, new_tokens, resolve_options
-from prefix_tuning.model.bloom import Bloom, add_packed_forward, empty_prefix, prefix_cache
+from prefix_tuning.model.bloom import Bloom, PackedModel, add_packed_forward, empty_prefix, prefix_cache
+from prefix_tuning.model.decoder import FAMILIES, Decoder, decoder_class, sliding_window
 
 BASE = "base"  # the name of the base without a prefix
 # Names of prefixes: one for all rows, or one for each; None: the prefix in use.
@@ -50,14 +54,14 @@ _NO_CHECKPOINTING = (
 )
 
 
-class _PrefixBloomConfig(BloomConfig):
+class _PrefixBloomConfig(PreTrainedConfig):
     model_type = "prefix-bloom"
 
 
-class PrefixBloom(Bloom):
-    """A Bloom with any number of prefixes.
+class PrefixBloom(PackedModel):
+    """A base with any number of prefixes.
 
-        model = PrefixBloom(base)                                # a BloomForCausalLM, whole on one device
+        model = PrefixBloom(base)                                # a BloomForCausalLM, LlamaForCausalLM, ... on one device
         model.attach("short", load_prefix("./chatbot"))
         model.generate(**inputs)                                 # with the prefix in use: the first one attached
         model.generate(**inputs, prefix_name=["short", "base"])  # one name per row; "base" is the frozen base alone
@@ -65,20 +69,28 @@ class PrefixBloom(Bloom):
         model.detach("short")
         model.save_pretrained("./prefixes")                      # each prefix into a folder of its name
 
-    It is a BloomForCausalLM itself, made of new modules around the tensors of `base`, so transformers' pipeline takes it.
+    It is of the base's class too, and made of new modules around the tensors of `base`, so transformers' pipeline takes it.
     Nothing above changes `base`. But both share the weights, so a change of them is a change for both. (A base that is
     sharded over processes cannot be copied: its modules and its config are shared too.)
     """
 
     config_class = _PrefixBloomConfig
+    _takes_positions: bool  # whether the base's forward takes position_ids; Bloom's does not
+    _made_of: tuple[type, type]  # the arguments of `_combined`
 
-    def __init__(self, base: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __new__(cls, base: Any, *_: Any, **__: Any):
+        return object.__new__(_class_for(cls, base))
+
+    def __reduce__(self):
+        # pickle and copy.deepcopy cannot find a class by its name if it was made at run time.
+        return _empty, type(self)._made_of, vars(self)
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
         """tokenizer: if given, its EOS ends answers too, and prefixes that were trained with another tokenizer are refused.
 
-        Raises TypeError for a base that is no loaded BloomForCausalLM, ValueError for one that is not whole on one device.
+        Raises TypeError for a base that is no loaded model of a family that model/ knows, such as BloomForCausalLM, and
+        ValueError for one that is not whole on one device.
         """
-        if not isinstance(base, BloomForCausalLM):
-            raise TypeError(f"PrefixBloom takes a loaded BloomForCausalLM, not {type(base).__name__}")
         if len({tensor.device for tensor in base.parameters()} | {base.device}) > 1 or base.device.type == "meta":
             raise ValueError("PrefixBloom takes a base that is whole on one device")
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
@@ -96,10 +108,11 @@ class PrefixBloom(Bloom):
         self.base_fingerprint = fingerprint(base, tokenizer)
         if tokenizer is not None:
             align_special_tokens(self.generation_config, tokenizer, base.name_or_path or "the base")
-        add_packed_forward(self)
-        for block in self.transformer.h:
-            block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))  # as in PackedBlock, one kernel
-        self.lm_head.register_forward_pre_hook(_as_contiguous)
+        if isinstance(self, Bloom):
+            add_packed_forward(self)
+            for block in self.transformer.h:
+                block.set_submodule("mlp.gelu_impl", nn.GELU(approximate="tanh"))  # as in PackedBlock, one kernel
+        self.get_output_embeddings().register_forward_pre_hook(_as_contiguous)
 
     @property
     def names(self) -> list[str]:
@@ -178,7 +191,7 @@ class PrefixBloom(Bloom):
     def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
         """Refused: load a base first, then make a PrefixBloom of it."""
         raise ValueError(
-            "a PrefixBloom is made of a loaded base: model = PrefixBloom(BloomForCausalLM.from_pretrained(BASE)), then "
+            "a PrefixBloom is made of a loaded base: model = PrefixBloom(AutoModelForCausalLM.from_pretrained(BASE)), then "
             "model.attach(NAME, load_prefix(FOLDER)) for each prefix"
         )
 
@@ -245,14 +258,14 @@ class PrefixBloom(Bloom):
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         return equal_passes(self, torch.no_grad()(lambda: self(token)))
 
-    @functools.wraps(BloomForCausalLM.forward)  # transformers reads from the signature what a model accepts
-    def forward(  # type: ignore[override]  # functools types what it wraps as an object, not as a method
+    def forward(
         self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
         *,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        past_key_values=None,
         cache=None,
         prefix_name=None,
         **options,
@@ -271,12 +284,21 @@ class PrefixBloom(Bloom):
                 attention_mask, cache = self.prepend(attention_mask, prefix_name, cache=cache)
             elif has_prefixes(cache):
                 attention_mask = self._whole_mask(attention_mask, text, cache)
-            if self.training and self.transformer.gradient_checkpointing and cache.get_seq_length() > 0:
+            if self.training and self._checkpoints_layers() and cache.get_seq_length() > 0:
                 raise ValueError(_NO_CHECKPOINTING)
-            # For a StaticCache, Bloom needs a mask as long as the cache.
-            if attention_mask is not None and (more := cache.get_max_length(0) - attention_mask.shape[-1]) > 0:
-                attention_mask = F.pad(attention_mask, (0, more))
-        return super().forward(input_ids, cache, attention_mask, inputs_embeds, **options)
+            if attention_mask is not None and not _is_whole(attention_mask):
+                if self._takes_positions and position_ids is None:
+                    position_ids = _positions_of(attention_mask)[:, -text.shape[1] :]
+                # For a StaticCache, Bloom needs a mask as long as the cache.
+                if (more := cache.get_max_length(0) - attention_mask.shape[-1]) > 0:
+                    attention_mask = F.pad(attention_mask, (0, more))
+        if position_ids is not None:
+            options["position_ids"] = position_ids
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, CACHE: cache}
+        return super().forward(**given, **options)  # type: ignore[misc]  # the base's class follows in the MRO
+
+    def _checkpoints_layers(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     @staticmethod
     def _whole_mask(mask: torch.Tensor | None, text: torch.Tensor, cache: PrefixedCache) -> torch.Tensor:
@@ -286,7 +308,7 @@ class PrefixBloom(Bloom):
         """
         prefix_mask = cache.prefix_mask
         # `generate` writes such a mask for a StaticCache. A compiled forward cannot ask such a cache for its length.
-        if mask is not None and mask.shape[1] == cache.get_max_length(0):
+        if mask is not None and (_is_whole(mask) or mask.shape[1] == cache.get_max_length(0)):
             return mask
         tokens = cache.get_seq_length() + text.shape[1] - prefix_mask.shape[1]
         if mask is None:
@@ -314,7 +336,7 @@ class PrefixBloom(Bloom):
         # PEFT's prompts replace this method with one that fills the cache itself.
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
             raise ValueError("PEFT's prompts do not go around a PrefixBloom: attach the adapter to it, by load_prefix")
-        if self.training and self.transformer.gradient_checkpointing:
+        if self.training and self._checkpoints_layers():
             raise ValueError(_NO_CHECKPOINTING)
         if len(more) > len(_BY_POSITION):
             raise TypeError(f"generate takes {2 + len(_BY_POSITION)} arguments by position, not {2 + len(more)}")
@@ -353,13 +375,27 @@ class PrefixBloom(Bloom):
         # mypy: transformers declares a type of self here that its own models do not have.
         return super().generate(input_ids, settings, attention_mask=mask, **{CACHE: cache}, **options)  # type: ignore[misc]
 
+    def length_of(self, prefix_name: Names, mask: torch.Tensor, settings: GenerationConfig) -> int:
+        """The largest number of tokens of prefix, text and answer. mask: of the text, (R, T)."""
+        longest = max(prefix.shape[3] for prefix in self._prefixes_of(prefix_name, len(mask)))
+        return longest + mask.shape[1] + new_tokens(settings, mask.shape[1])
+
+    def outgrows_window(self, length: int) -> bool:
+        """Whether layers with a sliding window do not see all of `length` tokens. They count padding between prefix and text
+        too, so an answer would depend on the rows beside its own.
+        """
+        window = sliding_window(self.config)
+        return window is not None and length > window
+
     def _start_cache(self, cache: Cache | None, settings: GenerationConfig, mask: torch.Tensor, prefix_name: Names) -> Cache:
         """The empty cache, or a new one of the kind that `settings` names, with the prefixes in it and room for the answers.
 
-        mask: of the text, (R, T). Raises ValueError if the cache is too small.
+        mask: of the text, (R, T). Raises ValueError if the cache is too small, and for padding that takes up a window.
         """
-        longest = max(prefix.shape[3] for prefix in self._prefixes_of(prefix_name, len(mask)))
-        length = longest + mask.shape[1] + new_tokens(settings, mask.shape[1])
+        length = self.length_of(prefix_name, mask, settings)
+        if self.outgrows_window(length) and not mask.all():
+            size = sliding_window(self.config)
+            raise ValueError(f"prefix, text and answer outgrow the model's window of {size} tokens: ask rows of one length")
         if cache is None:
             static = settings.cache_implementation == "static"
             cache, settings.cache_implementation = StaticCache(self.config, length) if static else DynamicCache(), None
@@ -381,8 +417,53 @@ class PrefixBloom(Bloom):
             # transformers would subtract the length of the cache, which counts the prefix, from the length of the text.
             if kwargs.get("is_first_iteration"):
                 kwargs["next_sequence_length"] = attention_mask.shape[1] - int(kwargs[CACHE].get_seq_length())
+            # transformers' own count the text's tokens alone.
+            if self._takes_positions:
+                kwargs["position_ids"] = _positions_of(attention_mask)
         # mypy: as in `generate`.
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+
+
+def _class_for(cls: type, base: Any) -> type:
+    """PrefixBloom, or its subclass `cls`, and the class of a base in one. Raises TypeError for what is no known base."""
+    if isinstance(base, PrefixBloom):
+        return type(base)
+    if isinstance(base, BloomForCausalLM):
+        return _combined(cls, Bloom)
+    if not isinstance(base, PreTrainedModel) or base.config.model_type not in FAMILIES or not base.can_generate():
+        raise TypeError(f"PrefixBloom takes a loaded BloomForCausalLM, LlamaForCausalLM, ..., not {type(base).__name__}")
+    family: Any = base.family if isinstance(base, Decoder) else type(base)
+    return _combined(cls, family)
+
+
+@functools.cache
+def _combined(cls: type, family: Any) -> type:
+    """The class of a PrefixBloom whose base is a Bloom, or of a `family` of transformers that model/decoder.py knows."""
+    packed = family if family is Bloom else decoder_class(family)
+    names = list(inspect.signature(family.forward).parameters)[1:]
+
+    @functools.wraps(family.forward)  # transformers reads from the signature what a model accepts
+    def forward(self, *inputs, **options):
+        return cls.forward(self, **dict(zip(names, inputs, strict=False)), **options)  # type: ignore[attr-defined]
+
+    own = {"forward": forward, "_takes_positions": "position_ids" in names, "_made_of": (cls, family)}
+    return type(cls.__name__, (cls, packed), own)
+
+
+def _empty(cls: type, family: type) -> PrefixBloom:
+    return object.__new__(_combined(cls, family))
+
+
+def _is_whole(mask: Any) -> bool:
+    """Whether `generate` has spelled out a mask for each query and key, as it does for a StaticCache; one for each kind of
+    layer in a family with sliding windows.
+    """
+    return isinstance(mask, dict) or mask.dim() == 4
+
+
+def _positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """The position of each token by a mask (R, P + T): how many real ones stand in front of it."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _as_contiguous(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

@@ -5,9 +5,8 @@ import locale
 import os
 import sys
 from collections.abc import Collection
-from itertools import chain
 
-from prefix_tuning.data.rows import part_ids, parts_of
+from prefix_tuning.data.rows import parts_of, prompt_ids
 from prefix_tuning.distributed import note
 from prefix_tuning.inference.ask import Answerer
 
@@ -104,9 +103,8 @@ class Chat:
     def prompt(self, question: str, history: list[str]) -> list[int] | None:
         """The token ids of the last turns that fit, and of the question. None, with a note, if that alone is too long."""
         longest_answer = self.answerer.options["max_new_tokens"]
-        (parts,) = part_ids(self.answerer.tokenizer, [parts_of(question, history=history)])
-        for first in range(0, len(parts), 2):
-            prompt = list(chain.from_iterable(parts[first:]))
+        for first in range(0, len(history) + 1, 2):
+            (prompt,) = prompt_ids(self.answerer.tokenizer, [parts_of(question, history=history[first:])])
             wanted = len(prompt) + longest_answer
             if wanted <= self.max_length:
                 return prompt

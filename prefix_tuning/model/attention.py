@@ -23,9 +23,8 @@ There is one slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a 
 - A prefix of P + 5 tokens changes no score and no bias between the tokens of a row. Prefix token j is then P + 5 + i - j
   positions before token i, so its penalty grows by 5 * slope_h. The attention weights do change, because the new keys are
   part of the same softmax.
-- A model with rotary positions has no such bias but the causal mask. Queries and keys of the row are rotated by their
-  position P + i, and prefix keys are learned as they are after rotation. With grouped heads, there are fewer
-  heads of keys and values than of queries, and H of the prefix is their number.
+- A model with rotary positions has no such bias but the causal mask, and may have fewer heads of keys and values than of
+  queries (decoder.py).
 
 `attend` has two forms, equal but for rounding. `attend_padded` lays the rows out as a padded grid and calls torch once: few
 kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, few

@@ -70,7 +70,7 @@ class Batch:
         - Filler tokens are one more row, which has no label. Attention keeps rows apart, so no other row sees it. It attends
           to the prefix, but no label position reads its output, so the prefix gets no gradient from it.
         - Filler labels predict token 0 at packed position 0, which is a real token. Their losses come after the N real
-          ones, and `Bloom.label_losses` cuts them off; so their gradient is zero.
+          ones, and `label_losses` cuts them off; so their gradient is zero.
         """
         tokens, labels = -len(self.input_ids) % multiple, -len(self.labels) % multiple
         row = [tokens] if tokens else []

@@ -29,10 +29,7 @@ Nothing runs under autocast. With a base in bf16:
 
 A base in fp16 runs on CUDA only, with float16 in place of bfloat16, and its loss is scaled (training/loop.py).
 
-Another family of models, for example with rotary positions and grouped heads, needs a `forward_packed` and a bias of its own
-(attention.py), its own way to layers and embeddings (`packed_hidden`, and base_model/), and the number of key-value heads
-wherever a prefix gets its shape from the base's configuration (`PrefixConfig.of`, `empty_prefix`, base_model/identity.py).
-The encoder, the loop and the file formats stay.
+decoder.py does the same for other families of models, with the same encoder, loop and files.
 """
 
 from collections.abc import Callable
@@ -41,12 +38,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from transformers import BloomConfig, BloomForCausalLM, Cache, DynamicCache
+from transformers import BloomForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
 from prefix_tuning.model.attention import attend, attention_bias
 from prefix_tuning.model.batch import Batch
+from prefix_tuning.model.encoder import key_value_shape
 
 
 class PackedBlock(BloomBlock):
@@ -75,15 +73,8 @@ class PackedBlock(BloomBlock):
         return mlp.dense_4h_to_h(inner) + residual
 
 
-class Bloom(BloomForCausalLM):
-    """BloomForCausalLM, and its packed forward. transformers' own forward and `generate` stay as they are."""
-
-    # Returns the full weight of embeddings or head; sharding replaces it with a gather (base_model/sharding.py).
-    gathered: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda weight: weight)
-
-    def __init__(self, config):
-        super().__init__(config)
-        add_packed_forward(self)
+class PackedModel(PreTrainedModel, GenerationMixin):
+    """A frozen causal language model as the training loop knows it: Bloom below, or a Decoder (decoder.py)."""
 
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
@@ -91,8 +82,7 @@ class Bloom(BloomForCausalLM):
         # oneDNN prepares and keeps a kernel for each shape of a bf16 matmul, so there should be few shapes.
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
             batch = batch.filled(64)
-        hidden = self.packed_hidden(batch, prefix)
-        losses = FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), batch.labels)
+        losses = self.head_losses(self.packed_hidden(batch, prefix), batch.labels)
         # Filler labels come last. Without their losses, they have no gradient either.
         return losses[:labels]
 
@@ -102,6 +92,24 @@ class Bloom(BloomForCausalLM):
         prefix: (L, 2, H, P, D), or None for the base alone. transformers' forward gives the same numbers over padded
         rows, with the prefix as past keys and values.
         """
+        raise NotImplementedError
+
+    def head_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the head's logits for hidden (N, E) against labels (N,): (N,), at least float32."""
+        raise NotImplementedError
+
+
+class Bloom(PackedModel, BloomForCausalLM):
+    """BloomForCausalLM, and its packed forward. transformers' own forward and `generate` stay as they are."""
+
+    # Returns the full weight of embeddings or head; sharding replaces it with a gather (base_model/sharding.py).
+    gathered: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda weight: weight)
+
+    def __init__(self, config):
+        super().__init__(config)
+        add_packed_forward(self)
+
+    def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         body, blocks = self.transformer, cast(list[PackedBlock], self.transformer.h)
         hidden = body.word_embeddings_layernorm(F.embedding(batch.input_ids, self.gathered(body.word_embeddings.weight)))
         prefix = empty_prefix(self.config).to(hidden) if prefix is None else prefix
@@ -109,6 +117,9 @@ class Bloom(BloomForCausalLM):
         for layer, block in enumerate(blocks):
             hidden = block.forward_packed(hidden, batch, bias, prefix[layer], label_positions_only=layer == len(blocks) - 1)
         return body.ln_f(hidden)
+
+    def head_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), labels)
 
 
 def add_packed_forward(model: BloomForCausalLM) -> None:
@@ -119,15 +130,23 @@ def add_packed_forward(model: BloomForCausalLM) -> None:
             block.__class__ = PackedBlock
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The logits of hidden (N, E) by the head's weight (V, E): (N, V), at least float32."""
-    return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, cap: float | None = None
+) -> torch.Tensor:
+    """The logits of hidden (N, E) by the head's weight (V, E): (N, V), at least float32.
+
+    bias: (V,), which few families have. cap: bounds the logits by cap * tanh(logits / cap), as in Gemma 2.
+    """
+    logits = F.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32))
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy of hidden (N, E) @ weight (V, E).T against labels (N,), for each label.
+    """Cross-entropy of `head_logits` of hidden (N, E) against labels (N,), for each label.
 
         loss_n = logsumexp(logits_n) - logits_n[label_n]        d loss_n / d logits_n = softmax(logits_n) - onehot(label_n)
+
+    A cap multiplies this by its own derivative, 1 - (logits_n / cap)^2.
 
     The weight is frozen, so only `hidden` gets a gradient. The forward pass computes it, while a slice's logits exist
     anyway, and the backward pass scales it. So at most LABELS_AT_ONCE rows of logits exist at any time. The idea is Liger
@@ -137,25 +156,28 @@ class FrozenHeadLoss(torch.autograd.Function):
     too late for them, because it enters in the backward pass. So softmax - onehot is multiplied by FP16_SCALE before it is
     rounded to fp16: as much as a loss scale of 2**16 gives each of 64 labels, whose mean is the loss. `grad` stays float32.
 
-    Raises ValueError if the weight requires a gradient.
+    Raises ValueError if weight or bias require a gradient.
     """
 
     LABELS_AT_ONCE = 256  # enough to keep the matmuls busy
     FP16_SCALE = 2.0**10
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        if ctx.needs_input_grad[1]:
+    def forward(ctx, hidden, weight, labels, bias=None, cap=None):
+        if any(ctx.needs_input_grad[1:]):
             raise ValueError("the lm_head must be frozen: this loss has no gradient for it")
         losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad = torch.empty_like(hidden, dtype=losses.dtype) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
             part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
-            log_probabilities = head_logits(hidden[part], weight).log_softmax(-1)
+            logits = head_logits(hidden[part], weight, bias, cap)
+            log_probabilities = logits.log_softmax(-1)
             label = labels[part].unsqueeze(1)
             losses[part] = -log_probabilities.gather(1, label).squeeze(1)
             if grad is not None:
                 error = log_probabilities.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=losses.dtype))
+                if cap is not None:
+                    error *= 1 - (logits / cap) ** 2
                 if weight.dtype == torch.float16:
                     error *= FrozenHeadLoss.FP16_SCALE
                 grad[part] = error.to(weight.dtype) @ weight
@@ -169,12 +191,13 @@ class FrozenHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_losses):
         (grad,) = ctx.saved_tensors
-        return (grad * grad_losses.unsqueeze(1)).to(ctx.dtype), None, None
+        return (grad * grad_losses.unsqueeze(1)).to(ctx.dtype), None, None, None, None
 
 
-def empty_prefix(config: BloomConfig) -> torch.Tensor:
-    """The prefix of no tokens for a base of this shape, which is the base alone: (L, 2, H, 0, D), float32."""
-    return torch.empty(config.n_layer, 2, config.n_head, 0, config.hidden_size // config.n_head)
+def empty_prefix(config: PreTrainedConfig) -> torch.Tensor:
+    """The prefix of no tokens for a base of this configuration, which is the base alone: (L, 2, H, 0, D), float32."""
+    layers, heads, head_dim = key_value_shape(config)
+    return torch.empty(layers, 2, heads, 0, head_dim)
 
 
 def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tuple[Cache, torch.Tensor]:
@@ -185,7 +208,7 @@ def prefix_cache(prefixes: list[torch.Tensor], cache: Cache | None = None) -> tu
     where a prefix is padded; the mask of the text follows it.
     """
     longest = max(prefix.shape[3] for prefix in prefixes)
-    mask = torch.tensor([[0] * (longest - prefix.shape[3]) + [1] * prefix.shape[3] for prefix in prefixes])
+    mask = torch.tensor([[0] * (longest - prefix.shape[3]) + [1] * prefix.shape[3] for prefix in prefixes], dtype=torch.long)
     rows = torch.stack([F.pad(prefix, (0, 0, longest - prefix.shape[3], 0)) for prefix in prefixes], dim=2)
     cache = DynamicCache() if cache is None else cache
     for layer, (key, value) in enumerate(rows):

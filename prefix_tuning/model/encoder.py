@@ -1,6 +1,6 @@
 """The mechanism: what a prefix is, and the network that learns it.
 
-Legend: L layers, H attention heads, D head_dim, E = H * D hidden size of the model (token_dim), P prefix tokens
+Legend: L layers, H heads of keys and values, D head_dim, E = H * D (token_dim; the hidden size of Bloom), P prefix tokens
 (num_virtual_tokens), W width of the encoder's hidden layer (encoder_hidden_size).
 
 Attention in layer l of a decoder mixes values v_j by how well the query q_i matches the keys k_j of the tokens up to i.
@@ -12,6 +12,9 @@ to them, as if `num_virtual_tokens` further tokens stood in front of the text:
 The language model stays frozen. Only these pairs are learned, so a prefix is a tensor
 
     (L, 2, H, P, D)        2 = key, value
+
+H is the number of heads that have keys and values of their own. In Bloom each head of queries has one. In Llama 3 and its
+relatives several heads of queries share one (grouped heads), and a prefix is smaller by that factor.
 
 For bloom-1b4-zh (24 layers, hidden size 2048 = 16 heads x 128) and 10 virtual tokens that is 983,040 numbers, 3.9 MB.
 They are no embeddings of words: each layer has its own pairs, which in general no input text produces. That is why a prefix
@@ -72,8 +75,8 @@ class PrefixConfig:
 
     num_virtual_tokens: int
     num_layers: int
-    num_attention_heads: int
-    token_dim: int  # the model's hidden size
+    num_attention_heads: int  # heads of keys and values, as PEFT counts them
+    token_dim: int  # num_attention_heads * head_dim
     encoder_hidden_size: int  # width of the projection's hidden layer
     prefix_projection: bool
 
@@ -85,9 +88,10 @@ class PrefixConfig:
         encoder_hidden_size: int | None = None,
         prefix_projection: bool = True,
     ) -> "PrefixConfig":
-        """The shape of a prefix for a base of this configuration. encoder_hidden_size: by default the base's hidden size."""
-        width = encoder_hidden_size or base.hidden_size
-        return cls(num_virtual_tokens, base.n_layer, base.n_head, base.hidden_size, width, prefix_projection)
+        """The shape of a prefix for a base of this configuration. encoder_hidden_size: by default token_dim, as in PEFT."""
+        layers, heads, head_dim = key_value_shape(base)
+        token_dim = heads * head_dim
+        return cls(num_virtual_tokens, layers, heads, token_dim, encoder_hidden_size or token_dim, prefix_projection)
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -98,6 +102,18 @@ class PrefixConfig:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.token_dim % self.num_attention_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} does not divide token_dim {self.token_dim}")
+
+
+def key_value_shape(base: PreTrainedConfig) -> tuple[int, int, int]:
+    """Layers, heads of keys and values, and head_dim of a base with this configuration: (L, H, D).
+
+    For example (28, 8, 128) for Qwen3-0.6B: its 16 heads of queries share 8 of keys and values, and 16 * 128 is not its
+    hidden size, 1024.
+    """
+    heads = base.num_attention_heads
+    grouped = getattr(base, "num_key_value_heads", None)
+    head_dim = getattr(base, "head_dim", None)
+    return base.num_hidden_layers, grouped or heads, head_dim or base.hidden_size // heads
 
 
 class PrefixEncoder(nn.Module):

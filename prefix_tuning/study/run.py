@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from prefix_tuning.files.writing import atomic_write
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.inference.run import open_model
 from prefix_tuning.model.batch import Batch
+from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.settings import MAX_LENGTH
 from prefix_tuning.study.growth import growth, some_checkpoints
 from prefix_tuning.study.mixing import mixtures, passes_of_mixtures
@@ -73,6 +74,10 @@ def study(config: StudyConfig) -> None:
     # Rows are read before the base, which may take minutes to load.
     sets = {name: load_rows(name, splits, given) for name in dict.fromkeys(names.values())}
     model, tokenizer = open_model(folders, config, device)
+    if not isinstance(model, Bloom):
+        raise UserError(
+            f"the study looks into the layers of a Bloom, and {model.name_or_path} is a {model.config.model_type}"
+        )
     with out_of_memory_explained(device, lambda: "try --precision auto, or a shorter --question"):
         rows = {name: prepare(name, one, config, model, tokenizer) for name, one in sets.items()}
         numbers = measure_prefixes(model, tokenizer, folders, {name: rows[dataset] for name, dataset in names.items()})
@@ -150,6 +155,7 @@ def measure_prefixes(
     model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dict[str, str], rows: dict[str, Rows]
 ) -> dict:
     """All numbers of the study, as study.json holds them. folders, rows: of each prefix, by name."""
+    bloom = cast(Bloom, model)  # `study` refuses others
     names, tensors = list(model.prefixes), model.prefixes
     pairs = [(names[0], other) for other in names[1:]]
     used = max(one.used for one in rows.values())
@@ -174,19 +180,19 @@ def measure_prefixes(
         alone = {}
         for name, one in sets.items():
             bar.set_description("base")
-            alone[name] = score_base(model, one.batches)
+            alone[name] = score_base(bloom, one.batches)
             bar.update(one.used)
         prefixes = {}
         for name, prefix in tensors.items():
             own = rows[name]
             scored, norms = alone[own.name]
             bar.set_description(f"{name}: attention")
-            shares = attention_shares(model, own.batches, prefix)
+            shares = attention_shares(bloom, own.batches, prefix)
             bar.update(own.used)
             bar.set_description(f"{name}: without a part")
-            removed = removals(model, own.batches, prefix, shares["share"], scored, bar.update)
+            removed = removals(bloom, own.batches, prefix, shares["share"], scored, bar.update)
             bar.set_description(f"{name}: checkpoints")
-            grown = growth(model, own.few, Path(folders[name]), prefix)
+            grown = growth(bloom, own.few, Path(folders[name]), prefix)
             bar.update(growing[name])
             prefixes[name] = {
                 "dataset": own.name,
@@ -199,13 +205,13 @@ def measure_prefixes(
                 "removal": removed,
                 "growth": grown,
                 "norms": {"text": norms, "prefix": prefix_norms(prefix)},
-                "nearest_words": nearest_words(model, tokenizer, prefix),
+                "nearest_words": nearest_words(bloom, tokenizer, prefix),
             }
         found = []
         for first, second in pairs:
             bar.set_description(f"{first} and {second}")
             both = {rows[name].name: rows[name].batches for name in (first, second)}
-            mixed = mixtures(model, both, tensors[first], tensors[second], bar.update)
+            mixed = mixtures(bloom, both, tensors[first], tensors[second], bar.update)
             found.append({"first": first, "second": second, **mixed})
         right = {}
         for name in model.names if facts else ():

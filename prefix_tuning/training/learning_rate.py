@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import PackedModel
 from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.text import duration
 from prefix_tuning.training.loop import optimizer_step
@@ -61,7 +61,7 @@ class Search:
         return f"{taken} (loss after {self.steps} steps: {tried})"
 
 
-def find_learning_rate(base: Bloom, state: TrainingState, steps: Steps) -> Search | None:
+def find_learning_rate(base: PackedModel, state: TrainingState, steps: Steps) -> Search | None:
     """Finds the peak learning rate of the run, prints it and sets it in `state`. Nothing else of the state changes.
 
     Returns None, and makes no trial, if the rate is known already or there is no step to train. All ranks call this together
@@ -129,7 +129,7 @@ def valley(losses: dict[int, float]) -> float:
     return lowest + (left - right) / (2 * curvature)
 
 
-def trial(base: Bloom, state: TrainingState, steps: Steps, rate: float, length: int) -> float:
+def trial(base: PackedModel, state: TrainingState, steps: Steps, rate: float, length: int) -> float:
     """Trains a copy of the encoder for `length` steps. Returns the mean loss in nats of the last quarter of them."""
     copied = copy.deepcopy(state)
     copied.progress.peak_learning_rate, copied.schedule = rate, lambda updates: 1 - updates / length

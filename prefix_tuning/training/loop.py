@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from prefix_tuning import distributed
 from prefix_tuning.evaluation import Evaluator
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import PackedModel
 from prefix_tuning.training.checkpoints import Checkpoints
 from prefix_tuning.training.metrics import Metrics
 from prefix_tuning.training.state import TrainingState
@@ -32,7 +32,7 @@ from prefix_tuning.training.steps import Step, Steps
 
 
 def fit(
-    base: Bloom,
+    base: PackedModel,
     state: TrainingState,
     steps: "Steps | tqdm[Step]",
     metrics: Metrics,
@@ -64,7 +64,7 @@ def fit(
                     checkpoints.save(state, metrics)
 
 
-def optimizer_step(base: Bloom, state: TrainingState, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def optimizer_step(base: PackedModel, state: TrainingState, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One update of the encoder, at the rate that `state` has for it. All ranks call this together.
 
     Returns, on the device: the prefix (layers, 2, heads, tokens, head_dim) that the step began with, the mean loss in nats

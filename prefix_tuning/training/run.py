@@ -30,7 +30,8 @@ from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.files.names import CARD_FILE, METRICS_FILE, PLOT_FILE, SEARCH_FILE
 from prefix_tuning.files.prefixes import recorded_history
 from prefix_tuning.files.writing import locked
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import PackedModel
+from prefix_tuning.model.decoder import sliding_window
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.screen import Screen
 from prefix_tuning.text import duration
@@ -166,6 +167,9 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
                 print(f"the run is over already: it is at step {state.progress.step}, and nothing is left to train")
         state.progress.rows_per_step = rows_per_step
         print(f"{size_of_run(encoder, steps, eval_set)}; {describe_dtype(dtype, config.precision, device)}")
+        window = sliding_window(base.config)
+        if window and (longest := encoder.config.num_virtual_tokens + config.max_length) > window:
+            print(f"layers with a sliding window see {window} tokens; at the end of the longest rows, {longest}, no prefix")
 
         if config.torch_compile and (first := next(iter(steps), None)):
             print("compiling the layers, which may take minutes", flush=True)
@@ -211,7 +215,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
 
 
 def fit_and_save(
-    base: Bloom,
+    base: PackedModel,
     base_fingerprint: dict,
     state: TrainingState,
     steps: Steps,
@@ -305,7 +309,7 @@ def excused(what: str) -> Iterator[None]:
         print(f"{what}: left out ({type(error).__name__}: {reason_of(error)}); the prefix is saved", file=sys.stderr)
 
 
-def prefix_config_of(config: TrainConfig, base: Bloom) -> PrefixConfig:
+def prefix_config_of(config: TrainConfig, base: PackedModel) -> PrefixConfig:
     """The shape of a new prefix for this base."""
     return PrefixConfig.of(base.config, config.num_virtual_tokens, config.encoder_hidden_size, config.prefix_projection)
 
@@ -328,12 +332,13 @@ def size_of_run(encoder: PrefixEncoder, steps: Steps, eval_set: Dataset | None) 
     return f"{rows}; a prefix of {encoder.config.num_virtual_tokens} tokens by {trainable:,} trainable parameters"
 
 
-def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:
+def memory_hint(config: TrainConfig, base: PackedModel, max_tokens: int) -> str:
     """Suggests which flag to lower if a run does not fit in memory. The larger part decides: the encoder with its optimizer,
     or the activations of a forward pass of `max_tokens`.
     """
+    shape = prefix_config_of(config, base)
     with torch.device("meta"):
-        parameters = PrefixEncoder(prefix_config_of(config, base)).parameters()
+        parameters = PrefixEncoder(shape).parameters()
     # Of each parameter: weight, gradient and AdamW's two moments.
     encoder_bytes = 16 * sum(parameter.numel() for parameter in parameters)
     # A row that is longer than max_tokens has a pass of its own.
@@ -341,7 +346,7 @@ def memory_hint(config: TrainConfig, base: Bloom, max_tokens: int) -> str:
         cause = f"the encoder and its optimizer take {encoder_bytes / 2**30:.1f} GiB"
         if not config.prefix_projection:
             return f"{cause}: lower --num_virtual_tokens (it was {config.num_virtual_tokens})"
-        return f"{cause}: lower --encoder_hidden_size (it was {config.encoder_hidden_size or base.config.hidden_size})"
+        return f"{cause}: lower --encoder_hidden_size (it was {shape.encoder_hidden_size})"
     hints = []
     if max_tokens > config.max_length:
         hints.append(f"lower --max_tokens_per_batch (it was {max_tokens})")

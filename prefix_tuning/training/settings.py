@@ -37,7 +37,7 @@ class ModelArguments(SharedBaseArguments):
 
     model_name_or_path: str = content_flag(
         bundled.MODEL,
-        "The frozen Bloom: a hub name, a folder, or the mini Bloom that comes with this program.",
+        "The frozen Bloom, Llama, Qwen, Gemma, ...: a hub name, a folder, or the mini Bloom that comes with this program.",
         is_path=True,
     )
 
@@ -84,7 +84,7 @@ class PrefixArguments:
     num_virtual_tokens: int = same_flag(10, "Length of the prefix.", at_least=1)
     prefix_projection: bool = same_flag(True, "Learn the prefix through an MLP (false: learn its numbers directly).")
     encoder_hidden_size: int | None = same_flag(
-        None, "Width of the MLP's hidden layer. Default: the model's hidden size.", at_least=1, needs=_PROJECTION
+        None, "Width of the MLP's hidden layer. Default: the width of the model's keys.", at_least=1, needs=_PROJECTION
     )
     prefix_init: Literal["random", "zero", "text"] = same_flag(
         "random", "Start from random numbers as PEFT does, from zeros, or from the keys and values of --init_text."

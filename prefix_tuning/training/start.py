@@ -6,12 +6,13 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from prefix_tuning.base_model.identity import check_base
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_encoder
-from prefix_tuning.model.bloom import Bloom, cached_pairs
+from prefix_tuning.generation.cache import CACHE
+from prefix_tuning.model.bloom import PackedModel, cached_pairs
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 
 
 def new_encoder(
-    config: PrefixConfig, base: Bloom, tokenizer: PreTrainedTokenizerBase, prefix_init: str, init_text: str | None
+    config: PrefixConfig, base: PackedModel, tokenizer: PreTrainedTokenizerBase, prefix_init: str, init_text: str | None
 ) -> PrefixEncoder:
     """An encoder for this base, on the CPU in float32. prefix_init, init_text: train.py's flags. torch's seed decides the
     random weights. Raises UserError if the text has no token.
@@ -32,15 +33,15 @@ def earlier_encoder(prefix_from: str, fingerprint: dict, force: bool) -> PrefixE
 
 
 @torch.no_grad()
-def text_prefix(base: Bloom, tokenizer: PreTrainedTokenizerBase, text: str, num_virtual_tokens: int) -> torch.Tensor:
+def text_prefix(base: PackedModel, tokenizer: PreTrainedTokenizerBase, text: str, num_virtual_tokens: int) -> torch.Tensor:
     """The keys and values that the frozen model computes for `text`: (layers, 2, heads, num_virtual_tokens, head_dim).
 
     A text of fewer tokens is repeated, a longer one cut. Raises UserError if the text has no token at all.
     """
-    ids = tokenizer(text, split_special_tokens=True).input_ids
+    ids = tokenizer(text, split_special_tokens=True, add_special_tokens=False).input_ids  # a row brings its own BOS
     if not ids:
         raise UserError("--init_text is empty; --prefix_init text needs a text of at least one token")
     ids = (ids * -(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
     cache = DynamicCache()
-    base(torch.tensor([ids], device=base.device), cache)
+    base(torch.tensor([ids], device=base.device), **{CACHE: cache})
     return cached_pairs(cache).float()

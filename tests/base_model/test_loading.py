@@ -5,7 +5,7 @@ import torch
 from models import examples_of, prefix_config, random_bloom, random_prefix
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import CONFIG_MAPPING, BloomForCausalLM
 
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.errors import UserError
@@ -55,15 +55,27 @@ def test_a_base_in_safetensors_is_no_cause_for_a_warning(random_base, capsys):
     assert "pickled" not in capsys.readouterr().err
 
 
-def test_a_base_that_is_missing_or_no_bloom_is_named(tmp_path, tokenizer):
+def test_a_base_that_is_missing_or_of_an_unknown_family_is_named(tmp_path, tokenizer):
     with pytest.raises(UserError, match="model_name_or_path no/such-model"):
         load_base("no/such-model", torch.float32, torch.device("cpu"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         load_base(str(tmp_path / "empty"), torch.float32, torch.device("cpu"))
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="gpt2"):
+    for family in ("bert", "t5", "mamba", "deepseek_v3", "falcon", "gemma4_text", "qwen3_next"):
+        CONFIG_MAPPING[family]().save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=f"is a {family} model; this program tunes bloom, .*llama"):
+            load_base(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+def test_what_only_bloom_can_do_is_refused_for_other_families_before_weights_are_read(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    CONFIG_MAPPING["llama"]().save_pretrained(tmp_path)  # without weights
+    for options, said in (({"parts": 2}, "--shard_base is for Bloom"), ({"torch_compile": True}, "--torch_compile is for")):
+        with pytest.raises(UserError, match=said):
+            load_base(str(tmp_path), torch.float32, torch.device("cpu"), **options)
+    CONFIG_MAPPING["llama"](quantization_config={"quant_method": "awq"}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its weights are quantised"):
         load_base(str(tmp_path), torch.float32, torch.device("cpu"))
 
 

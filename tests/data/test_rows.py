@@ -19,6 +19,7 @@ from prefix_tuning.data.rows import (
     cut_answers,
     digest,
     encode,
+    part_ids,
     parts_of,
     prompt_ids,
     prompt_of,
@@ -331,4 +332,16 @@ def test_rows_and_tokens_have_not_changed_since_their_version_was_raised(tmp_pat
     assert max(len(row["input_ids"]) for row in tokens) == 40  # a token for each letter
     found = [json.dumps([rows.to_list(), [line.partition(": ")[2] for line in lines]]), json.dumps(tokens)]
     assert [hashlib.sha256(text.encode()).hexdigest()[:12] for text in found] == ["da200e33a93e", "4aeb636d63cc"]
-    assert (readers.ROWS_VERSION, rows_module.TOKENS_VERSION) == (1, 1)
+    assert (readers.ROWS_VERSION, rows_module.TOKENS_VERSION) == (1, 2)
+
+
+def test_a_talk_begins_with_bos_once_if_the_tokenizer_adds_it(tokenizer):
+    """As Llama's and Gemma's tokenizers do."""
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    talk = [*parts_of("再见", history=["你好", "您好！"]), "再见！"]
+    (plain,), (found,) = part_ids(tokenizer, [talk]), part_ids(adding, [talk])
+    assert found == [[tokenizer.bos_token_id, *plain[0]], *plain[1:]]
+    assert prompt_ids(adding, [talk[:1]]) == [adding(talk[0]).input_ids]

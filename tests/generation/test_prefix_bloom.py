@@ -600,7 +600,7 @@ def test_saving_loses_nothing_and_says_what_cannot_be_saved(base, tmp_path, tune
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"save_pretrained\(FOLDER\), then `hf upload"):
         model.push_to_hub("me/prefixes")
-    with pytest.raises(ValueError, match=r"PrefixBloom\(BloomForCausalLM.from_pretrained\(BASE\)\), then model.attach"):
+    with pytest.raises(ValueError, match=r"PrefixBloom\(AutoModelForCausalLM.from_pretrained\(BASE\)\), then model.attach"):
         PrefixBloom.from_pretrained(tmp_path)
 
 

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from models import prefix_config, random_bloom
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from peft import PrefixEncoder as PeftEncoder
-from peft import PrefixTuningConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefix_tuning.errors import UserError
+from prefix_tuning.files.prefixes import load_prefix, save_adapter
 from prefix_tuning.model.bloom import empty_prefix
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, flatten, unflatten
 
@@ -31,6 +33,35 @@ def test_the_shape_follows_the_base():
     assert PrefixConfig.of(base, 10) == PrefixConfig(10, 3, 6, 48, 48, prefix_projection=True)
     assert PrefixConfig.of(base, 7, 20, False) == PrefixConfig(7, 3, 6, 48, 20, prefix_projection=False)
     assert empty_prefix(base).shape == PrefixEncoder(PrefixConfig.of(base, 1)).bake()[:, :, :, :0].shape == (3, 2, 6, 0, 8)
+
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+    "mistral": {"head_dim": 20},
+    "gemma": {"head_dim": 12},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shape_for_grouped_heads_equals_pefts(family, tmp_path):
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(family, vocab_size=99, intermediate_size=16, **shape, **FAMILIES[family])
+    torch.manual_seed(0)
+    theirs = get_peft_model(
+        AutoModelForCausalLM.from_config(config),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True),
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = PrefixEncoder(PrefixConfig.of(config, 3))
+    ours.load_state_dict(theirs.prompt_encoder["default"].state_dict())
+    assert ours.bake().shape == (2, 2, 2, 3, FAMILIES[family].get("head_dim", 8))
+    assert torch.equal(load_prefix(tmp_path).tensor, ours.bake())
+
+    save_adapter(tmp_path, ours.bake() + 1, ours.config, {"name_or_path": family})
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_config(config), tmp_path)
+    assert torch.equal(loaded.prompt_encoder["default"].embedding.weight, flatten(ours.bake() + 1))
 
 
 def test_bloom_1b4_zh_has_205_641_728_parameters():

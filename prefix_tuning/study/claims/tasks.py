@@ -2,7 +2,7 @@
 
 import functools
 import random
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -31,7 +31,8 @@ class Task(NamedTuple):
 @functools.cache
 def bundled_base() -> tuple[Bloom, PreTrainedTokenizerBase]:
     """The mini Bloom, frozen, float32, on the CPU, and its tokenizer. They are shared: change a copy."""
-    return load_base(bundled.MODEL, torch.float32, torch.device("cpu"))
+    base, tokenizer = load_base(bundled.MODEL, torch.float32, torch.device("cpu"))
+    return cast(Bloom, base), tokenizer
 
 
 @functools.cache

@@ -1,0 +1,199 @@
+"""The same prefix for other frozen decoders: Llama, Qwen, Mistral, Gemma and their relatives, by one attention function.
+
+Legend: R rows, T tokens of all rows (packed, batch.py), S tokens of the longest row, N labels, L layers, H heads of queries,
+G heads of keys and values, P prefix tokens, D head_dim.
+
+bloom.py writes out Bloom's forward. The other families need none of their own: their layers in transformers call attention
+through a table of functions (AttentionInterface), and `attend_packed` is one more entry. All that transformers does around
+it, such as norms, rotation, experts and MLPs, treats every token alike, so it takes packed rows as it is. For token i of a
+row, in each head h of queries:
+
+    g       = h // (H / G)                                              its group
+    scores  = R(P + i) W_q x_i . [K_prefix,g ; R(P + j) W_k x_j] * scale    j = 0 .. i
+    context = softmax(scores) @ [V_prefix,g ; W_v x_j]
+
+What is different from Bloom (attention.py):
+
+- Rotation. R(p) turns each pair of a query's or key's numbers by an angle that grows with its position p (Su et al. 2021).
+  R(a) q . R(b) k depends on a - b alone. A row's positions begin at P, as if P tokens stood in front of it. The prefix is
+  learned as keys are *after* rotation, so it is not turned here; there is no slope that hides it from a distance.
+- Grouped heads. H / G heads of queries share the keys and values of one group, so a prefix is (L, 2, G, P, D).
+- No bias but the mask: token i sees the prefix and its row up to i; in a layer with a sliding window of w, of both together
+  the last w positions up to its own.
+- Gemma 2 bounds scores and logits by cap * tanh(x / cap). gpt-oss gives each head a sink, a score that takes a share of the
+  softmax and adds no value. Cohere and Granite multiply the logits by a constant.
+
+What bloom.py saves, this file saves too, but for one thing: the last layer runs at all positions, not at label positions
+alone.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prefix_tuning.model.attention import SHORT_ROW, attention_dtype
+from prefix_tuning.model.batch import Batch
+from prefix_tuning.model.bloom import FrozenHeadLoss, PackedModel, empty_prefix
+
+PACKED = "packed_prefix"  # the name of `attend_packed` in transformers' table
+
+# The model_type of each family that tests/model/test_decoder.py holds to transformers' own forward. Others may have layers
+# that are no attention, keys and values of other shapes, a head with arithmetic of its own, or a table of positions with an
+# end (GPT-2, OPT).
+FAMILIES = {
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "gpt_neox", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "olmo",
+    "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+}  # fmt: skip
+
+
+class Decoder(PackedModel):
+    """What a causal language model of transformers lacks for training a prefix. `as_decoder` adds it."""
+
+    family: type[PreTrainedModel]  # transformers' own class, such as LlamaForCausalLM
+
+    def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+        prefix = empty_prefix(self.config).to(self.device) if prefix is None else prefix
+        first = prefix.shape[3]
+        positions = torch.cat([torch.arange(first, first + length) for length in batch.lengths]).to(self.device)
+        with packed_attention(self.config):
+            output = self.get_decoder()(
+                input_ids=batch.input_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                prefix=prefix,
+                batch=batch,
+            )
+        return output.last_hidden_state[0].index_select(0, batch.label_positions)
+
+    def head_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        head, config = self.get_output_embeddings(), self.config
+        # Cohere multiplies the logits by one constant, Granite divides them by another. The head is linear, so its input may
+        # be multiplied instead.
+        scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return FrozenHeadLoss.apply(hidden * scale, head.weight, labels, head.bias, cap)
+
+    def checkpoint_layers(self) -> None:
+        """Makes each layer keep only its input for the backward pass of `label_losses`, which computes the layer again."""
+        for layer in self.get_decoder().modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = functools.partial(
+                    checkpoint,
+                    layer.forward,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda: (nullcontext(), packed_attention(self.config)),
+                )
+
+
+def as_decoder(model: PreTrainedModel) -> Decoder:
+    """Makes a loaded model a Decoder, in place. Its weights and transformers' own forward and `generate` stay."""
+    model.__class__ = decoder_class(type(model))  # type: ignore[arg-type]  # mypy takes models for unhashable
+    return cast(Decoder, model)
+
+
+@functools.cache
+def decoder_class(family: type) -> type:
+    """The class of a family's models that are Decoders too. family: transformers' own, such as LlamaForCausalLM."""
+    return type(family.__name__, (Decoder, family), {"__module__": family.__module__, "family": family})
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """The tokens that the layers with a sliding window see, up to the query's own; None if there are no such layers."""
+    kinds = getattr(config, "layer_types", None)
+    return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
+
+
+@contextmanager
+def packed_attention(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside, models with this config run `attend_packed`, and build no mask: transformers knows none for its name."""
+    own = config._attn_implementation
+    config._attn_implementation = PACKED
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def attend_packed(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    *,
+    prefix: torch.Tensor,
+    batch: Batch,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """Attention of every row over [prefix; row], as transformers calls it: (1, T, H, D), and no weights.
+
+    query (1, H, T, D), key and value (1, G, T, D): packed, after rotation. prefix: (L, 2, G, P, D), in any dtype. s_aux:
+    (H,), the sinks. prefix and batch are arguments of `packed_hidden`, and the others those of the module.
+    """
+    dtype = attention_dtype(query.dtype, query.device)
+    packed = [x[0].transpose(0, 1).to(dtype) for x in (query, key, value)]  # (T, H or G, D)
+    pairs = prefix[cast(int, module.layer_idx)].to(dtype)
+    over_prefix = functools.partial(_attend, prefix=pairs, scale=scaling, window=sliding_window, cap=softcap, sinks=s_aux)
+    # One row or one grid at a time: see `attend` in attention.py.
+    if query.device.type == "cpu" and len(packed[0]) >= SHORT_ROW * batch.rows:
+        rows = zip(*(x.unsqueeze(0).split(batch.lengths, dim=1) for x in packed), strict=True)
+        context = torch.cat([over_prefix(*row)[0] for row in rows])
+    else:
+        context = batch.from_grid(over_prefix(*map(batch.to_grid, packed)))
+    return context.to(query.dtype).unsqueeze(0), None
+
+
+AttentionInterface.register(PACKED, attend_packed)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: torch.Tensor,
+    scale: float | None,
+    window: int | None,
+    cap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The formula above for a grid of rows. query: (R, S, H, D), key and value: (R, S, G, D). Returns (R, S, H, D)."""
+    rows, length, heads, head_dim = query.shape
+    query = query.transpose(1, 2)
+    # (R, H, P + S, D): the prefix in front, and each group once for each of its heads.
+    key, value = (
+        torch.cat((of_prefix.expand(rows, -1, -1, -1), of_row.transpose(1, 2)), dim=2).repeat_interleave(
+            heads // of_row.shape[2], dim=1
+        )
+        for of_prefix, of_row in zip(prefix, (key, value), strict=True)
+    )
+    positions = torch.arange(key.shape[2], device=key.device)
+    distance = positions[-length:, None] - positions  # of a key before a query
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    if cap is None and sinks is None:
+        mask = visible[None, None]  # 4-D: see `attention_bias`
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+    scores = query @ key.transpose(2, 3) * (head_dim**-0.5 if scale is None else scale)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(rows, heads, length, 1)), dim=3)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2)

@@ -1,0 +1,71 @@
+"""What a run with Bloom has, a run with another family has too: one test for each part, on Llama's or Qwen3's shape."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from answers import run_infer
+from models import random_decoder
+from rows import write_rows
+from runs import LATEST, assert_same_run, interrupt, metrics_of
+from transformers import AutoModelForCausalLM
+
+from prefix_tuning import PrefixBloom, load_prefix
+from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.generation.cache import CACHE
+from prefix_tuning.model.bloom import PackedModel, prefix_cache
+from prefix_tuning.training.run import train
+from prefix_tuning.training.settings import TrainConfig
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def decoder_base(request, tmp_path_factory, tokenizer):
+    """A folder with a small random model of the family and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("decoder") / request.param
+    options = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 512}
+    random_decoder(request.param, use_sliding_window=False, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_resumed_run_has_the_same_bits(small_pass_settings, decoder_base, tmp_path):
+    """With evaluations, exact match, and gradient checkpointing from the checkpoint on."""
+    settings = small_pass_settings | {"model_name_or_path": decoder_base, "eval_exact_match": True, "eval_steps": 6}
+    whole, part = ({**settings, "output_dir": str(tmp_path / name)} for name in ("whole", "part"))
+    train(TrainConfig(**whole))
+    interrupt(part, evaluations=2, watched=(PackedModel, "label_losses"))
+    train(TrainConfig(**part | LATEST | {"gradient_checkpointing": True}))
+    assert_same_run(whole["output_dir"], part["output_dir"])
+    evaluations = [line for line in metrics_of(whole["output_dir"]) if "eval_exact_match" in line]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+
+
+def test_infer_answers_and_scores_as_plain_forwards(quick_settings, decoder_base, tokenizer, tmp_path, capsys):
+    """The learning rate is searched for, and the prefix starts from a text."""
+    options = {"model_name_or_path": decoder_base, "learning_rate": None, "prefix_init": "text", "init_text": "请回答"}
+    train(TrainConfig(**quick_settings | options))
+    folder = quick_settings["output_dir"]
+    prefix, base = load_prefix(folder).tensor, AutoModelForCausalLM.from_pretrained(decoder_base).eval()
+
+    def logits(ids):
+        with torch.no_grad():
+            return base(torch.tensor([ids]), **{CACHE: prefix_cache([prefix])[0]}).logits[0]
+
+    prompt = tokenizer(prompt_of("3加5等于多少？")).input_ids
+    ids = list(prompt)
+    while len(ids) < len(prompt) + 8 and ids[-1] != tokenizer.eos_token_id:
+        ids.append(logits(ids)[-1].argmax().item())
+    expected = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    flags = ["--prefix", folder, "--model_name_or_path", decoder_base, "--precision", "fp32", "--device", "cpu"]
+    capsys.readouterr()
+    run_infer("3加5等于多少？", *flags, "--compare", "--max_new_tokens", 8)
+    assert expected.strip() in capsys.readouterr().out
+    row = {"instruction": "3加5等于多少？", "output": "8"}
+    run_infer("--score", write_rows(tmp_path / "rows.json", [row]), *flags, "--output", tmp_path / "scores.json")
+    (scored,) = json.loads(Path(tmp_path / "scores.json").read_text("utf-8"))["rows"]
+    answer = [*tokenizer("8").input_ids, tokenizer.eos_token_id]
+    losses = torch.nn.functional.cross_entropy(logits(prompt + answer)[len(prompt) - 1 : -1], torch.tensor(answer))
+    (name,) = set(scored["loss"]) - {"base"}
+    assert scored["loss"][name] == pytest.approx(losses.item(), rel=1e-4)
+    assert PrefixBloom(base).names == ["base"]
