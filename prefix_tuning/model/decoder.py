@@ -174,7 +174,7 @@ def _mask(prefix_length: int, max_length: int, window: int | None, device: torch
 def _attend_with_cap_or_sinks(
     qkv: torch.Tensor, pairs: torch.Tensor, batch: Batch, mask: torch.Tensor, cap: float | None, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """`attend`, for scores that torch's kernels do not know. cap: of the scores. sinks: (H,), a further score of each head."""
+    """`attend`, for scores that torch's kernels do not know. cap: of the scores. sinks: (H,), one more score per head."""
     query, key, value = as_grid(qkv, pairs, batch)
     scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
     if cap is not None:
