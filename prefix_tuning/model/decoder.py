@@ -23,8 +23,8 @@ What is different from Bloom (attention.py):
 - Gemma 2 bounds scores and logits by cap * tanh(x / cap). gpt-oss gives each head a sink, a score that takes a share of the
   softmax and adds no value. Cohere and Granite multiply the logits by a constant.
 
-What bloom.py saves, this file saves too, but for one thing: the last layer runs at all positions, not at label positions
-alone.
+The sums themselves are those of attention.py: `attend` runs over [prefix; row]. What bloom.py saves, this file saves too,
+but for one thing: the MLP of the last layer runs at all positions, not at label positions alone.
 """
 
 import functools
@@ -33,13 +33,12 @@ from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefix_tuning.model.attention import SHORT_ROW, attention_dtype
+from prefix_tuning.model.attention import as_grid, attend, attention_dtype
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import FrozenHeadLoss, PackedModel, empty_prefix
 
@@ -144,56 +143,44 @@ def attend_packed(
     query (1, H, T, D), key and value (1, G, T, D): packed, after rotation. prefix: (L, 2, G, P, D), in any dtype. s_aux:
     (H,), the sinks. prefix and batch are arguments of `packed_hidden`, and the others those of the module.
     """
-    dtype = attention_dtype(query.dtype, query.device)
-    packed = [x[0].transpose(0, 1).to(dtype) for x in (query, key, value)]  # (T, H or G, D)
-    pairs = prefix[cast(int, module.layer_idx)].to(dtype)
-    over_prefix = functools.partial(_attend, prefix=pairs, scale=scaling, window=sliding_window, cap=softcap, sinks=s_aux)
-    # One row or one grid at a time: see `attend` in attention.py.
-    if query.device.type == "cpu" and len(packed[0]) >= SHORT_ROW * batch.rows:
-        rows = zip(*(x.unsqueeze(0).split(batch.lengths, dim=1) for x in packed), strict=True)
-        context = torch.cat([over_prefix(*row)[0] for row in rows])
+    layer, prefix_length = cast(int, module.layer_idx), prefix.shape[3]
+    own_dtype, head_dim, groups = query.dtype, query.shape[3], query.shape[1] // key.shape[1]
+    scale = head_dim**-0.5 if scaling is None else scaling
+    dtype = attention_dtype(own_dtype, query.device)
+    # Each group once for each of its heads: as in Bloom, H heads of keys and values then meet H of queries.
+    key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
+    pairs = prefix[layer].repeat_interleave(groups, dim=1)
+    query = query.to(dtype) * (scale * head_dim**0.5)  # `attend` divides by the root
+    qkv = torch.stack((query, key, value), dim=3)[0].transpose(0, 1)  # (T, H, 3, D)
+    mask = _mask(prefix_length, batch.max_length, sliding_window, query.device).to(dtype)
+    if softcap is None and s_aux is None:
+        context = attend(qkv, pairs, batch, mask, label_positions_only=layer == len(prefix) - 1)
     else:
-        context = batch.from_grid(over_prefix(*map(batch.to_grid, packed)))
-    return context.to(query.dtype).unsqueeze(0), None
+        context = _attend_with_cap_or_sinks(qkv, pairs, batch, mask, softcap, s_aux)
+    return context.to(own_dtype).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED, attend_packed)
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix: torch.Tensor,
-    scale: float | None,
-    window: int | None,
-    cap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """The formula above for a grid of rows. query: (R, S, H, D), key and value: (R, S, G, D). Returns (R, S, H, D)."""
-    rows, length, heads, head_dim = query.shape
-    query = query.transpose(1, 2)
-    # (R, H, P + S, D): the prefix in front, and each group once for each of its heads.
-    key, value = (
-        torch.cat((of_prefix.expand(rows, -1, -1, -1), of_row.transpose(1, 2)), dim=2).repeat_interleave(
-            heads // of_row.shape[2], dim=1
-        )
-        for of_prefix, of_row in zip(prefix, (key, value), strict=True)
-    )
-    positions = torch.arange(key.shape[2], device=key.device)
-    distance = positions[-length:, None] - positions  # of a key before a query
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    if cap is None and sinks is None:
-        mask = visible[None, None]  # 4-D: see `attention_bias`
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+def _mask(prefix_length: int, max_length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """0 where a query sees a key, -inf elsewhere: (1, 1, S, P + S), float32. window: tokens that it sees; None: all."""
+    keys = torch.arange(prefix_length + max_length, device=device)
+    distance = keys[prefix_length:, None] - keys  # of a key before the query
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, -torch.inf)[None, None]
 
-    scores = query @ key.transpose(2, 3) * (head_dim**-0.5 if scale is None else scale)
+
+def _attend_with_cap_or_sinks(
+    qkv: torch.Tensor, pairs: torch.Tensor, batch: Batch, mask: torch.Tensor, cap: float | None, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """`attend`, for scores that torch's kernels do not know. cap: of the scores. sinks: (H,), one more score per head."""
+    query, key, value = as_grid(qkv, pairs, batch)
+    scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~visible, -torch.inf)
+    scores = scores + mask
     if sinks is not None:
-        scores = torch.cat((scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(rows, heads, length, 1)), dim=3)
+        scores = torch.cat((scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)), dim=3)
     weights = scores.softmax(-1)[..., : key.shape[2]]
-    return (weights @ value).transpose(1, 2)
+    return batch.from_grid((weights @ value).transpose(1, 2))
