@@ -71,6 +71,7 @@ TESTS = {
         "tests/training/test_start.py -k text_prefix",
         DEVICE,
     ],
+    "model.decoder": ["tests/model/test_decoder.py", "tests/generation/test_decoders.py tests/training/test_decoders.py"],
     "base_model.identity": [
         "tests/base_model/test_identity.py tests/base_model/test_special_tokens.py",
         "tests/base_model/test_sharding.py tests/test_distributed.py -k headless-tied|share_the_base",
