@@ -97,13 +97,16 @@ def complete_batch(
         options["max_new_tokens"] = max(limits)
     settings, others = resolve_options(model.generation_config, generation_config, options | {"tokenizer": tokenizer})
     settings.return_dict_in_generate = False
-    inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in batch]}, padding_side="left", return_tensors="pt")
-    inputs, names = inputs.to(model.device), [prompt.prefix_name for prompt in batch]
+    names, longest = [prompt.prefix_name for prompt in batch], max(len(prompt.ids) for prompt in batch)
     alike = [list(group) for _, group in groupby(batch, key=lambda prompt: len(prompt.ids))]
-    hides = model.outgrows_window(model.length_of(names, inputs.attention_mask, settings))
-    if len(alike) > 1 and (hides or depends_on_padding(settings, tokenizer.pad_token_id)):
+    if len(alike) > 1 and (
+        depends_on_padding(settings, tokenizer.pad_token_id)
+        or model.outgrows_window(model.length_of(names, len(batch), longest, settings))
+    ):
         parts = (complete_batch(model, tokenizer, part, seed, generation_config, **options) for part in alike)
         return list(chain.from_iterable(parts))
+    inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in batch]}, padding_side="left", return_tensors="pt")
+    inputs = inputs.to(model.device)
     keys = [(seed, prompt.number) for prompt in batch]
     if len(batch) > FEW_ROWS and is_continuable(settings, others):
         cache = model.prepend(inputs.attention_mask, names)[1]

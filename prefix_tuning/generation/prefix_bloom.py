@@ -375,10 +375,10 @@ class PrefixBloom(PackedModel):
         # mypy: transformers declares a type of self here that its own models do not have.
         return super().generate(input_ids, settings, attention_mask=mask, **{CACHE: cache}, **options)  # type: ignore[misc]
 
-    def length_of(self, prefix_name: Names, mask: torch.Tensor, settings: GenerationConfig) -> int:
-        """The largest number of tokens of prefix, text and answer. mask: of the text, (R, T)."""
-        longest = max(prefix.shape[3] for prefix in self._prefixes_of(prefix_name, len(mask)))
-        return longest + mask.shape[1] + new_tokens(settings, mask.shape[1])
+    def length_of(self, prefix_name: Names, rows: int, tokens: int, settings: GenerationConfig) -> int:
+        """The largest number of tokens of prefix, text and answer in a batch of `rows` texts, padded to `tokens` tokens."""
+        longest = max(prefix.shape[3] for prefix in self._prefixes_of(prefix_name, rows))
+        return longest + tokens + new_tokens(settings, tokens)
 
     def outgrows_window(self, length: int) -> bool:
         """Whether layers with a sliding window do not see all of `length` tokens. They count padding between prefix and text
@@ -392,7 +392,7 @@ class PrefixBloom(PackedModel):
 
         mask: of the text, (R, T). Raises ValueError if the cache is too small, and for padding that takes up a window.
         """
-        length = self.length_of(prefix_name, mask, settings)
+        length = self.length_of(prefix_name, len(mask), mask.shape[1], settings)
         if self.outgrows_window(length) and not mask.all():
             size = sliding_window(self.config)
             raise ValueError(f"prefix, text and answer outgrow the model's window of {size} tokens: ask rows of one length")

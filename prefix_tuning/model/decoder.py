@@ -28,7 +28,7 @@ but for one thing: the MLP of the last layer runs at all positions, not at label
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import cast
 
@@ -63,6 +63,12 @@ class Decoder(PackedModel):
         prefix = empty_prefix(self.config).to(self.device) if prefix is None else prefix
         first = prefix.shape[3]
         positions = torch.cat([torch.arange(first, first + length) for length in batch.lengths]).to(self.device)
+
+        @functools.cache
+        def mask_of(window: int | None, dtype: torch.dtype) -> torch.Tensor:
+            """All layers with this window share one mask."""
+            return _mask(first, batch.max_length, window, self.device).to(dtype)
+
         with packed_attention(self.config):
             output = self.get_decoder()(
                 input_ids=batch.input_ids.unsqueeze(0),
@@ -70,6 +76,7 @@ class Decoder(PackedModel):
                 use_cache=False,
                 prefix=prefix,
                 batch=batch,
+                mask_of=mask_of,
             )
         return output.last_hidden_state[0].index_select(0, batch.label_positions)
 
@@ -133,6 +140,7 @@ def attend_packed(
     *,
     prefix: torch.Tensor,
     batch: Batch,
+    mask_of: Callable[[int | None, torch.dtype], torch.Tensor],
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -141,18 +149,18 @@ def attend_packed(
     """Attention of every row over [prefix; row], as transformers calls it: (1, T, H, D), and no weights.
 
     query (1, H, T, D), key and value (1, G, T, D): packed, after rotation. prefix: (L, 2, G, P, D), in any dtype. s_aux:
-    (H,), the sinks. prefix and batch are arguments of `packed_hidden`, and the others those of the module.
+    (H,), the sinks. `packed_hidden` gives prefix, batch and mask_of, which returns the mask for a window in a dtype; the
+    module gives the others.
     """
-    layer, prefix_length = cast(int, module.layer_idx), prefix.shape[3]
+    layer, dtype = cast(int, module.layer_idx), attention_dtype(query.dtype, query.device)
     own_dtype, head_dim, groups = query.dtype, query.shape[3], query.shape[1] // key.shape[1]
     scale = head_dim**-0.5 if scaling is None else scaling
-    dtype = attention_dtype(own_dtype, query.device)
     # Each group once for each of its heads: as in Bloom, H heads of keys and values then meet H of queries.
     key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
     pairs = prefix[layer].repeat_interleave(groups, dim=1)
     query = query.to(dtype) * (scale * head_dim**0.5)  # `attend` divides by the root
     qkv = torch.stack((query, key, value), dim=3)[0].transpose(0, 1)  # (T, H, 3, D)
-    mask = _mask(prefix_length, batch.max_length, sliding_window, query.device).to(dtype)
+    mask = mask_of(sliding_window, dtype)
     if softcap is None and s_aux is None:
         context = attend(qkv, pairs, batch, mask, label_positions_only=layer == len(prefix) - 1)
     else:
