@@ -81,16 +81,16 @@ def _check_forward(name: str, config: PreTrainedConfig, sharded: bool, compiled:
     """Raises UserError for a family, a setting or a flag with which the packed forward would compute something else than
     transformers' own.
     """
-    family = config.model_type
-    if family != "bloom" and family not in FAMILIES:
+    family, is_bloom = config.model_type, config.model_type == "bloom"
+    if not (is_bloom or family in FAMILIES):
         known = ", ".join(["bloom", *sorted(FAMILIES)])
         raise UserError(f"--model_name_or_path {name} is a {family} model; this program tunes {known}")
-    if family != "bloom" and (sharded or compiled):
+    if not is_bloom and (sharded or compiled):
         flag = "--shard_base" if sharded else "--torch_compile"
         raise UserError(f"{flag} is for Bloom alone, and --model_name_or_path {name} is a {family} model; leave it out")
-    if family != "bloom" and getattr(config, "quantization_config", None):
+    if not is_bloom and getattr(config, "quantization_config", None):
         raise UserError(f"--model_name_or_path {name}: its weights are quantised, which is tested for Bloom alone")
-    if family == "bloom" and config.slow_but_exact and config.pretraining_tp > 1:
+    if is_bloom and config.slow_but_exact and config.pretraining_tp > 1:
         fault = 'slow_but_exact, with which transformers leaves out two biases of every layer; set "slow_but_exact": false'
     elif not getattr(config, "is_causal", True):
         fault = 'attention to later tokens; set "is_causal": true'
