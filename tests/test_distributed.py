@@ -200,7 +200,7 @@ def test_forks_on_several_machines_are_told_that_a_restart_may_hang(capfd):
 
 
 def test_a_job_has_the_name_of_the_folder_of_its_logs(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/logs/job_1/attempt_3/0/error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/job_1/attempt_3/0/error.json")
     assert distributed.torchrun_job() == "job_1"
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     assert distributed.torchrun_job() is None

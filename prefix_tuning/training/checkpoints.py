@@ -90,9 +90,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 def newest_checkpoint(where: str, output_dir: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
     """The checkpoint that --resume_from_checkpoint names: its path, tensors and state.
 
-    where: a checkpoint; a folder, for its newest intact one; or "latest", for that of `output_dir`, and None if it has none
-    because the run was killed too early. Damaged ones are skipped and named on stderr. Raises UserError if `where` is a
-    damaged checkpoint, or holds no intact one.
+    where: a checkpoint, or a folder, whose newest intact checkpoint is taken. "latest" stands for `output_dir`; if that
+    holds no checkpoint, because the run was killed too early, the result is None. Damaged checkpoints are skipped and named
+    on stderr. Raises UserError if `where` is a damaged checkpoint, or a folder without an intact one.
     """
     folder = output_dir if where == "latest" else Path(where)
     if folder.is_file():

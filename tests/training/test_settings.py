@@ -208,7 +208,7 @@ def test_a_folder_that_cannot_be_opened_is_refused():
 
 @pytest.mark.parametrize("parse", [parse_train_config, parse_infer_config, parse_study_config, parse_claims_config])
 def test_a_name_that_is_no_utf8_is_refused_before_any_work(parse):
-    name = "/tmp/" + "名".encode("gbk").decode("utf-8", "surrogateescape")
+    name = "/rows/" + "名".encode("gbk").decode("utf-8", "surrogateescape")
     flags = {
         "dataset",
         "eval_dataset",

@@ -148,7 +148,9 @@ def projection(lab: Lab) -> Finding:
 
 
 def factor_beside_the_best(found: Measured) -> float:
-    """The larger loss of the two rates beside the best, over that of the best. A loss that was not finite is infinite."""
+    """How many times the loss grows half a decade beside the best rate, on the worse side. A loss that is not finite counts
+    as infinite.
+    """
     losses = [math.inf if loss is None else loss for loss in found.tried.values()]
     best = losses.index(min(losses))
     return max(losses[max(0, best - 1) : best + 2]) / losses[best]

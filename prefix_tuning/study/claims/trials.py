@@ -92,8 +92,8 @@ def drawn(rows: Dataset, count: int | None, seed: int) -> Dataset:
 def measure(trial: Trial, scale: Scale) -> Measured:
     """Finds the trial's rate by whole trainings with the first seed, and scores the trainings of all seeds at that rate.
 
-    The rates are half a decade apart and tried downhill, from the method's first (training/learning_rate.py). Their loss is
-    that of validation rows, which are neither trained on nor scored.
+    The rates are half a decade apart and tried downhill, from the method's first (training/learning_rate.py). The losses
+    that decide are computed on validation rows, which are neither trained on nor scored.
     """
     task = load_task(trial.task)
     validation = sample_batches(task.validation, scale.scored // 2)

@@ -1,7 +1,10 @@
-"""A lab that trains nothing: the test itself gives the figures of each trial."""
+"""A lab that trains nothing, for which the test gives the figures of each trial; and a small case in float64."""
 
 import pytest
+import torch
+from models import examples_of, random_bloom, random_prefix
 
+from prefix_tuning.model.batch import pack
 from prefix_tuning.study.claims.lab import Lab
 from prefix_tuning.study.claims.settings import Scale
 from prefix_tuning.study.claims.trials import Measured
@@ -17,7 +20,7 @@ class StagedLab(Lab):
         self.figures = figures
 
     def run(self, function, items):
-        """Only the longer training of petrov.py comes here."""
+        """Only the longer training of `experiments.unlock` comes here."""
         return [{"exact_match": self.figures(job.trial)[2]} for job in items]
 
     def run_trials(self, trials):
@@ -42,3 +45,10 @@ def staged():
         return [part.agrees for part in finding.parts]
 
     return run
+
+
+@pytest.fixture
+def in_float64():
+    """A random Bloom in float64, three rows of different lengths, a prefix of 4 tokens, and the rows packed."""
+    model, examples = random_bloom(dtype=torch.float64), examples_of([9, 4, 17], prompt_share=0.6)
+    return model, examples, random_prefix(model, tokens=4).double(), next(pack(examples, 1000))

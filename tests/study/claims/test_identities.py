@@ -1,7 +1,7 @@
 """The identities of Petrov et al. and He et al. to 1e-6; both hold for any prefix, so also for a random one."""
 
 import torch
-from models import examples_of, random_bloom, random_prefix
+from models import examples_of, random_prefix
 
 from prefix_tuning.model.batch import pack
 from prefix_tuning.study.attention import attending, watching
@@ -56,10 +56,8 @@ def test_identity_agrees_on_a_real_prefix(tiny):
 
 
 @torch.no_grad()
-def test_the_gated_form_is_the_model_itself():
-    model, examples = random_bloom(dtype=torch.float64), examples_of([9, 4, 17], prompt_share=0.6)
-    prefix = random_prefix(model, tokens=4).double()
-    batch = next(pack(examples, 1000))
+def test_the_gated_form_is_the_model_itself(in_float64):
+    model, _, prefix, batch = in_float64
     with attending(model, lambda layer: attend_gated):
         found = label_logits(model, batch, prefix)
     torch.testing.assert_close(found, label_logits(model, batch, prefix), atol=1e-9, rtol=0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import examples_of, random_bloom, random_prefix, step_of, training_state
+from models import examples_of, random_bloom, step_of, training_state
 
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.encoder import PrefixConfig
@@ -131,10 +131,8 @@ def infix_logits(model, example, pairs):
 
 
 @torch.no_grad()
-def test_an_infix_is_a_cache_that_grew_between_prompt_and_answer():
-    model, examples = random_bloom(dtype=torch.float64), examples_of([9, 4, 17], prompt_share=0.6)
-    pairs = random_prefix(model, tokens=4).double()
-    batch = next(pack(examples, 1000))
+def test_an_infix_is_a_cache_that_grew_between_prompt_and_answer(in_float64):
+    model, examples, pairs, batch = in_float64
     with attending(model, lambda layer: attend_infix):
         found = label_logits(model, batch, pairs)
     rows = label_rows(batch)
