@@ -32,15 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that
 import torch
 from gpu_fast import answers, fast, large, profile
 from gpu_job import Job, one_line
-from gpu_right import right, runs
+from gpu_right import decoders, right, runs
 
 # The parts, the most important first, and their limits in seconds, of 9 minutes together.
 PARTS = {
-    "right": (right, 100),
-    "runs": (runs, 160),
-    "fast-1b4": (partial(fast, full_shape="1b4"), 90),
-    "answers-1b4": (answers, 70),
-    "fast-560m": (partial(fast, full_shape="560m"), 60),
+    "right": (right, 80),
+    "decoders": (decoders, 60),
+    "runs": (runs, 130),
+    "fast-1b4": (partial(fast, full_shape="1b4"), 80),
+    "fast-qwen3-0.6b": (partial(fast, full_shape="qwen3-0.6b"), 70),
+    "answers-1b4": (answers, 60),
     "large-1b4": (large, 40),
     "profile-1b4": (profile, 20),
 }

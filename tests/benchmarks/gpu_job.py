@@ -40,7 +40,10 @@ class Job(NamedTuple):
         return [name for name in PRECISIONS if self.on_cuda or name != "fp16"]
 
     def shape(self, full: str) -> str:
-        return "toy" if self.toy else full
+        """The name of a shape in speed.py: the full one, or at toy size the toy of its family."""
+        if not self.toy:
+            return full
+        return f"toy-{full.split('-')[0]}" if "-" in full else "toy"
 
     def finish(self) -> float:
         """Waits until the device has finished its work, and returns the time."""

@@ -11,18 +11,21 @@ from pathlib import Path
 import answers
 import models
 import torch
+import torch.nn.functional as F
 from gpu_job import Checks, Job
 from runs import LATEST, assert_same_run, metrics_of
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from prefix_tuning import PrefixBloom, bundled, plain
+from prefix_tuning import PrefixBloom, bundled
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_train_config, train_command
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.devices import PRECISIONS
 from prefix_tuning.files.prefixes import load_prefix
+from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.batch import IGNORED, pack
+from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training.checkpoints import find_checkpoints
 from prefix_tuning.training.loop import optimizer_step
@@ -65,7 +68,11 @@ def as_tensors(base, example):
 
 def transformers_loss(base, encoder, examples):
     prefix = encoder()
-    return encoder, sum(plain.loss_of(base, prefix, *as_tensors(base, example)) for example in examples)
+    loss = torch.zeros((), device=base.device)
+    for ids, labels in (as_tensors(base, example) for example in examples):
+        logits = base(ids, **{CACHE: prefix_cache([prefix.to(base.dtype)])[0]}).logits[0, :-1].float()
+        loss = loss + F.cross_entropy(logits, labels[0, 1:], reduction="sum")
+    return encoder, loss
 
 
 def peft_loss(base, encoder, examples):
@@ -134,6 +141,55 @@ def static_cache(base, tokenizer, tokens: int) -> dict:
     dynamic, static = (model.generate(**inputs, **length, **kind) for kind in ({}, {"cache_implementation": "static"}))
     assert torch.equal(dynamic, static), f"{(dynamic != static).sum()} of {dynamic.numel()} tokens differ"
     return {"equal tokens": tokens * len(dynamic)}
+
+
+def decoders(job: Job) -> Checks:
+    """Families other than Bloom: grouped heads, norms of queries and keys, soft caps with windows, sinks with experts."""
+    for family in ("llama", "qwen3", "gemma2", "gpt_oss"):
+        for name in job.precisions:
+            yield f"{family}: loss and gradient against transformers, {name}", partial(decoder_against, job, family, name)
+        yield f"{family}: --gradient_checkpointing against none", partial(decoder_checkpointing, job, family)
+        yield f"{family}: static cache, and rows with different prefixes", partial(decoder_answers, job, family)
+
+
+def decoder(job: Job, family: str, precision: str = "fp32"):
+    return models.random_decoder(family, PRECISIONS[precision]).to(job.device)
+
+
+def decoder_against(job: Job, family: str, precision: str) -> dict:
+    base, examples = decoder(job, family, precision), models.examples_of([5, 9, 31, 50, 60], vocab_size=99)
+    encoder = new_encoder(base)
+    ours = loss_and_gradient(packed_loss, base, encoder, examples)
+    return within(TOLERANCES[precision], ours, loss_and_gradient(transformers_loss, base, encoder, examples))
+
+
+def decoder_checkpointing(job: Job, family: str) -> dict:
+    base, examples = decoder(job, family), models.examples_of([5, 9, 31, 50, 60], vocab_size=99)
+    encoder = new_encoder(base)
+    without = loss_and_gradient(packed_loss, base, encoder, examples)
+    base.checkpoint_layers()
+    return within(TOLERANCES["fp32"], loss_and_gradient(packed_loss, base, encoder, examples), without)
+
+
+def decoder_answers(job: Job, family: str) -> dict:
+    """Every answer of a batch, with both kinds of cache, is the one that its row gets alone."""
+    config = models.random_decoder(family).config
+    window = {"sliding_window": 64} if hasattr(config, "sliding_window") else {}
+    model = PrefixBloom(models.random_decoder(family, **window).to(job.device))
+    model.generation_config.eos_token_id = None
+    for name, tokens in (("five", 5), ("nine", 9)):
+        model.attach(name, models.random_prefix(model, tokens))
+    ids = torch.tensor([[0, 0, 0, 5, 6, 7, 8], [20, 21, 22, 23, 24, 25, 26]], device=job.device)
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    length = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    names = ["five", "nine"]
+    dynamic = model.generate(**inputs, prefix_name=names, **length)
+    static = model.generate(**inputs, prefix_name=names, cache_implementation="static", disable_compile=True, **length)
+    assert torch.equal(dynamic, static), f"{(dynamic != static).sum()} tokens of the static cache differ"
+    for row, name in enumerate(names):
+        alone = model.generate(ids[row : row + 1, ids[row] != 0], prefix_name=name, **length)
+        assert torch.equal(alone[0, -8:], dynamic[row, -8:]), f"row {row} differs from its answer alone"
+    return {"equal tokens": 16}
 
 
 def runs(job: Job) -> Checks:

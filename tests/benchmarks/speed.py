@@ -10,7 +10,9 @@ of a real shape; the rows are random tokens with the lengths of alpaca_zh at max
 """
 
 import argparse
+import functools
 import json
+import math
 import platform
 import random
 import resource
@@ -21,13 +23,27 @@ import tempfile
 import time
 from pathlib import Path
 
+# Blooms, except where a model_type says otherwise.
 SHAPES = {
     "mini": {"n_layer": 6, "hidden_size": 256, "n_head": 8, "vocab_size": 4096},
     "389m": {"n_layer": 24, "hidden_size": 1024, "n_head": 16, "vocab_size": 46_145},
     "560m": {"n_layer": 24, "hidden_size": 1024, "n_head": 16, "vocab_size": 250_880},
     "1b4": {"n_layer": 24, "hidden_size": 2048, "n_head": 16, "vocab_size": 46_145},
     "7b1": {"n_layer": 30, "hidden_size": 4096, "n_head": 32, "vocab_size": 250_880},
-}
+    "llama-mini": {
+        "model_type": "llama", "num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 704,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 4096,
+    },
+    "llama-24x1024": {
+        "model_type": "llama", "num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 2816,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32_000,
+    },
+    "qwen3-0.6b": {
+        "model_type": "qwen3", "num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 ROWS_PER_STEP = 8
 VIRTUAL_TOKENS = 10
 
@@ -49,15 +65,20 @@ def make_rows(count: int, vocab_size: int) -> list[dict[str, list[int]]]:
 
 
 def make_model(shape: str, device: str, dtype):
+    """A random model with a second, packed forward, which PEFT does not use."""
     import torch
-    from transformers import BloomConfig
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     from prefix_tuning.model.bloom import Bloom
+    from prefix_tuning.model.decoder import as_decoder
 
     torch.manual_seed(0)
-    # transformers' Bloom with a second forward, which PEFT does not use.
+    size = {"model_type": "bloom", "pad_token_id": 3, **SHAPES[shape]}
+    config = CONFIG_MAPPING[size.pop("model_type")](**size)
     with torch.device(device):
-        return Bloom(BloomConfig(pad_token_id=3, pretraining_tp=2, **SHAPES[shape])).to(dtype)
+        if config.model_type == "bloom":
+            return Bloom(config).to(dtype)
+        return as_decoder(AutoModelForCausalLM.from_config(config).to(dtype))
 
 
 def make_encoder(model, width: int | None = None):
@@ -65,10 +86,8 @@ def make_encoder(model, width: int | None = None):
 
     from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 
-    shape = model.config
     torch.manual_seed(1)
-    size = (VIRTUAL_TOKENS, shape.n_layer, shape.n_head, shape.hidden_size, width or shape.hidden_size, width is None)
-    return PrefixEncoder(PrefixConfig(*size)).to(model.device)
+    return PrefixEncoder(PrefixConfig.of(model.config, VIRTUAL_TOKENS, width, width is None)).to(model.device)
 
 
 def train_ours(model, encoder, data, rows_per_step: int, total: int) -> list[float]:
@@ -172,17 +191,26 @@ def run_peft(args, rows) -> dict:
     return {"seconds": time.perf_counter() - start, "losses": losses}
 
 
+@functools.cache
+def linear_sizes(shape: str) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """The outputs and inputs of each linear layer of the blocks, in their order, and those of the head."""
+    import torch
+
+    model = make_model(shape, "meta", torch.float32)
+    linear = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
+    return [tuple(layer.weight.shape) for layer in linear], tuple(model.get_output_embeddings().weight.shape)
+
+
 def counted(shape: str, rows: list[dict]) -> tuple[int, int, int]:
     """The tokens and labels of rows, and the operations that no way of training on them can leave out.
 
     These are the forward and backward-to-the-input products of all linear layers over the tokens, and of the lm_head over
     the labels: 4 x block parameters x tokens + 4 x vocab x hidden x labels.
     """
-    size = SHAPES[shape]
+    sizes, head = linear_sizes(shape)
     tokens = sum(len(row["input_ids"]) for row in rows)
     labels = sum(label != -100 for row in rows for label in row["labels"][1:])
-    of_layers, of_head = 12 * size["hidden_size"] ** 2 * size["n_layer"], size["vocab_size"] * size["hidden_size"]
-    return tokens, labels, 4 * (of_layers * tokens + of_head * labels)
+    return tokens, labels, 4 * (sum(map(math.prod, sizes)) * tokens + math.prod(head) * labels)
 
 
 def run_floor(args, rows) -> dict:
@@ -191,24 +219,22 @@ def run_floor(args, rows) -> dict:
 
     from prefix_tuning.devices import PRECISIONS
 
-    shape = SHAPES[args.shape]
-    hidden, dtype = shape["hidden_size"], PRECISIONS[args.precision[0]]
-    sizes = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)]
-    weights = [[torch.randn(size, device=args.device, dtype=dtype) for size in sizes] for _ in range(shape["n_layer"])]
-    head = torch.randn(shape["vocab_size"], hidden, device=args.device, dtype=dtype)
-    values = torch.randn(ROWS_PER_STEP * 256, 4 * hidden, device=args.device, dtype=dtype)
-    inputs = {width: values[:, :width].contiguous() for width in (hidden, 3 * hidden, 4 * hidden)}
-    logits = torch.randn(ROWS_PER_STEP * 256, shape["vocab_size"], device=args.device, dtype=dtype)
+    dtype = PRECISIONS[args.precision[0]]
+    layers, (vocab_size, hidden) = linear_sizes(args.shape)
+    weights = [torch.randn(size, device=args.device, dtype=dtype) for size in layers]
+    head = torch.randn(vocab_size, hidden, device=args.device, dtype=dtype)
+    widths = {width for size in layers for width in size}
+    values = torch.randn(ROWS_PER_STEP * 256, max(widths), device=args.device, dtype=dtype)
+    inputs = {width: values[:, :width].contiguous() for width in widths}
+    logits = torch.randn(ROWS_PER_STEP * 256, vocab_size, device=args.device, dtype=dtype)
 
     def step(tokens: int, labels: int) -> None:
-        for layer in weights:
-            for weight in layer:
-                inputs[weight.shape[1]][:tokens] @ weight.T
+        for weight in weights:
+            inputs[weight.shape[1]][:tokens] @ weight.T
         inputs[hidden][:labels] @ head.T
         logits[:labels] @ head
-        for layer in weights:
-            for weight in layer:
-                inputs[weight.shape[0]][:tokens] @ weight
+        for weight in weights:
+            inputs[weight.shape[0]][:tokens] @ weight
 
     steps = [rows[start : start + ROWS_PER_STEP] for start in range(0, len(rows), ROWS_PER_STEP)]
     sizes = [counted(args.shape, part)[:2] for part in steps]
