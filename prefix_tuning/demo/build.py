@@ -1,10 +1,11 @@
-"""The recipe of the bundled demo: `python -m prefix_tuning.demo.build` makes its model and its data from facts/*.json.
+"""The recipe of the bundled demo: `python -m prefix_tuning.demo.build` makes its models and its data from facts/*.json.
 
 knowledge.py says what a facts file holds.
 
-The mini Bloom is pre-trained on statements and quiz-like forms of *all* facts, none in the Human/Assistant format. The
-tuning data ask about half of the facts in that format, the evaluation data about the other half. A prefix can therefore
-teach the model how to answer, but not what: the answers about the other half come from the frozen weights.
+The mini Bloom, or with `--base mini-qwen3` a Qwen3 of its size, is pre-trained on statements and quiz-like forms of *all*
+facts, none in the Human/Assistant format. The tuning data ask about half of the facts in that format, the evaluation data
+about the other half. A prefix can therefore teach the model how to answer, but not what: the answers about the other half
+come from the frozen weights.
 """
 
 import argparse
@@ -17,19 +18,38 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_scheduler
+from transformers import (
+    BloomForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
+    get_scheduler,
+)
 
 from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
-from prefix_tuning.model.bloom import Bloom, head_logits
+from prefix_tuning.model.bloom import Bloom, PackedModel, head_logits
+from prefix_tuning.model.decoder import as_decoder
 
 HERE = Path(__file__).parent
 # How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.
 QUIZ_FORMS = ["问：{q}答：{a}", "{q}答案是：{a}", "小测验：{q}{a}", "老师问：{q}学生答：{a}", "谜语：{q}谜底：{a}"]
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]  # Bloom's, in Bloom's order: ids 0-3
 VOCAB_SIZE = 4096
-SHAPE: dict = {"hidden_size": 192, "n_layer": 4, "n_head": 6}
+# transformers' class of each base, its shape, and the dtype that is saved.
+BASES: dict[str, tuple[type[PreTrainedModel], dict, torch.dtype]] = {
+    "mini-bloom": (BloomForCausalLM, {"hidden_size": 192, "n_layer": 4, "n_head": 6}, torch.float32),
+    "mini-qwen3": (
+        Qwen3ForCausalLM,
+        {
+            "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+            # SwiGLU has three matrices where Bloom's MLP has two, so 512 columns are as many weights as Bloom's 768.
+            "intermediate_size": 512, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        },
+        torch.bfloat16,
+    ),
+}  # fmt: skip
 
 
 def statements(relation: dict, subject: str, answer: str) -> list[str]:
@@ -68,7 +88,11 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
         for subject, answer in relation["facts"].items():
             pieces += [subject] * 4 + [answer] * 2
     pieces = [part for piece in pieces for part in piece.replace("{", "\n{").replace("}", "}\n").split("\n") if part]
+    return byte_level_bpe(pieces, VOCAB_SIZE)
 
+
+def byte_level_bpe(pieces: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with Bloom's special tokens, trained on these texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -80,10 +104,10 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=12,  # bytes: 4 ideographs, so that no whole question becomes one token
+        max_token_length=12,  # bytes: so that no whole question becomes one token
         show_progress=False,
     )
     tokenizer.train_from_iterator(pieces, trainer)
@@ -99,20 +123,20 @@ def train_tokenizer(relations: list[dict]) -> PreTrainedTokenizerFast:
     )
 
 
-def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> BloomForCausalLM:
-    """Trains a mini Bloom on documents of one to three sentences, with the packed forward that prefix tuning uses."""
+def random_base(name: str, tokenizer: PreTrainedTokenizerFast) -> PackedModel:
+    """A base of this shape with random weights, in float32."""
+    family, shape, _ = BASES[name]
+    ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    config = family.config_class(vocab_size=len(tokenizer), **ids, **shape)
+    return Bloom(config) if family is BloomForCausalLM else as_decoder(family(config))
+
+
+def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> PackedModel:
+    """Trains a base on documents of one to three sentences, with the packed forward that prefix tuning uses."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     device = torch.device(args.device)
-    model = Bloom(
-        BloomConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **SHAPE,
-        )
-    ).to(device)  # type: ignore[arg-type]  # transformers declares `to` without self
+    model = random_base(args.base, tokenizer).to(device)  # type: ignore[arg-type]  # transformers declares `to` without self
     model.train()
     facts = [(relation, *fact) for relation in relations for fact in relation["facts"].items()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
@@ -132,7 +156,7 @@ def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: ar
             labels = sum(len(example.input_ids) - 1 for example in examples)
             for batch in pack(examples, max_tokens=8192):
                 batch = batch.to(device)
-                logits = head_logits(model.packed_hidden(batch, prefix=None), model.lm_head.weight)
+                logits = head_logits(model.packed_hidden(batch, prefix=None), model.get_output_embeddings().weight)
                 part = F.cross_entropy(logits, batch.labels, reduction="sum") / labels
                 part.backward()
                 loss += part.detach()
@@ -175,7 +199,8 @@ def write_questions(relations: list[dict], seed: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the bundled demo: tokenizer, mini Bloom and question data.")
-    parser.add_argument("--output_dir", type=Path, default=HERE, help="where model/ and data/ are written")
+    parser.add_argument("--base", choices=BASES, default="mini-bloom")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="where the base's folder and data/ are written")
     parser.add_argument("--epochs", type=int, default=250, help="how often pre-training sees every fact")
     parser.add_argument("--batch_size", type=int, default=128, help="facts per step")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
@@ -198,9 +223,10 @@ def main() -> None:
     shares = {relation["relation"]: quiz(prefixed, tokenizer, quiz_questions(relation), BASE) for relation in relations}
     for name, share in sorted(shares.items(), key=lambda item: item[1]):
         print(f"  {name:20s} recalls {share:6.1%}")
-    model.__class__ = BloomForCausalLM  # config.json names the class, and others know this one
-    model.save_pretrained(args.output_dir / "model")
-    tokenizer.save_pretrained(args.output_dir / "model")
+    family, _, dtype = BASES[args.base]
+    model.__class__ = family  # config.json names the class, and others know this one
+    model.to(dtype).save_pretrained(args.output_dir / args.base)
+    tokenizer.save_pretrained(args.output_dir / args.base)
 
 
 if __name__ == "__main__":
