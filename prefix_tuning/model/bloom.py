@@ -105,9 +105,7 @@ class PackedModel(PreTrainedModel, GenerationMixin):
         hidden, weight, bias, cap = self.head_inputs(hidden)
         return FrozenHeadLoss.apply(hidden, weight, labels, bias, cap)
 
-    def head_inputs(
-        self, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
+    def head_inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
         """The arguments with which `head_logits` returns this model's logits for the output of `packed_hidden`."""
         raise NotImplementedError
 
@@ -129,7 +127,9 @@ class Bloom(PackedModel, BloomForCausalLM):
         bias = attention_bias(self.config.n_head, prefix.shape[3], batch.max_length, hidden)
         for layer, block in enumerate(blocks):
             last = layer == len(blocks) - 1
-            hidden = block.forward_packed(hidden, batch, bias, prefix[layer], self.attend_in(layer), label_positions_only=last)
+            hidden = block.forward_packed(
+                hidden, batch, bias, prefix[layer], self.attend_in(layer), label_positions_only=last
+            )
         return body.ln_f(hidden)
 
     def head_inputs(self, hidden):

@@ -78,7 +78,7 @@ def test_another_base_has_no_quiz(random_base, tuned, tmp_path, settings):
     run_quietly(settings | {"max_steps": 1})
     flags = ["--prefix", tmp_path / "out", "--model_name_or_path", random_base, "--rows", 4]
     numbers, page = studied(tmp_path, *flags, "--dataset", settings["dataset"])
-    assert numbers["quiz"] is None and "bundled mini Bloom only" in page
+    assert numbers["quiz"] is None and "bundled bases only" in page
     assert [stage["step"] for stage in numbers["prefixes"]["out"]["growth"]["stages"]] == [1]
 
 
