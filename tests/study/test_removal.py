@@ -1,6 +1,12 @@
+import statistics
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from prefix_tuning.generation.cache import CACHE
+from prefix_tuning.model.batch import IGNORED
+from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.study import removal
 from prefix_tuning.study.attention import attend_with_weights, attending
 from prefix_tuning.study.removal import passes_of_removals, removals
@@ -39,10 +45,7 @@ def test_as_many_rows_pass_as_were_estimated(found, studied):
 def test_figures_are_those_of_prefixes_that_never_had_the_part(found, studied, batches, alone):
     model, (record, prefix) = studied.model, found[:2]
     by_part = {(part["kind"], part.get("token")): part for part in record["parts"]}
-    # The farthest token: without it, all others stay where they are in Bloom. Rotation counts from the first token on.
-    farthest = {("token", 0): prefix[:, :, :, 1:]} if model.config.model_type == "bloom" else {}
     for key, variant in {
-        **farthest,
         ("keys only", None): prefix * prefix.new_tensor([1, 0]).view(1, 2, 1, 1, 1),
         ("values only", None): prefix * prefix.new_tensor([0, 1]).view(1, 2, 1, 1, 1),
     }.items():
@@ -52,6 +55,26 @@ def test_figures_are_those_of_prefixes_that_never_had_the_part(found, studied, b
     whole = score_prefix(model, batches["short"], prefix)
     assert record["whole"]["loss"] == pytest.approx(whole.loss, abs=1e-5) and record["base"] == alone._asdict()
     assert record["whole"]["exact_match"] == whole.exact_match
+
+
+@torch.no_grad()
+def test_without_a_token_the_loss_is_what_transformers_gives_if_it_masks_it(found, studied, batches):
+    """Token 0, because Bloom counts positions by the mask: without a later one, those before it would come nearer."""
+    record, prefix = found[:2]
+    losses = []
+    for batch in batches["short"]:
+        labels = torch.full_like(batch.input_ids, IGNORED)
+        labels[batch.label_positions] = batch.labels
+        for ids, expected in zip(batch.input_ids.split(batch.lengths), labels.split(batch.lengths), strict=True):
+            cache, mask = prefix_cache([prefix])
+            mask[:, 0] = 0
+            inputs = {"attention_mask": torch.cat((mask, torch.ones(1, len(ids), dtype=torch.long)), dim=1), CACHE: cache}
+            if studied.model.config.model_type != "bloom":
+                inputs["position_ids"] = torch.arange(16, 16 + len(ids))[None]
+            logits = studied.eager(ids[None], **inputs).logits[0]
+            losses += F.cross_entropy(logits[expected != IGNORED], expected[expected != IGNORED], reduction="none").tolist()
+    (part,) = [part for part in record["parts"] if part["kind"] == "token" and part["token"] == 0]
+    assert part["loss"] == pytest.approx(statistics.mean(losses), abs=1e-5)
 
 
 @pytest.mark.parametrize("removed_axes", [{"layer": 0}, {"layer": 3}, {"layer": 2, "head": 3}, {"token": 2}])
