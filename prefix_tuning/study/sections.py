@@ -27,18 +27,16 @@ def summary(numbers: dict) -> Text:
 def sections_of(numbers: dict) -> list[Section]:
     """numbers: from `run.measure_prefixes`."""
     prefixes = numbers["prefixes"]
-    slopes = next(iter(prefixes.values()))["attention"]["slopes"]
-    alibi = "" if slopes else ".no_alibi"  # what is read below a picture that may show ALiBi
     maps, boxes = _drawn(plots.share_map, prefixes, "attention"), _drawn(plots.norm_boxes, prefixes, "norms")
     return [
-        Section(say("attention"), say(f"attention.reading{alibi}"), maps, found=_found(findings.attention, prefixes)),
+        _about_alibi("attention", maps, _found(findings.attention, prefixes), prefixes),
         _distance(prefixes),
         _question(prefixes),
         _removal(prefixes),
         _pairs(numbers["pairs"], prefixes),
         _quiz(numbers["quiz"]),
         _growth(prefixes),
-        Section(say("norms"), say(f"norms.reading{alibi}"), boxes, found=_found(findings.norms, prefixes)),
+        _about_alibi("norms", boxes, _found(findings.norms, prefixes), prefixes),
         _words(prefixes),
     ]
 
@@ -51,6 +49,20 @@ def _section(
     **values: object,
 ) -> Section:
     return Section(say(key), say(f"{key}.reading", **values), drawn, notes=notes, found=found)
+
+
+def _about_alibi(
+    key: str,
+    drawn: Sequence[go.Figure | tuple[go.Figure, ...]],
+    found: Sequence[Text],
+    prefixes: dict,
+    notes: Sequence[Text] = (),
+    **values: object,
+) -> Section:
+    """A section that reads differently if the model has no ALiBi."""
+    slopes = next(iter(prefixes.values()))["attention"]["slopes"]
+    reading = say(f"{key}.reading" if slopes else f"{key}.reading.no_alibi", **values)
+    return Section(say(key), reading, drawn, notes=notes, found=found)
 
 
 def _drawn(draw: Callable[[dict, str], Any], prefixes: dict, key: str) -> list[Any]:
@@ -88,8 +100,7 @@ def _distance(prefixes: dict) -> Section:
     pictures = [plots.share_by_distance(one, short_name(name), chosen) for one, name in pairs]
     notes = _left_out("prefixes", len(prefixes) - drawn) + _left_out("layers", layers - count)
     farther = max(prefix["num_virtual_tokens"] for prefix in prefixes.values()) - 1
-    reading = say("distance.reading", farther=farther) if shares[0]["slopes"] else say("distance.reading.no_alibi")
-    return Section(say("distance"), reading, pictures, notes=notes, found=_found(findings.distance, prefixes))
+    return _about_alibi("distance", pictures, _found(findings.distance, prefixes), prefixes, notes, farther=farther)
 
 
 def _question(prefixes: dict) -> Section:

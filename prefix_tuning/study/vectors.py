@@ -4,7 +4,7 @@ Legend: T tokens, L layers, H heads of queries, G heads of keys and values (H in
 E = H * D, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -115,22 +115,18 @@ def compare_pairs(base: PackedModel, prefix: torch.Tensor) -> torch.Tensor:
     Keys may be normalised, so no linear map leads back to an embedding. Keys are rotated by their position, and a prefix is
     learned as keys are after that. So each word gets the position of the prefix token that it is compared with.
     """
-    vocabulary = range(base.config.vocab_size)
+    vocabulary = torch.arange(base.config.vocab_size).split(WORDS_AT_ONCE)
     found = []
     for token, own in enumerate(prefix[0].float().movedim(2, 0).flatten(1)):  # (2 * G * D)
         # A row begins where its prefix ends, so after `token` prefix tokens.
-        words = torch.cat([_first_pairs(base, part, prefix[:, :, :, :token]) for part in _split(vocabulary)])
+        words = torch.cat([_first_pairs(base, part, prefix[:, :, :, :token]) for part in vocabulary])
         mean = words.mean(dim=0)
         found.append(F.cosine_similarity(own - mean, words - mean, dim=1))
     return torch.stack(found)
 
 
-def _split(vocabulary: range) -> Iterator[range]:
-    return (vocabulary[start : start + WORDS_AT_ONCE] for start in range(0, len(vocabulary), WORDS_AT_ONCE))
-
-
-def _first_pairs(base: PackedModel, words: Iterable[int], prefix: torch.Tensor) -> torch.Tensor:
-    """Key and value of each word in the first layer, as the only token after a prefix: (words, 2 * G * D), float32."""
+def _first_pairs(base: PackedModel, words: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+    """Key and value of each word in the first layer, as the only token of a row after a prefix: (words, 2 * G * D)."""
     found = []
 
     def attend_and_keep(qkv, *others, **scores):
@@ -140,7 +136,7 @@ def _first_pairs(base: PackedModel, words: Iterable[int], prefix: torch.Tensor) 
     def first_alone(layer: int, forward: Callable) -> Callable:
         return forward if layer == 0 else lambda hidden, *others, **options: hidden
 
-    (batch,) = pack([Example([word], [IGNORED]) for word in words], max_tokens=WORDS_AT_ONCE)
+    (batch,) = pack([Example([word], [IGNORED]) for word in words.tolist()], max_tokens=WORDS_AT_ONCE)
     with attending(base, lambda layer: attend_and_keep), running(base, first_alone):
         base.packed_hidden(batch.to(base.device), prefix)
     return found[0]
