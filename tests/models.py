@@ -1,10 +1,11 @@
 """Small random Blooms and prefixes, and what trains them."""
 
+import copy
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BloomConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefix_tuning import plain
 from prefix_tuning.base_model.loading import load_base
@@ -52,6 +53,13 @@ def random_decoder(family, dtype=torch.float32, **options) -> Decoder:
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     return as_decoder(model.to(dtype))
+
+
+def eager_twin(base) -> PreTrainedModel:
+    """A copy whose own forward can return attention weights."""
+    twin = copy.deepcopy(base)
+    twin.set_attn_implementation("eager")
+    return twin
 
 
 def prefix_config(model, tokens=5, projection=True, width=None) -> PrefixConfig:

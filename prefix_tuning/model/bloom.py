@@ -50,19 +50,21 @@ from prefix_tuning.model.encoder import key_value_shape
 class PackedBlock(BloomBlock):
     """A decoder layer of Bloom that can also run over packed tokens."""
 
-    # Override point: assign a function with the same signature to a block, for example one that shows attention weights
-    # (study/attention.py).
-    attend: Callable[..., torch.Tensor] = staticmethod(attend)
-
     def forward_packed(
-        self, hidden: torch.Tensor, batch: Batch, bias: torch.Tensor, prefix: torch.Tensor, label_positions_only: bool
+        self,
+        hidden: torch.Tensor,
+        batch: Batch,
+        bias: torch.Tensor,
+        prefix: torch.Tensor,
+        attend: Callable[..., torch.Tensor],
+        label_positions_only: bool,
     ) -> torch.Tensor:
         """(T, E) -> (T, E), or (N, E) if label_positions_only. prefix: this layer's, (2, H, P, D)."""
         attention, mlp = self.self_attention, self.mlp
         normed = self.input_layernorm(hidden)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden
         qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim).to(bias.dtype)
-        context = self.attend(qkv, prefix, batch, bias, label_positions_only).flatten(1).to(hidden.dtype)
+        context = attend(qkv, prefix, batch, bias, label_positions_only).flatten(1).to(hidden.dtype)
         if label_positions_only:
             context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))
         hidden = attention.dense(context) + residual
@@ -75,6 +77,10 @@ class PackedBlock(BloomBlock):
 
 class PackedModel(PreTrainedModel, GenerationMixin):
     """A frozen causal language model as the training loop knows it: Bloom below, or a Decoder (decoder.py)."""
+
+    # Override point: assign a function that takes the index of a layer and returns this layer's `attend`, for example one
+    # that shows attention weights (study/attention.py).
+    attend_in: Callable[[int], Callable[..., torch.Tensor]] = staticmethod(lambda layer: attend)
 
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
@@ -96,6 +102,11 @@ class PackedModel(PreTrainedModel, GenerationMixin):
 
     def head_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the head's logits for hidden (N, E) against labels (N,): (N,), at least float32."""
+        hidden, weight, bias, cap = self.head_inputs(hidden)
+        return FrozenHeadLoss.apply(hidden, weight, labels, bias, cap)
+
+    def head_inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
+        """The arguments with which `head_logits` returns this model's logits for the output of `packed_hidden`."""
         raise NotImplementedError
 
 
@@ -115,11 +126,14 @@ class Bloom(PackedModel, BloomForCausalLM):
         prefix = empty_prefix(self.config).to(hidden) if prefix is None else prefix
         bias = attention_bias(self.config.n_head, prefix.shape[3], batch.max_length, hidden)
         for layer, block in enumerate(blocks):
-            hidden = block.forward_packed(hidden, batch, bias, prefix[layer], label_positions_only=layer == len(blocks) - 1)
+            last = layer == len(blocks) - 1
+            hidden = block.forward_packed(
+                hidden, batch, bias, prefix[layer], self.attend_in(layer), label_positions_only=last
+            )
         return body.ln_f(hidden)
 
-    def head_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return FrozenHeadLoss.apply(hidden, self.gathered(self.lm_head.weight), labels)
+    def head_inputs(self, hidden):
+        return hidden, self.gathered(self.lm_head.weight), None, None
 
 
 def add_packed_forward(model: BloomForCausalLM) -> None:

@@ -40,7 +40,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_tuning.model.attention import as_grid, attend, attention_dtype
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import FrozenHeadLoss, PackedModel, empty_prefix
+from prefix_tuning.model.bloom import PackedModel, empty_prefix
 
 PACKED = "packed_prefix"  # the name of `attend_packed` in transformers' table
 
@@ -58,6 +58,7 @@ class Decoder(PackedModel):
     """What a causal language model of transformers lacks for training a prefix. `as_decoder` adds it."""
 
     family: type[PreTrainedModel]  # transformers' own class, such as LlamaForCausalLM
+    attend_in = staticmethod(lambda layer: attend_scores)
 
     def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         prefix = empty_prefix(self.config).to(self.device) if prefix is None else prefix
@@ -77,16 +78,17 @@ class Decoder(PackedModel):
                 prefix=prefix,
                 batch=batch,
                 mask_of=mask_of,
+                attend_in=self.attend_in,
             )
         return output.last_hidden_state[0].index_select(0, batch.label_positions)
 
-    def head_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def head_inputs(self, hidden):
         head, config = self.get_output_embeddings(), self.config
         # Cohere multiplies the logits by one constant, Granite divides them by another. The head is linear, so its input may
         # be multiplied instead.
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         cap = getattr(config, "final_logit_softcapping", None)
-        return FrozenHeadLoss.apply(hidden * scale, head.weight, labels, head.bias, cap)
+        return hidden * scale, head.weight, head.bias, cap
 
     def checkpoint_layers(self) -> None:
         """Makes each layer keep only its input for the backward pass of `label_losses`, which computes the layer again."""
@@ -141,6 +143,7 @@ def attend_packed(
     prefix: torch.Tensor,
     batch: Batch,
     mask_of: Callable[[int | None, torch.dtype], torch.Tensor],
+    attend_in: Callable[[int], Callable[..., torch.Tensor]],
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -149,8 +152,8 @@ def attend_packed(
     """Attention of every row over [prefix; row], as transformers calls it: (1, T, H, D), and no weights.
 
     query (1, H, T, D), key and value (1, G, T, D): packed, after rotation. prefix: (L, 2, G, P, D), in any dtype. s_aux:
-    (H,), the sinks. `packed_hidden` gives prefix, batch and mask_of, which returns the mask for a window in a dtype; the
-    module gives the others.
+    (H,), the sinks. `packed_hidden` gives prefix, batch, the model's attend_in, and mask_of, which returns the mask for a
+    window in a dtype; the module gives the others.
     """
     layer, dtype = cast(int, module.layer_idx), attention_dtype(query.dtype, query.device)
     own_dtype, head_dim, groups = query.dtype, query.shape[3], query.shape[1] // key.shape[1]
@@ -160,11 +163,8 @@ def attend_packed(
     pairs = prefix[layer].repeat_interleave(groups, dim=1)
     query = query.to(dtype) * (scale * head_dim**0.5)  # `attend` divides by the root
     qkv = torch.stack((query, key, value), dim=3)[0].transpose(0, 1)  # (T, H, 3, D)
-    mask = mask_of(sliding_window, dtype)
-    if softcap is None and s_aux is None:
-        context = attend(qkv, pairs, batch, mask, label_positions_only=layer == len(prefix) - 1)
-    else:
-        context = _attend_with_cap_or_sinks(qkv, pairs, batch, mask, softcap, s_aux)
+    mask, last = mask_of(sliding_window, dtype), layer == len(prefix) - 1
+    context = attend_in(layer)(qkv, pairs, batch, mask, label_positions_only=last, cap=softcap, sinks=s_aux)
     return context.to(own_dtype).unsqueeze(0), None
 
 
@@ -179,16 +179,38 @@ def _mask(prefix_length: int, max_length: int, window: int | None, device: torch
     return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, -torch.inf)[None, None]
 
 
-def _attend_with_cap_or_sinks(
-    qkv: torch.Tensor, pairs: torch.Tensor, batch: Batch, mask: torch.Tensor, cap: float | None, sinks: torch.Tensor | None
+def attend_scores(
+    qkv: torch.Tensor,
+    prefix: torch.Tensor,
+    batch: Batch,
+    mask: torch.Tensor,
+    label_positions_only: bool,
+    cap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`attend`, for scores that torch's kernels do not know. cap: of the scores. sinks: (H,), one more score per head."""
-    query, key, value = as_grid(qkv, pairs, batch)
-    scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    """`attend` of attention.py, also with scores that torch's kernels do not know. cap, sinks: see `attention_weights`."""
+    if cap is None and sinks is None:
+        return attend(qkv, prefix, batch, mask, label_positions_only)
+    query, key, value = as_grid(qkv, prefix, batch)
+    weights = attention_weights(query, key, mask, cap, sinks)
+    return batch.from_grid((weights @ value).transpose(1, 2))
+
+
+def attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bias: torch.Tensor,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The softmax over the keys (R, H, P + S, D) for queries (R, H, S, D): (R, H, S, P + S).
+
+    cap: of the scores. sinks: (H,), one more score in each head. With sinks, the weights of a query sum to less than 1.
+    """
+    scores = query @ key.mT * query.shape[3] ** -0.5
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    scores = scores + mask
+    scores = scores + bias
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)), dim=3)
-    weights = scores.softmax(-1)[..., : key.shape[2]]
-    return batch.from_grid((weights @ value).transpose(1, 2))
+    return scores.softmax(-1)[..., : key.shape[2]]

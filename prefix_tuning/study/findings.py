@@ -22,11 +22,22 @@ def attention(name: str, prefix: dict) -> Text:
 
 
 def distance(name: str, prefix: dict) -> Text:
-    share, slopes = np.array(prefix["attention"]["by_distance"]).mean(axis=0), prefix["attention"]["slopes"]
+    by_distance, slopes = np.array(prefix["attention"]["by_distance"]), prefix["attention"]["slopes"]
+    if not slopes:
+        return _distance_without_alibi(name, by_distance)
+    share = by_distance.mean(axis=0)
     ends: dict[str, float] = {}
     for kind, head in (("steep", np.argmax(slopes)), ("flat", np.argmin(slopes))):
         ends |= {kind: slopes[head], f"{kind}_near": share[head, 0], f"{kind}_far": share[head, -1]}
     return say("distance.found", name=name, last=share.shape[1], **ends)
+
+
+def _distance_without_alibi(name: str, share: np.ndarray) -> Text:
+    """share: (L, H, K)."""
+    far = share[:, :, -1]
+    layer, head = heads_by_share(far.tolist())[0]
+    ends = {"near": share[layer, head, 0], "far": far[layer, head], "seeing": (far >= UNSEEN).sum(), "heads": far.size}
+    return say("distance.found.no_alibi", name=name, last=share.shape[2], layer=layer, head=head, **ends)
 
 
 def question(name: str, prefix: dict) -> Text:
@@ -91,5 +102,7 @@ def norms(name: str, prefix: dict) -> Text:
 def words(name: str, prefix: dict) -> Text:
     tokens = prefix["nearest_words"]
     word, cosine = max(itertools.chain(*(token["words"] for token in tokens)), key=lambda pair: pair[1])
-    least = min(token["unexplained"] for token in tokens)
-    return say("words.found", name=name, tokens=len(tokens), word=word, cosine=cosine, least=least)
+    unexplained = [token["unexplained"] for token in tokens]
+    if None in unexplained:
+        return say("words.found.pairs", name=name, tokens=len(tokens), word=word, cosine=cosine)
+    return say("words.found", name=name, tokens=len(tokens), word=word, cosine=cosine, least=min(unexplained))

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import CONFIG_FILE
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import PackedModel
 from prefix_tuning.study.shares import attention_shares
 from prefix_tuning.training.checkpoints import Resumed, find_checkpoints, load_checkpoint, step_of
 from prefix_tuning.training.output import read_metrics
@@ -18,7 +18,7 @@ from prefix_tuning.training.output import read_metrics
 MOST_CHECKPOINTS = 24  # if there are more, evenly spaced ones
 
 
-def growth(base: Bloom, batches: list[Batch], folder: Path, prefix: torch.Tensor) -> dict | None:
+def growth(base: PackedModel, batches: list[Batch], folder: Path, prefix: torch.Tensor) -> dict | None:
     """The prefix at the checkpoints in an output folder, and the prefix that was saved at the end.
 
     Damaged checkpoints are skipped and named on stderr. Returns None if no checkpoint or no metrics.jsonl is intact, else
@@ -73,7 +73,7 @@ def saved_step(records: list[dict], settings: dict) -> int:
     return max(record["step"] for record in tuned)
 
 
-def _stage(base: Bloom, batches: list[Batch], prefix: torch.Tensor) -> dict:
+def _stage(base: PackedModel, batches: list[Batch], prefix: torch.Tensor) -> dict:
     prefix = prefix.to(base.device, base.dtype)
     shares = torch.tensor(attention_shares(base, batches, prefix)["share"])
     return {

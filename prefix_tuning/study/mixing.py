@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import PackedModel
 from prefix_tuning.study.scoring import score_prefix
 
 STEPS = 10  # from one prefix to the other
 
 
 def mixtures(
-    base: Bloom,
+    base: PackedModel,
     rows: dict[str, list[Batch]],
     first: torch.Tensor,
     second: torch.Tensor,

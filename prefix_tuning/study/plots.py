@@ -43,32 +43,40 @@ MATCH, LOSS = "完全匹配 exact match (%)", "损失 loss (nats)"
 def share_map(shares: dict, name: str) -> go.Figure:
     """Layer x head: the share of attention that answer positions give to the prefix. shares: from `attention_shares`."""
     share, slopes = np.array(shares["share"]), shares["slopes"]
-    numbered = share.size <= MOST_CELLS
+    numbered, hover = share.size <= MOST_CELLS, "层 layer %{y}, 头 head %{x}<br>%{z:.1f} %<extra></extra>"
+    names, axis = [str(head) for head in range(share.shape[1])], "头 head"
+    if slopes:
+        names = [f"{head}<br>{slope:.2g}" for head, slope in enumerate(slopes)]
+        axis += "<br>ALiBi 斜率 slope"
+        hover = hover.replace("<br>", "<br>ALiBi %{customdata:.3g} / token<br>")
     figure = go.Figure(
         go.Heatmap(
             z=(100 * share).astype(np.float32),
-            x=[f"{head}<br>{slope:.2g}" for head, slope in enumerate(slopes)],
-            customdata=np.broadcast_to(np.float32(slopes), share.shape),
+            x=names,
+            customdata=np.broadcast_to(np.float32(slopes), share.shape) if slopes else None,
             texttemplate="%{z:.0f}" if numbered else None,
             colorscale="Blues",
             zmin=0,
             zmax=100,
             colorbar={"title": "%", "thickness": 12},
             showscale=not numbered,
-            hovertemplate="层 layer %{y}, 头 head %{x}<br>ALiBi %{customdata:.3g} / token<br>%{z:.1f} %<extra></extra>",
+            hovertemplate=hover,
         )
     )
     figure.update_yaxes(title="层 layer", autorange="reversed", dtick=1)
-    figure.update_xaxes(title="头 head<br>ALiBi 斜率 slope", type="category", tickangle=0 if numbered else None)
-    height, least_width = 180 + 30 * max(6, len(share)), 70 + CELL_WIDTH * len(slopes)
+    figure.update_xaxes(title=axis, type="category", tickangle=0 if numbered else None)
+    height, least_width = 180 + 30 * max(6, len(share)), 70 + CELL_WIDTH * len(names)
     title = f"{name}: 前缀所得注意力 share of attention (%)"
     return styled(figure, title, height, least_width if numbered else 0)
 
 
-def share_by_distance(shares: dict, name: str, layers: list[int]) -> tuple[go.Figure, go.Figure]:
-    """The share over the distance from the prefix, one of `layers` at a time, and the penalty of ALiBi at that distance."""
+def share_by_distance(shares: dict, name: str, layers: list[int]) -> tuple[go.Figure, ...]:
+    """The share over the distance from the prefix, one of `layers` at a time, and the penalty of ALiBi at that distance, if
+    the model has ALiBi.
+    """
     share, slopes = np.array(shares["by_distance"], dtype=np.float32), shares["slopes"]
-    labels = [f"{head} ({slope:.2g})" for head, slope in enumerate(slopes)]
+    heads = share.shape[1]
+    labels = [f"{head} ({slope:.2g})" for head, slope in enumerate(slopes)] if slopes else [str(x) for x in range(heads)]
 
     def lines(rows: np.ndarray, **line: str) -> Iterator[go.Scatter]:
         for head, (label, y) in enumerate(zip(labels, rows, strict=True)):
@@ -77,19 +85,19 @@ def share_by_distance(shares: dict, name: str, layers: list[int]) -> tuple[go.Fi
 
     seen = go.Figure([line for layer in layers for line in lines(100 * share[layer])])
     seen.update_yaxes(title="注意力份额 share (%)", range=[0, 100])
-    groups = [range(number * len(slopes), (number + 1) * len(slopes)) for number in range(len(layers))]
+    groups = [range(number * heads, (number + 1) * heads) for number in range(len(layers))]
     dropdown(seen, [f"层 layer {layer}" for layer in layers], groups)
-    nats = np.outer(slopes, np.arange(1, share.shape[2] + 1)).astype(np.float32)
-    penalty = go.Figure([*lines(nats, dash="dot")])
-    penalty.update_yaxes(log_axis(nats.flatten().tolist()), title="ALiBi 惩罚 penalty (nats)")
-    for figure, title in (
-        (seen, "各词给前缀的注意力 share of attention, by the token of the row"),
-        (penalty, "ALiBi 对最近的虚拟词的惩罚 penalty of the nearest virtual token"),
-    ):
+    drawn = {"各词给前缀的注意力 share of attention, by the token of the row": seen}
+    if slopes:
+        nats = np.outer(slopes, np.arange(1, share.shape[2] + 1)).astype(np.float32)
+        penalty = go.Figure([*lines(nats, dash="dot")])
+        penalty.update_yaxes(log_axis(nats.flatten().tolist()), title="ALiBi 惩罚 penalty (nats)")
+        drawn["ALiBi 对最近的虚拟词的惩罚 penalty of the nearest virtual token"] = penalty
+    for title, figure in drawn.items():
         figure.update_xaxes(title="第几个词 = 到最近虚拟词的距离<br>token = distance to the nearest virtual token")
-        figure.update_layout(legend={"title": {"text": "头 head (ALiBi) "}})
+        figure.update_layout(legend={"title": {"text": "头 head (ALiBi) " if slopes else "头 head "}})
         styled(figure, f"{name}: {title}", 460)
-    return seen, penalty
+    return tuple(drawn.values())
 
 
 def question_map(question: dict, name: str, count: int) -> go.Figure:

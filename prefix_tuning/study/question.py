@@ -1,14 +1,11 @@
 """One question token by token: what base and prefix expect next, and which prefix tokens each position attends to."""
 
-from typing import cast
-
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
-from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.study.attention import watching
 from prefix_tuning.study.scoring import label_logits
 from prefix_tuning.study.shares import heads_by_share
@@ -36,16 +33,16 @@ def follow(
     ids = prompt + replies["prefix"]
     (batch,) = pack([Example(ids, ids)], max_tokens=len(ids))  # every token after the first is a label
     batch = batch.to(model.device)
-    prefix, bloom = model.prefixes[name], cast(Bloom, model)  # run.py refuses others
+    prefix = model.prefixes[name]
     kept, maps = heads_by_share(shares)[:MOST_MAPS], {}
 
     def keep(layer: int, weights: torch.Tensor) -> None:
         for head in (head for at, head in kept if at == layer):
             maps[layer, head] = weights[0, head, :, : prefix.shape[3]].tolist()
 
-    with watching(bloom, keep):
-        tuned = label_logits(bloom, batch, prefix)
-    logits = {"base": label_logits(bloom, batch, None), "prefix": tuned}
+    with watching(model, keep):
+        tuned = label_logits(model, batch, prefix)
+    logits = {"base": label_logits(model, batch, None), "prefix": tuned}
     return {
         "question": tokenizer.decode(prompt),
         "answers": {side: tokenizer.decode(reply, skip_special_tokens=True) for side, reply in replies.items()},

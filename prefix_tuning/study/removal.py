@@ -1,14 +1,17 @@
-"""What breaks without a part of the prefix: the pairs of a layer, a head or a token, all keys, all values."""
+"""What breaks without a part of the prefix: the pairs of a layer, a head or a token, all keys, all values.
+
+Legend: N labels, L layers, H heads of queries, G heads of keys and values (H in Bloom), P prefix tokens, D head_dim,
+E hidden size.
+"""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from prefix_tuning.model.attention import attention_bias
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom, PackedBlock
+from prefix_tuning.model.bloom import PackedModel
+from prefix_tuning.study.attention import attending, running
 from prefix_tuning.study.scoring import Score, Tally, score_prefix
 from prefix_tuning.study.shares import heads_by_share
 
@@ -25,27 +28,27 @@ class Part(NamedTuple):
 
 
 def removals(
-    base: Bloom,
+    base: PackedModel,
     batches: list[Batch],
     prefix: torch.Tensor,
     shares: list[list[float]],
     alone: Score,
     advance: Callable[[int], object] = lambda rows: None,
 ) -> dict:
-    """Loss and exact match without each part of a prefix (L, 2, H, P, D), the worst loss first.
+    """Loss and exact match without each part of a prefix (L, 2, G, P, D), the worst loss first.
 
     shares: (L, H), from `attention_shares`. alone: the score of the base. advance: is called with the number of rows that
     have passed through the base; together, each row passes `passes_of_removals` times.
 
-    Removed pairs take no share of the attention, as if they had never been there. With "keys only", values are 0: the prefix
-    only draws attention away from the text. With "values only", keys are 0: the distance alone decides how much of each
-    value is added.
+    Removed pairs take no share of the attention, as if they had never been there. A head is a head of queries: the others
+    of its group keep the pairs. With "keys only", values are 0: the prefix only draws attention away from the text. With
+    "values only", keys are 0: no query decides how much of each value is added, only the distance in Bloom.
 
     whole, base: the scores of the prefix and of the base alone. parts: for each removal its kind (layer, head, token, keys
     only, values only), where it is, and its scores. left_out: number of heads that were not removed.
     """
     heads = heads_by_share(shares)
-    removed = list(_parts(prefix, sorted(heads[:MOST_HEADS])))
+    removed = list(_parts(prefix, base.config.num_attention_heads, sorted(heads[:MOST_HEADS])))
     whole, tallies = Tally(), [Tally() for _ in removed]
     for batch in batches:
         batch = batch.to(base.device)
@@ -64,46 +67,62 @@ def removals(
     return {"whole": whole.total()._asdict(), "base": alone._asdict(), "parts": parts, "left_out": len(heads[MOST_HEADS:])}
 
 
-def passes_of_removals(prefix: torch.Tensor) -> int:
+def passes_of_removals(base: PackedModel, prefix: torch.Tensor) -> int:
     """How often `removals` runs the rows through the base: for the whole prefix, each part and both halves."""
-    layers, _, heads, length, _ = prefix.shape
-    return layers + min(MOST_HEADS, layers * heads) + length + 3
+    layers, length = len(prefix), prefix.shape[3]
+    return layers + min(MOST_HEADS, layers * base.config.num_attention_heads) + length + 3
 
 
 @torch.no_grad()
-def _hidden_without(base: Bloom, batch: Batch, prefix: torch.Tensor, parts: list[Part]) -> Iterator[torch.Tensor]:
+def _hidden_without(base: PackedModel, batch: Batch, prefix: torch.Tensor, parts: list[Part]) -> Iterator[torch.Tensor]:
     """The input of the head at the labels, (N, E): with the whole prefix, and then without each part.
 
-    Layers below a part do not change without it. So each pass begins at the first layer of the part, with what the whole
-    prefix gave there.
+    Layers below a part do not change without it. So in its pass they give at once what they gave with the whole prefix.
     """
-    body = base.transformer
-    blocks = cast(list[PackedBlock], body.h)
-    hidden = body.word_embeddings_layernorm(F.embedding(batch.input_ids, base.gathered(body.word_embeddings.weight)))
-    bias = attention_bias(base.config.n_head, prefix.shape[3], batch.max_length, hidden)
+    outputs: list[Any] = []  # of each layer, with the whole prefix
 
-    def layer_of(layer: int, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return blocks[layer].forward_packed(
-            hidden, batch, bias, prefix[layer], label_positions_only=layer == len(blocks) - 1
-        )
+    def keep(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_and_keep(*inputs, **options):
+            outputs.append(forward(*inputs, **options))
+            return outputs[-1]
 
-    inputs = [hidden]
-    for layer in range(len(blocks)):
-        inputs.append(layer_of(layer, inputs[-1], bias))
-    yield body.ln_f(inputs[-1])
+        return forward_and_keep
+
+    with running(base, keep):
+        hidden = base.packed_hidden(batch, prefix)
+    yield hidden
     for part in parts:
-        hidden = inputs[part.first]
-        for layer in range(part.first, len(blocks)):
-            left = bias.clone()
-            left[..., : prefix.shape[3]].masked_fill_(part.pairs[layer][None, :, None, :], -torch.inf)
-            hidden = layer_of(layer, hidden, left)
-        yield body.ln_f(hidden)
+
+        def skip(layer: int, forward: Callable[..., Any], first: int = part.first) -> Callable[..., Any]:
+            return forward if layer >= first else lambda *inputs, **options: outputs[layer]
+
+        with running(base, skip), attending(base, _without(base.attend_in, part.pairs)):
+            hidden = base.packed_hidden(batch, prefix)
+        yield hidden
 
 
-def _parts(prefix: torch.Tensor, heads: list[tuple[int, int]]) -> Iterator[Part]:
-    """The parts that are removed one at a time."""
-    layers, _, _, length, _ = prefix.shape
-    nothing = torch.zeros_like(prefix[:, 0, :, :, 0], dtype=torch.bool)
+def _without(
+    attend_in: Callable[[int], Callable[..., torch.Tensor]], pairs: torch.Tensor
+) -> Callable[[int], Callable[..., torch.Tensor]]:
+    """A model's `attend_in` without some pairs of the prefix: (L, H, P), bool. A bias of -inf hides them."""
+
+    def attend_in_rest(layer: int) -> Callable[..., torch.Tensor]:
+        attend, removed = attend_in(layer), pairs[layer]
+
+        def attend_to_rest(qkv, prefix, batch, bias, *others, **scores):
+            rest = bias.repeat(1, len(removed) // bias.shape[1], 1, 1)  # a bias for all heads becomes one for each
+            rest[..., : removed.shape[1]].masked_fill_(removed[None, :, None, :], -torch.inf)
+            return attend(qkv, prefix, batch, rest, *others, **scores)
+
+        return attend_to_rest
+
+    return attend_in_rest
+
+
+def _parts(prefix: torch.Tensor, num_heads: int, heads: list[tuple[int, int]]) -> Iterator[Part]:
+    """The parts that are removed one at a time. num_heads: H."""
+    layers, length = len(prefix), prefix.shape[3]
+    nothing = torch.zeros(layers, num_heads, length, dtype=torch.bool, device=prefix.device)
 
     def at(*index) -> torch.Tensor:
         removed = nothing.clone()

@@ -4,13 +4,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from prefix_tuning import bundled
 from prefix_tuning.base_model.identity import LOCAL, portable_name
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
@@ -24,7 +23,6 @@ from prefix_tuning.files.writing import atomic_write
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.inference.run import open_model
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import Bloom
 from prefix_tuning.settings import MAX_LENGTH
 from prefix_tuning.study.growth import growth, some_checkpoints
 from prefix_tuning.study.mixing import mixtures, passes_of_mixtures
@@ -74,10 +72,6 @@ def study(config: StudyConfig) -> None:
     # Rows are read before the base, which may take minutes to load.
     sets = {name: load_rows(name, splits, given) for name in dict.fromkeys(names.values())}
     model, tokenizer = open_model(folders, config, device)
-    if not isinstance(model, Bloom):
-        raise UserError(
-            f"the study looks into the layers of a Bloom, and {model.name_or_path} is a {model.config.model_type}"
-        )
     with out_of_memory_explained(device, lambda: "try --precision auto, or a shorter --question"):
         rows = {name: prepare(name, one, config, model, tokenizer) for name, one in sets.items()}
         numbers = measure_prefixes(model, tokenizer, folders, {name: rows[dataset] for name, dataset in names.items()})
@@ -155,7 +149,6 @@ def measure_prefixes(
     model: PrefixBloom, tokenizer: PreTrainedTokenizerBase, folders: dict[str, str], rows: dict[str, Rows]
 ) -> dict:
     """All numbers of the study, as study.json holds them. folders, rows: of each prefix, by name."""
-    bloom = cast(Bloom, model)  # `study` refuses others
     names, tensors = list(model.prefixes), model.prefixes
     pairs = [(names[0], other) for other in names[1:]]
     used = max(one.used for one in rows.values())
@@ -166,7 +159,7 @@ def measure_prefixes(
     growing = {
         name: rows[name].few_used * (len(some_checkpoints(find_checkpoints(Path(folders[name])))) + 1) for name in names
     }
-    total += sum(growing[name] + rows[name].used * (1 + passes_of_removals(tensors[name])) for name in names)
+    total += sum(growing[name] + rows[name].used * (1 + passes_of_removals(model, tensors[name])) for name in names)
     for pair in pairs:
         passes = passes_of_mixtures(*(tensors[name] for name in pair))
         total += passes * sum({rows[name].name: rows[name].used for name in pair}.values())
@@ -180,19 +173,19 @@ def measure_prefixes(
         alone = {}
         for name, one in sets.items():
             bar.set_description("base")
-            alone[name] = score_base(bloom, one.batches)
+            alone[name] = score_base(model, one.batches)
             bar.update(one.used)
         prefixes = {}
         for name, prefix in tensors.items():
             own = rows[name]
             scored, norms = alone[own.name]
             bar.set_description(f"{name}: attention")
-            shares = attention_shares(bloom, own.batches, prefix)
+            shares = attention_shares(model, own.batches, prefix)
             bar.update(own.used)
             bar.set_description(f"{name}: without a part")
-            removed = removals(bloom, own.batches, prefix, shares["share"], scored, bar.update)
+            removed = removals(model, own.batches, prefix, shares["share"], scored, bar.update)
             bar.set_description(f"{name}: checkpoints")
-            grown = growth(bloom, own.few, Path(folders[name]), prefix)
+            grown = growth(model, own.few, Path(folders[name]), prefix)
             bar.update(growing[name])
             prefixes[name] = {
                 "dataset": own.name,
@@ -200,18 +193,19 @@ def measure_prefixes(
                 "rows_cut": own.cut,
                 "rows_there": own.there,
                 "num_virtual_tokens": prefix.shape[3],
+                "key_value_heads": prefix.shape[2],
                 "attention": shares,
                 "question": follow(model, tokenizer, own.prompt, name, shares["share"]),
                 "removal": removed,
                 "growth": grown,
                 "norms": {"text": norms, "prefix": prefix_norms(prefix)},
-                "nearest_words": nearest_words(bloom, tokenizer, prefix),
+                "nearest_words": nearest_words(model, tokenizer, prefix),
             }
         found = []
         for first, second in pairs:
             bar.set_description(f"{first} and {second}")
             both = {rows[name].name: rows[name].batches for name in (first, second)}
-            mixed = mixtures(bloom, both, tensors[first], tensors[second], bar.update)
+            mixed = mixtures(model, both, tensors[first], tensors[second], bar.update)
             found.append({"first": first, "second": second, **mixed})
         right = {}
         for name in model.names if facts else ():
@@ -239,7 +233,7 @@ def _quizzed(
 
 
 def _quiz_of(model: PrefixBloom) -> list:
-    """Questions about everything that the bundled base learnt in pre-training. Another base has none."""
-    if portable_name(model.name_or_path or "") != bundled.MODEL:
+    """Questions about everything that a bundled base learnt in pre-training. Other bases have none."""
+    if not portable_name(model.name_or_path or "").startswith("bundled:"):
         return []
     return [question for relation in load_relations() for question in quiz_questions(relation)]

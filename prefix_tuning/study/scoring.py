@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from prefix_tuning.data.rows import take
 from prefix_tuning.model.batch import Batch, pack
-from prefix_tuning.model.bloom import Bloom, head_logits
+from prefix_tuning.model.bloom import PackedModel, head_logits
 
 LABELS_AT_ONCE = 256  # rows of logits that exist at one time
 
@@ -44,13 +44,13 @@ def pack_rows(tokenized: Dataset, max_tokens: int) -> list[Batch]:
     return list(pack(take(tokenized, list(range(len(tokenized)))), max_tokens))
 
 
-def label_logits(base: Bloom, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+def label_logits(base: PackedModel, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
     """The logits at the labels of a batch: (N, V), at least float32. prefix: (L, 2, H, P, D), or None for the base alone."""
-    return head_logits(base.packed_hidden(batch, prefix), base.gathered(base.lm_head.weight))
+    return head_logits(*base.head_inputs(base.packed_hidden(batch, prefix)))
 
 
 @torch.no_grad()
-def score_prefix(base: Bloom, batches: list[Batch], prefix: torch.Tensor | None) -> Score:
+def score_prefix(base: PackedModel, batches: list[Batch], prefix: torch.Tensor | None) -> Score:
     """Loss and exact match over all batches. prefix: (L, 2, H, P, D), or None for the base alone."""
     tally = Tally()
     for batch in batches:
@@ -70,13 +70,13 @@ class Tally:
     def __init__(self) -> None:
         self.loss, self.labels, self.right, self.rows = 0.0, 0, 0, 0
 
-    def add(self, base: Bloom, batch: Batch, hidden: torch.Tensor) -> None:
+    def add(self, base: PackedModel, batch: Batch, hidden: torch.Tensor) -> None:
         """hidden: (N, E), the input of the head at the labels of the batch."""
-        head = base.gathered(base.lm_head.weight)
+        hidden, weight, bias, cap = base.head_inputs(hidden)
         wrong = torch.zeros(batch.rows, dtype=torch.bool, device=base.device)
         parts = zip(*(x.split(LABELS_AT_ONCE) for x in (hidden, batch.labels, label_rows(batch))), strict=True)
         for part, expected, row in parts:
-            logits = head_logits(part, head)
+            logits = head_logits(part, weight, bias, cap)
             self.loss += F.cross_entropy(logits, expected, reduction="sum").item()
             wrong[row[logits.argmax(dim=-1) != expected]] = True
         self.labels += len(batch.labels)

@@ -27,15 +27,16 @@ def summary(numbers: dict) -> Text:
 def sections_of(numbers: dict) -> list[Section]:
     """numbers: from `run.measure_prefixes`."""
     prefixes = numbers["prefixes"]
+    maps, boxes = _drawn(plots.share_map, prefixes, "attention"), _drawn(plots.norm_boxes, prefixes, "norms")
     return [
-        _section("attention", _drawn(plots.share_map, prefixes, "attention"), _found(findings.attention, prefixes)),
+        _about_alibi("attention", maps, _found(findings.attention, prefixes), prefixes),
         _distance(prefixes),
         _question(prefixes),
         _removal(prefixes),
         _pairs(numbers["pairs"], prefixes),
         _quiz(numbers["quiz"]),
         _growth(prefixes),
-        _section("norms", _drawn(plots.norm_boxes, prefixes, "norms"), _found(findings.norms, prefixes)),
+        _about_alibi("norms", boxes, _found(findings.norms, prefixes), prefixes),
         _words(prefixes),
     ]
 
@@ -48,6 +49,20 @@ def _section(
     **values: object,
 ) -> Section:
     return Section(say(key), say(f"{key}.reading", **values), drawn, notes=notes, found=found)
+
+
+def _about_alibi(
+    key: str,
+    drawn: Sequence[go.Figure | tuple[go.Figure, ...]],
+    found: Sequence[Text],
+    prefixes: dict,
+    notes: Sequence[Text] = (),
+    **values: object,
+) -> Section:
+    """A section that reads differently if the model has no ALiBi."""
+    slopes = next(iter(prefixes.values()))["attention"]["slopes"]
+    reading = say(f"{key}.reading" if slopes else f"{key}.reading.no_alibi", **values)
+    return Section(say(key), reading, drawn, notes=notes, found=found)
 
 
 def _drawn(draw: Callable[[dict, str], Any], prefixes: dict, key: str) -> list[Any]:
@@ -77,7 +92,7 @@ def share_out(share: float, prefixes: int, fixed: float, each: float, most: int)
 
 def _distance(prefixes: dict) -> Section:
     shares = [prefix["attention"] for prefix in prefixes.values()]
-    layers, heads = len(shares[0]["share"]), len(shares[0]["slopes"])
+    layers, heads = len(shares[0]["share"]), len(shares[0]["share"][0])
     line = 250 + 5.4 * max(len(one["by_distance"][0][0]) for one in shares)  # 4-byte numbers in base64
     drawn, count = share_out(DISTANCE_SHARE, len(prefixes), heads * line, heads * line, layers)
     chosen = [number * layers // count for number in range(count)]
@@ -85,7 +100,7 @@ def _distance(prefixes: dict) -> Section:
     pictures = [plots.share_by_distance(one, short_name(name), chosen) for one, name in pairs]
     notes = _left_out("prefixes", len(prefixes) - drawn) + _left_out("layers", layers - count)
     farther = max(prefix["num_virtual_tokens"] for prefix in prefixes.values()) - 1
-    return _section("distance", pictures, _found(findings.distance, prefixes), notes, farther=farther)
+    return _about_alibi("distance", pictures, _found(findings.distance, prefixes), prefixes, notes, farther=farther)
 
 
 def _question(prefixes: dict) -> Section:
@@ -113,6 +128,9 @@ def _removal(prefixes: dict) -> Section:
         say("removal.whole", name=name, rows=prefixes[name]["rows"], row=1 / prefixes[name]["rows"], **one)
         for name, one in removals.items()
     ]
+    first = next(iter(prefixes.values()))
+    if (group := len(first["attention"]["share"][0]) // first["key_value_heads"]) > 1:
+        notes.append(say("removal.grouped", group=group))
     notes += _left_out("heads", max(one["left_out"] for one in removals.values()))
     notes += _left_out("bars", max(len(one["parts"]) - plots.MOST_BARS for one in removals.values()))
     return _section("removal", drawn, _found(findings.removal, prefixes), notes)
@@ -149,10 +167,13 @@ def _growth(prefixes: dict) -> Section:
 
 
 def _words(prefixes: dict) -> Section:
-    table: list[list[str | Text]] = [[say(f"words.{key}") for key in ("prefix", "token", "nearest", "unexplained")]]
+    as_pairs = next(iter(prefixes.values()))["nearest_words"][0]["unexplained"] is None
+    way, columns = (".pairs" if as_pairs else ""), ["prefix", "token", "nearest"]
+    columns += [] if as_pairs else ["unexplained"]
+    table: list[list[str | Text]] = [[say(f"words.{key}") for key in columns]]
     for name, prefix in prefixes.items():
         for token, one in enumerate(prefix["nearest_words"]):
             words = ", ".join(f"{text!r} {cosine:.2f}" for text, cosine in one["words"])
-            table.append([name, str(token), words, f"{one['unexplained']:.0%}"])
-    found = _found(findings.words, prefixes)
-    return Section(say("words"), say("words.reading"), table=table, notes=[say("words.warning")], found=found)
+            table.append([name, str(token), words] + ([] if as_pairs else [f"{one['unexplained']:.0%}"]))
+    found, notes = _found(findings.words, prefixes), [say(f"words.warning{way}")]
+    return Section(say("words"), say(f"words.reading{way}"), table=table, notes=notes, found=found)

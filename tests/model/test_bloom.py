@@ -212,8 +212,8 @@ def test_in_bfloat16_on_a_cpu_attention_alone_is_float32():
         of_attention.update(tensor.dtype for tensor in (qkv, bias, context))
         return context
 
+    model.attend_in = lambda layer: attend
     for block in model.transformer.h:
-        block.attend = attend
         for module in block.modules():
             module.register_forward_hook(lambda module, inputs, output: of_modules.add(output.dtype))
     (batch,) = pack(examples_of([7, 12]), 100)

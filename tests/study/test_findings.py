@@ -12,6 +12,13 @@ def test_attention_names_the_head_that_looks_most():
     assert "from 90% to 70% in the head with the flattest (0.062)" in said
 
 
+def test_without_alibi_the_distance_names_the_head_that_looks_most_from_afar():
+    shares = {"by_distance": [[[0.5, 0.1], [0.9, 0.7]], [[1.0, 0.009], [0.3, 0.2]]], "slopes": None}
+    said = findings.distance("short", {"attention": shares})
+    assert "at token 2 of a row, 3 of the 4 heads still" in said.en
+    assert "head 1 of layer 0 gives the most, 70%, and 90% at token 1" in said.en and "第 0 层的头 1" in said.zh
+
+
 def test_a_question_s_first_token_of_the_answer():
     expected = {side: [{"probability": 0.5}, {"probability": last}] for side, last in (("base", 1e-7), ("prefix", 0.998))}
     said = findings.question("short", {"question": {"prompt": 2, "tokens": ["a", "b", "巴黎"], "expected": expected}}).en
@@ -53,4 +60,6 @@ def test_growth_norms_words_and_quiz():
     words = [{"words": [["a", 0.2], ["b", 0.1]], "unexplained": 0.6}, {"words": [["c", 0.3]], "unexplained": 0.7}]
     said = findings.words("short", {"nearest_words": words}).en
     assert "0.30 (“c”)" in said and "at least 60%" in said
+    said = findings.words("short", {"nearest_words": [one | {"unexplained": None} for one in words]})
+    assert "0.30 (“c”)" in said.en and "more than any word" not in said.en and "2 个虚拟词" in said.zh
     assert "100% right; with short, 74%" in findings.quiz({"right": {"base": 1.0, "short": 0.742}}).en

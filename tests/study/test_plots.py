@@ -41,6 +41,15 @@ def test_a_menu_chooses_the_layer_and_the_penalty_is_that_of_the_nearest_token()
     assert "nearest" in penalty.layout.title.text
 
 
+def test_without_alibi_heads_have_numbers_alone_and_there_is_no_penalty():
+    shares = SHARES | {"slopes": None}
+    figure = plots.share_map(shares, "short")
+    assert list(figure.data[0].x) == ["0", "1"] and "ALiBi" not in str(figure)
+    (seen,) = plots.share_by_distance(shares, "short", [0, 1])
+    assert [trace.name for trace in seen.data] == ["0", "1"] * 2 and "ALiBi" not in str(seen)
+    assert shown(seen, 1) == [2, 3] and seen.layout.height == 460
+
+
 def test_a_question_s_bars_and_map_share_their_columns():
     side = [{"probability": 0.5, "likeliest": [["</s>", 0.5]]}, {"probability": 1.0, "likeliest": [["y", 1.0]]}]
     maps = [{"layer": 0, "head": head, "weights": [[0.1 * head, 0.256]] * 3} for head in (1, 0)]

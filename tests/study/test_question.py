@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.study import question
 from prefix_tuning.study.question import follow, token_text
@@ -13,8 +14,8 @@ QUESTION = "法国的首都是哪里？"
 
 
 @pytest.fixture(scope="module")
-def shares(tuned_model, batches):
-    return attention_shares(tuned_model, batches["short"], tuned_model.prefixes["short"])["share"]
+def shares(studied, batches):
+    return attention_shares(studied.model, batches["short"], studied.model.prefixes["short"])["share"]
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,13 @@ def prompt(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def followed(tuned_model, tokenizer, prompt, shares):
-    return follow(tuned_model, tokenizer, prompt, "short", shares)
+def followed(studied, tokenizer, prompt, shares):
+    return follow(studied.model, tokenizer, prompt, "short", shares)
 
 
-def test_probabilities_are_those_of_generate_with_scores(followed, tuned_model, tokenizer, prompt):
+def test_probabilities_are_those_of_generate_with_scores(followed, studied, tokenizer, prompt):
     ids = torch.tensor([prompt])
-    output = tuned_model.generate(
+    output = studied.model.generate(
         ids, prefix_name="short", max_new_tokens=48, do_sample=False, output_scores=True, return_dict_in_generate=True
     )
     reply = output.sequences[0, ids.shape[1] :]
@@ -43,30 +44,30 @@ def test_probabilities_are_those_of_generate_with_scores(followed, tuned_model, 
         assert one["likeliest"][0][0] == token_text(tokenizer, token.item())
 
 
-def test_the_base_s_side_knows_no_prefix(followed, eager, prompt):
+def test_the_base_s_side_knows_no_prefix(followed, studied, prompt):
     ids = torch.tensor([prompt])
     with torch.no_grad():
-        probabilities = eager(ids).logits[0].softmax(dim=-1)
+        probabilities = studied.eager(ids).logits[0].softmax(dim=-1)
     expected = [probabilities[position, ids[0, position + 1]].item() for position in range(ids.shape[1] - 1)]
     found = [one["probability"] for one in followed["expected"]["base"][: len(expected)]]
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_attention_is_what_transformers_reports(followed, tuned_model, eager, prompt):
+def test_attention_is_what_transformers_reports(followed, studied, prompt):
     ids = torch.tensor([prompt])
-    cache, mask = prefix_cache([tuned_model.prefixes["short"]])
+    cache, mask = prefix_cache([studied.model.prefixes["short"]])
     mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
     with torch.no_grad():
-        reported = eager(ids, past_key_values=cache, attention_mask=mask, output_attentions=True).attentions
+        reported = studied.eager(ids, **{CACHE: cache}, attention_mask=mask, output_attentions=True).attentions
     assert len(followed["attention"]) == 24
     for one in followed["attention"]:
         expected = reported[one["layer"]][0, one["head"], :, :16]
         torch.testing.assert_close(torch.tensor(one["weights"])[: ids.shape[1]], expected, atol=1e-5, rtol=0)
 
 
-def test_of_many_heads_those_with_the_largest_share_are_kept(tuned_model, tokenizer, prompt, shares, followed, monkeypatch):
+def test_of_many_heads_those_with_the_largest_share_are_kept(studied, tokenizer, prompt, shares, followed, monkeypatch):
     monkeypatch.setattr(question, "MOST_MAPS", 2)
-    found = follow(tuned_model, tokenizer, prompt, "short", shares)
+    found = follow(studied.model, tokenizer, prompt, "short", shares)
     kept = [shares[one["layer"]][one["head"]] for one in found["attention"]]
     assert kept == sorted(itertools.chain(*shares), reverse=True)[:2]
     assert found["attention"] == followed["attention"][:2]

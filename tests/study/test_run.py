@@ -4,8 +4,9 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
-from models import peft_model
+from models import peft_model, random_decoder
 from rows import write_jsonl
 from runs import run_quietly
 from transformers import AutoModelForCausalLM
@@ -74,12 +75,28 @@ def test_a_prefix_of_peft_is_studied_on_rows_that_are_named(tuned, tmp_path, row
     assert numbers["prefixes"]["adapter"]["rows"] == 6 and not numbers["pairs"] and page.count("<h2>") == 9
 
 
-def test_another_base_has_no_quiz(random_base, tuned, tmp_path, settings):
-    run_quietly(settings | {"max_steps": 1})
-    flags = ["--prefix", tmp_path / "out", "--model_name_or_path", random_base, "--rows", 4]
-    numbers, page = studied(tmp_path, *flags, "--dataset", settings["dataset"])
-    assert numbers["quiz"] is None and "bundled mini Bloom only" in page
-    assert [stage["step"] for stage in numbers["prefixes"]["out"]["growth"]["stages"]] == [1]
+def test_another_family_becomes_a_page_that_says_what_it_has_not(quick_settings, tokenizer, tmp_path):
+    """A Qwen3 with grouped heads, two prefixes, and their checkpoints."""
+    options = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "use_sliding_window": False}
+    base = tmp_path / "base"
+    random_decoder("qwen3", **options).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for seed, name in enumerate(("one", "two")):
+        folder = {"output_dir": str(tmp_path / name), "seed": seed, "model_name_or_path": str(base)}
+        run_quietly(quick_settings | folder | {"max_steps": 2, "save_steps": 1, "num_virtual_tokens": 3})
+    flags = [*(f"--prefix={name}={tmp_path / name}" for name in ("one", "two")), "--model_name_or_path", base]
+    numbers, page = studied(tmp_path, *flags, "--rows", 4, "--dataset", quick_settings["dataset"])
+    one = numbers["prefixes"]["one"]
+    share, first = np.array(one["attention"]["share"]), one["attention"]["by_distance"]
+    assert one["attention"]["slopes"] is None and share.shape == (3, 6) and np.shape(first)[:2] == (3, 6)
+    assert one["key_value_heads"] == 2 and np.array(one["norms"]["text"]).shape == (3, 2, 5)
+    assert [stage["step"] for stage in one["growth"]["stages"]] == [1, 2]
+    assert sum(part["kind"] == "head" for part in one["removal"]["parts"]) == 18
+    assert len(numbers["pairs"][0]["between"]) == 11 and numbers["quiz"] is None
+    assert "bundled bases only" in page and page.count("<h2>") == 9
+    assert page.count("This model has no ALiBi") == page.count("这个模型没有 ALiBi") == 3
+    # Seven pictures of each prefix, because ALiBi's penalty is not drawn; four of the training of each; five of both.
+    assert page.count('class="plotly-graph-div"') == 2 * 7 + 2 * 4 + 5
 
 
 def test_rows_without_labels_are_one_line(tuned, tmp_path):

@@ -1,13 +1,15 @@
 import pytest
 import torch
 from datasets import Dataset
-from models import examples_of
+from models import examples_of, random_decoder, random_prefix
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.evaluation import answer_turns, evaluate_loss, exact_match, expected_answers, last_turn
+from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.batch import pack
-from prefix_tuning.study.scoring import interval, label_rows, pack_rows, score_prefix, spaced
+from prefix_tuning.model.bloom import prefix_cache
+from prefix_tuning.study.scoring import interval, label_logits, label_rows, pack_rows, score_prefix, spaced
 
 
 @pytest.mark.parametrize("name", ["short", "sentence"])
@@ -28,6 +30,19 @@ def test_the_base_alone_is_scored_too(base, tokenizer):
     tokenized = tokenize(load_rows("bundled:short-eval", ("train",)).select(range(20)), tokenizer, 256)
     found = score_prefix(base, pack_rows(tokenized, 1000), None)
     assert found.exact_match == 0 and found.loss == pytest.approx(evaluate_loss(base, tokenized, None, 1000)["eval_loss"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3", "cohere", "granite", "gemma2", "phi"])
+def test_logits_of_other_families_are_those_of_transformers(family):
+    """Cohere and Granite scale them, Gemma 2 caps them, and Phi's head has a bias."""
+    model = random_decoder(family)
+    (batch,), prefix = pack(examples_of([9, 4], vocab_size=99), 100), random_prefix(model)
+    rows = [model(ids[None], **{CACHE: prefix_cache([prefix])[0]}).logits[0] for ids in batch.input_ids.split(batch.lengths)]
+    expected = torch.cat(rows)[batch.label_positions]
+    torch.testing.assert_close(label_logits(model, batch, prefix), expected, atol=1e-4, rtol=1e-4)
+    score = score_prefix(model, [batch], prefix)
+    assert score.loss == pytest.approx(torch.nn.functional.cross_entropy(expected, batch.labels).item(), rel=1e-5)
 
 
 def test_labels_know_their_rows():

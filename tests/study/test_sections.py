@@ -53,6 +53,7 @@ def numbers_of(names, layers, heads, tokens, length):
         "rows_cut": 3,
         "rows_there": 3000,
         "num_virtual_tokens": tokens,
+        "key_value_heads": heads,
         "attention": {
             "share": rng.random((layers, heads)).tolist(),
             "by_distance": rng.random((layers, heads, 256)).tolist(),
@@ -150,3 +151,25 @@ def test_every_part_begins_with_what_was_found_on_each_prefix():
     assert "80 of its 3203 questions" in parts[5].reading.en and "the farthest one 3 slopes more" in parts[1].reading.en
     assert "--save_steps 50 --save_total_limit 20" in parts[6].reading.en
     assert any("One of the 20 rows is 5.0%" in note.en for note in parts[3].notes)
+
+
+def test_a_model_without_alibi_says_so_and_one_with_grouped_heads_what_a_head_is():
+    numbers = numbers_of(["short"], 2, 6, 4, 50)
+    with_alibi = sections_of(numbers)
+    prefix = numbers["prefixes"]["short"]
+    prefix["attention"]["slopes"], prefix["key_value_heads"] = None, 2
+    prefix["nearest_words"] = [one | {"unexplained": None} for one in prefix["nearest_words"]]
+    parts = sections_of(numbers)
+    assert [part.title for part in parts] == [part.title for part in with_alibi]
+    said = [number for number, part in enumerate(parts) if "This model has no ALiBi" in part.reading.en]
+    about = [number for number, part in enumerate(with_alibi) if "ALiBi" in part.reading.en]
+    assert said == about == [0, 1, 7]
+    assert all("这个模型没有 ALiBi" in parts[number].reading.zh for number in about)
+    assert not any("no ALiBi" in part.reading.en for part in with_alibi)
+    assert len(parts[1].figures[0]) == 1 and all(part.found for part in parts[:4])
+    assert any("3 heads share each key and value" in note.en for note in parts[3].notes)
+    assert not any("share each key" in note.en for note in with_alibi[3].notes)
+    assert (
+        len(parts[8].table[0]) == len(parts[8].table[1]) == 3
+        and "virtual token j stands at position j" in parts[8].reading.en
+    )

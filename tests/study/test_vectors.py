@@ -1,9 +1,9 @@
 import pytest
 import torch
-from models import random_bloom
+from models import random_bloom, random_decoder
 
 from prefix_tuning.study.scoring import score_prefix
-from prefix_tuning.study.vectors import QUANTILES, nearest_words, prefix_norms, score_base
+from prefix_tuning.study.vectors import QUANTILES, compare_pairs, nearest_words, prefix_norms, score_base
 
 
 @torch.no_grad()
@@ -13,8 +13,9 @@ def cached(base, ids):
     return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers])
 
 
-def test_norms_of_text_are_those_of_transformers_cache(base, batches):
-    pairs = [cached(base, ids) for batch in batches["short"] for ids in batch.input_ids.split(batch.lengths)]
+def test_norms_of_text_are_those_of_transformers_cache(studied, batches):
+    base = studied.model
+    pairs = [cached(studied.eager, ids) for batch in batches["short"] for ids in batch.input_ids.split(batch.lengths)]
     norms = torch.cat([pair.norm(dim=-1).flatten(2) for pair in pairs], dim=2)  # (layers, 2, heads * tokens)
     expected = torch.quantile(norms, torch.tensor(QUANTILES), dim=2).permute(1, 2, 0)
     scored, found = score_base(base, batches["short"])
@@ -39,6 +40,30 @@ def test_the_pairs_of_words_are_recognised_as_these_words(base, tokenizer):
         assert one["words"][0][0] == tokenizer.decode([token])
         assert one["words"][0][1] == pytest.approx(1, abs=1e-4) and one["words"][1][1] < 0.9
         assert one["unexplained"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_pairs_of_words_are_recognised_at_their_own_positions(tokenizer):
+    """In a model that rotates keys: as the pairs of the same words one position farther on, they are not quite the same."""
+    model = random_decoder("qwen3", vocab_size=len(tokenizer), use_sliding_window=False)
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(token) for token in tokenizer.tokenize("法国的首都是巴黎")])
+    pairs = cached(model, ids)
+    for token, one in zip(ids, nearest_words(model, tokenizer, pairs), strict=True):
+        assert one["words"][0][0] == tokenizer.decode([token]) and one["unexplained"] is None
+        assert one["words"][0][1] == pytest.approx(1, abs=1e-5) and one["words"][1][1] < 0.9
+    for one in nearest_words(model, tokenizer, pairs[:, :, :, 1:]):
+        assert one["words"][0][1] < 0.99
+
+
+def test_what_all_words_have_in_common_counts_for_nothing():
+    """Qwen2 adds a bias to every key. With it, all words would be alike."""
+    model = random_decoder("qwen2", vocab_size=99)
+    pairs, layer = cached(model, torch.tensor([7])), model.get_decoder().layers[0]
+    expected = compare_pairs(model, pairs)
+    assert expected[0].argmax() == 7 and expected.median().abs() < 0.2
+    shift = 100 * torch.randn(pairs[0, 0, :, 0].shape)
+    layer.self_attn.k_proj.bias += shift.flatten()
+    pairs[0, 0, :, 0] += shift  # position 0 is not rotated
+    torch.testing.assert_close(compare_pairs(model, pairs), expected, atol=1e-3, rtol=0)
 
 
 def test_a_trained_prefix_is_no_words(tuned_model, tokenizer):

@@ -13,11 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from prefix_tuning import PrefixBloom, load_prefix
 from prefix_tuning.data.rows import prompt_of
-from prefix_tuning.errors import UserError
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.bloom import PackedModel, prefix_cache
-from prefix_tuning.study.run import study
-from prefix_tuning.study.settings import StudyConfig
 from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
@@ -77,13 +74,10 @@ def test_infer_answers_and_scores_as_plain_forwards(quick_settings, decoder_base
     assert PrefixBloom(base).names == ["base"]
 
 
-def test_what_a_sliding_window_does_not_see_is_said_and_the_study_is_for_bloom(quick_settings, tokenizer, tmp_path, capsys):
+def test_what_a_sliding_window_does_not_see_is_said(quick_settings, tokenizer, tmp_path, capsys):
     base = save_base(tmp_path / "base", tokenizer, "mistral")
     train(TrainConfig(**quick_settings | {"model_name_or_path": base}))
     assert (
         "layers with a sliding window see 8 tokens; at the end of the longest rows, 266, no prefix"
         in capsys.readouterr().out
     )
-    config = StudyConfig(prefix=[quick_settings["output_dir"]], dataset=quick_settings["dataset"], model_name_or_path=base)
-    with pytest.raises(UserError, match=r"the study looks into the layers of a Bloom, and .*base is a mistral"):
-        study(config)
