@@ -78,11 +78,22 @@ def describe_dtype(dtype: torch.dtype, precision: str, device: torch.device) -> 
 
 
 def make_reproducible(device: torch.device) -> None:
-    """Makes the same seed give the same bits on CUDA, where torch has deterministic kernels. Resets its memory peak, too."""
+    """Makes the same seed give the same bits on CUDA. Resets its memory peak, too."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first matmul
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # With warn_only=True, torch would take kernels of attention that give other bits in every run.
+        torch.use_deterministic_algorithms(True)
+        # By default, each new tensor would be filled with NaN first.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def avoid_cudnn_attention(device: torch.device) -> None:
+    """Makes torch take another kernel of attention on CUDA. cuDNN's prepares a plan for each new shape, about 200 ms long;
+    while a text grows token by token, each pass has a new shape.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def activation_bytes_per_token(model: PreTrainedModel) -> int:

@@ -143,8 +143,10 @@ def test_only_cuda_is_told_to_repeat_itself(monkeypatch):
     called = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: called.append(device.type))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *mode, **options: called.append((mode, options)))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     make_reproducible(torch.device("cpu"))
     assert not called and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     make_reproducible(torch.device("cuda"))
-    assert called == ["cuda", ((True,), {"warn_only": True})] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert called == ["cuda", ((True,), {})] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory

@@ -12,7 +12,13 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.rows import read_questions
-from prefix_tuning.devices import describe_dtype, out_of_memory_explained, resolve_device, resolve_dtype
+from prefix_tuning.devices import (
+    avoid_cudnn_attention,
+    describe_dtype,
+    out_of_memory_explained,
+    resolve_device,
+    resolve_dtype,
+)
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix, recorded_history
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
@@ -29,6 +35,7 @@ def infer(config: InferConfig) -> None:
     Raises UserError for a mistake in the settings or the data.
     """
     device = resolve_device(config.device)
+    avoid_cudnn_attention(device)
     with distributed.processes(device):
         parts = parts_of_base(config.shard_base, config.shard_degree)
         if distributed.world_size() > 1 and not (config.input or config.shard_base):

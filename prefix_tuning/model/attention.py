@@ -69,7 +69,13 @@ def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: to
     distance = keys - keys[prefix_length:, None]  # 0 at the query itself, negative before it
     slopes = alibi_slopes(num_heads).to(like.device, torch.promote_types(like.dtype, torch.float32))[:, None, None]
     bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(attention_dtype(like.dtype, like.device))
-    return bias.unsqueeze(0)  # the batch axis avoids the slow kernel that SDPA uses for a 3-D mask on a CPU
+    return aligned(bias.unsqueeze(0))  # the batch axis avoids the slow kernel that SDPA uses for a 3-D mask on a CPU
+
+
+def aligned(bias: torch.Tensor) -> torch.Tensor:
+    """The same numbers, whose rows begin at multiples of 8 in memory. Otherwise CUDA's kernel copies them in each layer."""
+    keys = bias.shape[-1]
+    return F.pad(bias, (0, -keys % 8))[..., :keys]
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefix_tuning.model.attention import as_grid, attend, attention_dtype
+from prefix_tuning.model.attention import aligned, as_grid, attend, attention_dtype
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import PackedModel, empty_prefix
 
@@ -68,7 +68,7 @@ class Decoder(PackedModel):
         @functools.cache
         def mask_of(window: int | None, dtype: torch.dtype) -> torch.Tensor:
             """All layers with this window share one mask."""
-            return _mask(first, batch.max_length, window, self.device).to(dtype)
+            return aligned(_mask(first, batch.max_length, window, self.device).to(dtype))
 
         with packed_attention(self.config):
             output = self.get_decoder()(

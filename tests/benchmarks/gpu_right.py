@@ -21,7 +21,7 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_train_config, train_command
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
-from prefix_tuning.devices import PRECISIONS
+from prefix_tuning.devices import PRECISIONS, make_reproducible
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.batch import IGNORED, pack
@@ -145,11 +145,15 @@ def static_cache(base, tokenizer, tokens: int) -> dict:
 
 def decoders(job: Job) -> Checks:
     """Families other than Bloom: grouped heads, norms of queries and keys, soft caps with windows, sinks with experts."""
+    make_reproducible(torch.device(job.device))  # raises where torch has no deterministic kernel
     for family in ("llama", "qwen3", "gemma2", "gpt_oss"):
         for name in job.precisions:
             yield f"{family}: loss and gradient against transformers, {name}", partial(decoder_against, job, family, name)
         yield f"{family}: --gradient_checkpointing against none", partial(decoder_checkpointing, job, family)
+        yield f"{family}: same bits again, bf16", partial(decoder_repeats, job, family)
         yield f"{family}: static cache, and rows with different prefixes", partial(decoder_answers, job, family)
+    for family in ("granitemoe", "mixtral", "olmoe", "qwen3_moe"):  # experts
+        yield f"{family}: same bits again, bf16", partial(decoder_repeats, job, family)
 
 
 def decoder(job: Job, family: str, precision: str = "fp32"):
@@ -161,6 +165,14 @@ def decoder_against(job: Job, family: str, precision: str) -> dict:
     encoder = new_encoder(base)
     ours = loss_and_gradient(packed_loss, base, encoder, examples)
     return within(TOLERANCES[precision], ours, loss_and_gradient(transformers_loss, base, encoder, examples))
+
+
+def decoder_repeats(job: Job, family: str) -> dict:
+    """The same gradient twice, in bf16."""
+    base, examples = decoder(job, family, "bf16"), models.examples_of([5, 9, 31, 50, 60, 200], vocab_size=99)
+    gradients = [loss_and_gradient(packed_loss, base, new_encoder(base), examples)[1] for _ in range(3)]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients), "the bits differ"
+    return {"equal numbers": len(gradients[0])}
 
 
 def decoder_checkpointing(job: Job, family: str) -> dict:

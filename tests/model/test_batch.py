@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import examples_of
 
-from prefix_tuning.model.batch import EMPTY_BATCH, IGNORED, count_labels, pack
+from prefix_tuning.model.batch import EMPTY_BATCH, IGNORED, Grid, count_labels, pack
 
 
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [3, 9, 1, 7, 2, 30], [1, 1]])
@@ -48,14 +48,34 @@ def test_a_batch_moves_with_all_its_tensors():
         same, elsewhere = (vars(batch.to(torch.device(name))) for name in ("cpu", "meta"))
         assert same.keys() == elsewhere.keys() == vars(batch).keys()
         for name, value in vars(batch).items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(same[name], value) and elsewhere[name].is_meta and elsewhere[name].shape == value.shape
-            else:
-                assert same[name] is elsewhere[name] is value
+            tensors = flat_tensors(value)
+            for found, moved, tensor in zip(flat_tensors(same[name]), flat_tensors(elsewhere[name]), tensors, strict=True):
+                assert torch.equal(found, tensor) and moved.is_meta and moved.shape == tensor.shape
+            assert tensors or same[name] is elsewhere[name] is value
+
+
+def flat_tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else value if isinstance(value, Grid) else []
+
+
+@pytest.mark.parametrize("lengths", [[4, 4], [3, 9, 1, 7]])
+def test_the_gradient_of_the_grid_is_that_of_plain_indexing(lengths):
+    """Also after the end of a row, where the grid's queries read real keys: their gradients must not reach a real token."""
+    (batch,) = pack(examples_of(lengths), 100)
+    lengths = batch.lengths
+    values = torch.randn(len(batch.input_ids), 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(batch.rows, batch.max_length, batch.max_length, dtype=torch.float64)
+    mixed = batch.from_grid(weights.tril() @ batch.to_grid(values))
+    rows = values.split(lengths)
+    expected = torch.cat([weight[: len(row), : len(row)].tril() @ row for weight, row in zip(weights, rows, strict=True)])
+    factors = torch.randn_like(expected)
+    ours, plain = (torch.autograd.grad((result * factors).sum(), values)[0] for result in (mixed, expected))
+    torch.testing.assert_close(mixed, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
 def test_a_batch_is_filled_as_far_as_it_may_be():
     assert [batch.lengths for batch in pack(examples_of([3, 4, 3, 10, 2, 11]), 10)] == [[2, 3, 3], [4], [10], [11]]
     assert [batch.lengths for batch in pack(examples_of([5] * 5), 10)] == [[5, 5], [5, 5], [5]]
     assert (EMPTY_BATCH.input_ids.tolist(), EMPTY_BATCH.lengths, EMPTY_BATCH.first_labels) == ([0], [1], [1])
-    assert len(EMPTY_BATCH.labels) == 0 and EMPTY_BATCH.slots is None
+    assert len(EMPTY_BATCH.labels) == 0 and EMPTY_BATCH.grid is None
