@@ -1,17 +1,19 @@
-"""Names for what ships with the package: a mini Bloom that knows 3,203 facts, and questions about them.
+"""Names for what ships with the package: two small models that know 3,203 facts, and questions about them.
 
-`bundled:mini-bloom` is the model. `bundled:short` and `bundled:sentence` are training questions with brief answers or whole
+`bundled:mini-bloom` is the model of the demo, and `bundled:mini-qwen3` one of another family. `bundled:short` and `bundled:sentence` are training questions with brief answers or whole
 sentences; `bundled:short-eval` and `bundled:sentence-eval` ask about other facts. demo/build.py makes all of them.
 """
 
 from pathlib import Path
 
 MODEL = "bundled:mini-bloom"
+MODELS = (MODEL, "bundled:mini-qwen3")
 DATASETS = ("bundled:short", "bundled:sentence")
 
 _DEMO = Path(__file__).parent / "demo"
 _PATHS = {
-    MODEL: _DEMO / "model",
+    MODEL: _DEMO / "mini-bloom",
+    "bundled:mini-qwen3": _DEMO / "mini-qwen3",
     "bundled:short": _DEMO / "data" / "short.jsonl",
     "bundled:short-eval": _DEMO / "data" / "short-eval.jsonl",
     "bundled:sentence": _DEMO / "data" / "sentence.jsonl",

@@ -48,7 +48,7 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     groups = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
     parser = Parser(groups, MOST_USED_IN_TRAINING, prog="train.py", description=TRAIN_HELP)
     values, given = parser.parse(argv)
-    if values["model_name_or_path"] == bundled.MODEL and values["dataset"] in bundled.DATASETS:
+    if values["model_name_or_path"] in bundled.MODELS and values["dataset"] in bundled.DATASETS:
         skipped = given | (PREFIX_SHAPE if values["prefix_from"] else set())
         settings = {name: value for name, value in bundled.SETTINGS.items() if name not in skipped}
         if not given & {"eval_dataset", "eval_fraction"}:

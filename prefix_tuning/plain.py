@@ -126,7 +126,7 @@ def answer(base: BloomForCausalLM, tokenizer, row: dict, prefix: torch.Tensor | 
     return tokenizer.decode(reply, skip_special_tokens=True)
 
 
-def main(rows_file: str = str(DEMO / "data" / "short.jsonl"), base_name: str = str(DEMO / "model")) -> None:
+def main(rows_file: str = str(DEMO / "data" / "short.jsonl"), base_name: str = str(DEMO / "mini-bloom")) -> None:
     base = BloomForCausalLM.from_pretrained(base_name, dtype=PRECISION).requires_grad_(False).eval().to(DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(base_name)
     rows = [json.loads(line) for line in Path(rows_file).read_text("utf-8").split("\n") if line.strip()]

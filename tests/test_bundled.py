@@ -3,11 +3,11 @@ from pathlib import Path
 from prefix_tuning import bundled
 from prefix_tuning.training.settings import TrainConfig
 
-NAMES = [bundled.MODEL, *bundled.DATASETS, *(f"{name}-eval" for name in bundled.DATASETS)]
+NAMES = [*bundled.MODELS, *bundled.DATASETS, *(f"{name}-eval" for name in bundled.DATASETS)]
 
 
 def test_a_bundled_name_is_a_path_that_is_there_and_back():
-    assert Path(bundled.resolve(bundled.MODEL), "config.json").is_file()
+    assert all(Path(bundled.resolve(name), "config.json").is_file() for name in bundled.MODELS)
     for name in NAMES:
         path = Path(bundled.resolve(name))
         assert path.exists() and bundled.name_of(path.resolve()) == name
