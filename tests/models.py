@@ -54,6 +54,14 @@ def random_decoder(family, dtype=torch.float32, **options) -> Decoder:
     return as_decoder(model.to(dtype))
 
 
+def save_decoder(folder, tokenizer, family, **options) -> str:
+    """A folder with `random_decoder` for a tokenizer, and that tokenizer."""
+    options |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 512}
+    random_decoder(family, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def prefix_config(model, tokens=5, projection=True, width=None) -> PrefixConfig:
     return PrefixConfig.of(model.config, tokens, width, projection)
 

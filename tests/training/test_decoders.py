@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from answers import run_infer
-from models import random_decoder
+from models import save_decoder
 from rows import write_rows
 from runs import LATEST, assert_same_run, interrupt, metrics_of
 from transformers import AutoModelForCausalLM
@@ -22,17 +22,9 @@ from prefix_tuning.training.run import train
 from prefix_tuning.training.settings import TrainConfig
 
 
-def save_base(folder, tokenizer, family, **options) -> str:
-    """A folder with a small random model of the family and the bundled tokenizer."""
-    options |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 512}
-    random_decoder(family, **options).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def decoder_base(request, tmp_path_factory, tokenizer):
-    return save_base(tmp_path_factory.mktemp("decoder"), tokenizer, request.param, use_sliding_window=False)
+    return save_decoder(tmp_path_factory.mktemp("decoder"), tokenizer, request.param, use_sliding_window=False)
 
 
 def test_a_resumed_run_has_the_same_bits(small_pass_settings, decoder_base, tmp_path):
@@ -78,7 +70,7 @@ def test_infer_answers_and_scores_as_plain_forwards(quick_settings, decoder_base
 
 
 def test_what_a_sliding_window_does_not_see_is_said_and_the_study_is_for_bloom(quick_settings, tokenizer, tmp_path, capsys):
-    base = save_base(tmp_path / "base", tokenizer, "mistral")
+    base = save_decoder(tmp_path / "base", tokenizer, "mistral")
     train(TrainConfig(**quick_settings | {"model_name_or_path": base}))
     assert (
         "layers with a sliding window see 8 tokens; at the end of the longest rows, 266, no prefix"
