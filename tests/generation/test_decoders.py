@@ -5,12 +5,14 @@ import pickle
 
 import pytest
 import torch
+from answers import Heard
 from models import peft_model, random_decoder
-from transformers import AutoModelForCausalLM, FalconConfig, pipeline
+from transformers import AutoModelForCausalLM, FalconConfig, GenerationConfig, pipeline
 
 from prefix_tuning import PrefixBloom, load_prefix
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.cache import CACHE
+from prefix_tuning.generation.sampling import row_draws
 from prefix_tuning.model.bloom import empty_prefix, prefix_cache
 from prefix_tuning.model.decoder import sliding_window
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, key_value_shape
@@ -68,6 +70,27 @@ def test_greedy_answers_equal_those_of_each_row_alone(model, options):
     assert len(set(map(tuple, expected))) == len(expected)  # the prefixes do show
     found = model.generate(**padded(ROWS), prefix_name=NAMES, max_new_tokens=NEW, do_sample=False, **options)
     assert found[:, -NEW:].tolist() == expected
+
+
+@torch.no_grad()
+def test_sampled_answers_are_drawn_from_the_logits_of_each_row_alone_and_streamed(model):
+    sampling = {"do_sample": True, "temperature": 2.0, "top_k": 0, "max_new_tokens": NEW}
+    keys, alone = [(7, number) for number in range(len(ROWS))], []
+    for key, row, name in zip(keys, ROWS, NAMES, strict=True):
+        ids = list(row)
+        for step in range(NEW):
+            with row_draws(GenerationConfig(do_sample=True), [key], step):
+                probabilities = (logits_alone(model, ids, name)[-1:] / 2.0).softmax(-1)
+                ids.append(torch.multinomial(probabilities, num_samples=1).item())
+        alone.append(ids)
+        heard = Heard()
+        with row_draws(GenerationConfig(do_sample=True), [key]):
+            model.generate(torch.tensor([row]), prefix_name=name, streamer=heard, **sampling)
+        assert torch.cat(heard.ids).tolist() == ids and len(heard.ids) == 1 + NEW
+    with row_draws(GenerationConfig(do_sample=True), keys):
+        found = model.generate(**padded(ROWS), prefix_name=NAMES, **sampling)
+    assert found[:, -NEW:].tolist() == [ids[-NEW:] for ids in alone]
+    assert alone[0] != greedy_alone(model, ROWS[0], NAMES[0])
 
 
 @torch.no_grad()
