@@ -28,7 +28,7 @@ from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedModel
-from prefix_tuning.model.decoder import FAMILIES, Decoder, as_decoder
+from prefix_tuning.model.decoder import FAMILIES, Decoder, as_packed
 
 
 def load_base(
@@ -56,7 +56,7 @@ def load_base(
     path = bundled.resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        _check_forward(name, config, sharded=parts is not None, compiled=torch_compile)
+        _check_forward(name, config, compiled=torch_compile)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
         _check_tokenizer(name, tokenizer, config.vocab_size)
         model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, config, dtype, device)
@@ -77,7 +77,7 @@ def load_base(
     return model, tokenizer
 
 
-def _check_forward(name: str, config: PreTrainedConfig, sharded: bool, compiled: bool) -> None:
+def _check_forward(name: str, config: PreTrainedConfig, compiled: bool) -> None:
     """Raises UserError for a family, a setting or a flag with which the packed forward would compute something else than
     transformers' own.
     """
@@ -85,9 +85,9 @@ def _check_forward(name: str, config: PreTrainedConfig, sharded: bool, compiled:
     if not (is_bloom or family in FAMILIES):
         known = ", ".join(["bloom", *sorted(FAMILIES)])
         raise UserError(f"--model_name_or_path {name} is a {family} model; this program tunes {known}")
-    if not is_bloom and (sharded or compiled):
-        flag = "--shard_base" if sharded else "--torch_compile"
-        raise UserError(f"{flag} is for Bloom alone, and --model_name_or_path {name} is a {family} model; leave it out")
+    if not is_bloom and compiled:
+        hint = f"--model_name_or_path {name} is a {family} model; leave it out"
+        raise UserError(f"--torch_compile is for Bloom alone, and {hint}")
     if not is_bloom and getattr(config, "quantization_config", None):
         raise UserError(f"--model_name_or_path {name}: its weights are quantised, which is tested for Bloom alone")
     if is_bloom and config.slow_but_exact and config.pretraining_tp > 1:
@@ -117,7 +117,7 @@ def _load_whole(name: str, path: str, config: PreTrainedConfig, dtype: torch.dty
     # If PEFT is installed, transformers attaches an adapter that it finds beside the weights. The base must not depend on
     # what is installed, so transformers is told to look for adapters in a folder that no base has.
     nowhere = {"subfolder": "no-adapter"}
-    family: Any = Bloom if config.model_type == "bloom" else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _without_adapter(path) as folder:
         loaded: Any = family.from_pretrained(folder, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
     model, report = loaded
@@ -127,8 +127,7 @@ def _load_whole(name: str, path: str, config: PreTrainedConfig, dtype: torch.dty
         note(f"{name}: its weights are a pickled .bin file; safetensors is the safer format")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
-    model.requires_grad_(False).eval().to(device)
-    return model if isinstance(model, Bloom) else as_decoder(model)
+    return as_packed(model.requires_grad_(False).eval().to(device))
 
 
 @contextmanager

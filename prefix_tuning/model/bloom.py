@@ -76,6 +76,9 @@ class PackedBlock(BloomBlock):
 class PackedModel(PreTrainedModel, GenerationMixin):
     """A frozen causal language model as the training loop knows it: Bloom below, or a Decoder (decoder.py)."""
 
+    # Returns the full weight of embeddings or head; sharding replaces it with a gather (base_model/sharding.py).
+    gathered: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda weight: weight)
+
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
         labels = len(batch.labels)
@@ -101,9 +104,6 @@ class PackedModel(PreTrainedModel, GenerationMixin):
 
 class Bloom(PackedModel, BloomForCausalLM):
     """BloomForCausalLM, and its packed forward. transformers' own forward and `generate` stay as they are."""
-
-    # Returns the full weight of embeddings or head; sharding replaces it with a gather (base_model/sharding.py).
-    gathered: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda weight: weight)
 
     def __init__(self, config):
         super().__init__(config)

@@ -30,17 +30,18 @@ but for one thing: the MLP of the last layer runs at all positions, not at label
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, BloomForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_tuning.model.attention import as_grid, attend, attention_dtype
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import FrozenHeadLoss, PackedModel, empty_prefix
+from prefix_tuning.model.bloom import Bloom, FrozenHeadLoss, PackedModel, add_packed_forward, empty_prefix
 
 PACKED = "packed_prefix"  # the name of `attend_packed` in transformers' table
 
@@ -55,7 +56,7 @@ FAMILIES = {
 
 
 class Decoder(PackedModel):
-    """What a causal language model of transformers lacks for training a prefix. `as_decoder` adds it."""
+    """What a causal language model of transformers lacks for training a prefix. `as_packed` adds it."""
 
     family: type[PreTrainedModel]  # transformers' own class, such as LlamaForCausalLM
 
@@ -69,9 +70,13 @@ class Decoder(PackedModel):
             """All layers with this window share one mask."""
             return _mask(first, batch.max_length, window, self.device).to(dtype)
 
+        embeddings: Any = self.get_input_embeddings()
+        embedded = F.embedding(batch.input_ids, self.gathered(embeddings.weight))
+        if hasattr(embeddings, "embed_scale"):  # Gemma's
+            embedded = embedded * embeddings.embed_scale.to(embedded.dtype)
         with packed_attention(self.config):
             output = self.get_decoder()(
-                input_ids=batch.input_ids.unsqueeze(0),
+                inputs_embeds=embedded.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
                 use_cache=False,
                 prefix=prefix,
@@ -86,25 +91,33 @@ class Decoder(PackedModel):
         # be multiplied instead.
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         cap = getattr(config, "final_logit_softcapping", None)
-        return FrozenHeadLoss.apply(hidden * scale, head.weight, labels, head.bias, cap)
+        bias = None if head.bias is None else self.gathered(head.bias)
+        return FrozenHeadLoss.apply(hidden * scale, self.gathered(head.weight), labels, bias, cap)
 
     def checkpoint_layers(self) -> None:
         """Makes each layer keep only its input for the backward pass of `label_losses`, which computes the layer again."""
-        for layer in self.get_decoder().modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = functools.partial(
-                    checkpoint,
-                    layer.forward,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=lambda: (nullcontext(), packed_attention(self.config)),
-                )
+        for layer in layers_of(self):
+            layer.forward = functools.partial(
+                checkpoint,
+                layer.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), packed_attention(self.config)),
+            )
 
 
-def as_decoder(model: PreTrainedModel) -> Decoder:
-    """Makes a loaded model a Decoder, in place. Its weights and transformers' own forward and `generate` stay."""
-    model.__class__ = decoder_class(type(model))  # type: ignore[arg-type]  # mypy takes models for unhashable
-    return cast(Decoder, model)
+def as_packed(model: PreTrainedModel) -> PackedModel:
+    """Makes a loaded model a Bloom or a Decoder, in place. Its weights and transformers' own forward and `generate` stay."""
+    if isinstance(model, BloomForCausalLM):
+        model.__class__ = Bloom
+        add_packed_forward(model)
+    else:
+        model.__class__ = decoder_class(type(model))  # type: ignore[arg-type]  # mypy takes models for unhashable
+    return cast(PackedModel, model)
+
+
+def layers_of(model: PackedModel) -> list[nn.Module]:
+    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @functools.cache
