@@ -4,11 +4,12 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -28,7 +29,7 @@ from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedModel
-from prefix_tuning.model.decoder import FAMILIES, Decoder, as_packed
+from prefix_tuning.model.decoder import FAMILIES, as_packed, layers_of, packed_attention
 
 
 def load_base(
@@ -56,7 +57,7 @@ def load_base(
     path = bundled.resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        _check_forward(name, config, compiled=torch_compile)
+        _check_forward(name, config)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
         _check_tokenizer(name, tokenizer, config.vocab_size)
         model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, config, dtype, device)
@@ -70,14 +71,11 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
     align_special_tokens(model.generation_config, tokenizer, name)
-    if isinstance(model, Bloom):
-        wrap_layers(model, gradient_checkpointing, torch_compile)
-    elif gradient_checkpointing:
-        cast(Decoder, model).checkpoint_layers()
+    wrap_layers(model, gradient_checkpointing, torch_compile)
     return model, tokenizer
 
 
-def _check_forward(name: str, config: PreTrainedConfig, compiled: bool) -> None:
+def _check_forward(name: str, config: PreTrainedConfig) -> None:
     """Raises UserError for a family, a setting or a flag with which the packed forward would compute something else than
     transformers' own.
     """
@@ -85,9 +83,6 @@ def _check_forward(name: str, config: PreTrainedConfig, compiled: bool) -> None:
     if not (is_bloom or family in FAMILIES):
         known = ", ".join(["bloom", *sorted(FAMILIES)])
         raise UserError(f"--model_name_or_path {name} is a {family} model; this program tunes {known}")
-    if not is_bloom and compiled:
-        hint = f"--model_name_or_path {name} is a {family} model; leave it out"
-        raise UserError(f"--torch_compile is for Bloom alone, and {hint}")
     if not is_bloom and getattr(config, "quantization_config", None):
         raise UserError(f"--model_name_or_path {name}: its weights are quantised, which is tested for Bloom alone")
     if is_bloom and config.slow_but_exact and config.pretraining_tp > 1:
@@ -196,31 +191,43 @@ def ends_of(settings: GenerationConfig) -> list[int]:
 # --- what wraps a layer: compilation, gradient checkpointing, the gathering of sharded weights ---
 
 
-def wrap_layers(model: Bloom, gradient_checkpointing: bool, torch_compile: bool) -> None:
-    """Wraps the `forward_packed` of every layer, in place. Call it once; a sharded model always needs it.
+def wrap_layers(model: PackedModel, gradient_checkpointing: bool, torch_compile: bool) -> None:
+    """Wraps in each layer the method that the packed forward calls, in place. Call it once; a sharded Bloom always needs it.
 
     gradient_checkpointing keeps only a layer's input for the backward pass and computes the layer again there: the same
     bits, less memory, a third more work. torch_compile fuses the operations between the matmuls.
     """
-    # Typed as Iterable, because mypy would not let a method of a Module be replaced.
-    blocks: Iterable = model.transformer.h
-    for block in blocks:
+    method = "forward_packed" if isinstance(model, Bloom) else "forward"
+    for layer in layers_of(model):
+        forward = getattr(layer, method)
         # From the inside out: checkpointing runs the compiled layer again, and both passes need the gathered weights.
         if torch_compile:
-            block.forward_packed = _compiled_for_training(block.forward_packed)
+            forward = _compiled_for_training(forward)
         if gradient_checkpointing:
-            block.forward_packed = functools.partial(
-                checkpoint, block.forward_packed, use_reentrant=False, preserve_rng_state=False
+            contexts = functools.partial(_contexts, model.config)
+            forward = functools.partial(
+                checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
             )
-        register_fsdp_forward_method(block, "forward_packed")  # a no-op unless the layer is sharded
+        setattr(layer, method, forward)
+        if isinstance(model, Bloom):  # of its layers, `forward` alone gathers by itself
+            register_fsdp_forward_method(layer, method)  # a no-op unless the layer is sharded
+
+
+def _contexts(config: PreTrainedConfig) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What a layer with gradient checkpointing runs in: at first, and in the backward pass, outside of `packed_hidden`."""
+    return nullcontext(), packed_attention(config)
 
 
 def _compiled_for_training(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`forward`, compiled once for all lengths. Without gradients, as in evaluation, it runs uncompiled: torch would compile
-    it a second time for that.
+    """A layer's `forward`, compiled once for all lengths. Without gradients, as in evaluation, it runs uncompiled, because
+    torch would compile it a second time for that.
     """
-    compiled = torch.compile(forward, dynamic=True)
-    return lambda *inputs, **options: (compiled if torch.is_grad_enabled() else forward)(*inputs, **options)
+    own, layer = forward.__func__, forward.__self__  # type: ignore[attr-defined]
+    return functools.partial(_run_compiled, torch.compile(own, dynamic=True), own, layer)
+
+
+def _run_compiled(compiled: Callable, plain: Callable, layer: nn.Module, *inputs: Any, **options: Any) -> torch.Tensor:
+    return (compiled if torch.is_grad_enabled() else plain)(layer, *inputs, **options)
 
 
 def compile_now(model: PackedModel, batches: Iterable[Batch], prefix: torch.Tensor) -> float:

@@ -29,13 +29,12 @@ but for one thing: the MLP of the last layer runs at all positions, not at label
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, BloomForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -94,17 +93,6 @@ class Decoder(PackedModel):
         bias = None if head.bias is None else self.gathered(head.bias)
         return FrozenHeadLoss.apply(hidden * scale, self.gathered(head.weight), labels, bias, cap)
 
-    def checkpoint_layers(self) -> None:
-        """Makes each layer keep only its input for the backward pass of `label_losses`, which computes the layer again."""
-        for layer in layers_of(self):
-            layer.forward = functools.partial(
-                checkpoint,
-                layer.forward,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=lambda: (nullcontext(), packed_attention(self.config)),
-            )
-
 
 def as_packed(model: PreTrainedModel) -> PackedModel:
     """Makes a loaded model a Bloom or a Decoder, in place. Its weights and transformers' own forward and `generate` stay."""
@@ -143,6 +131,8 @@ def packed_attention(config: PreTrainedConfig) -> Iterator[None]:
         config._attn_implementation = own
 
 
+# Row lengths differ from batch to batch, so it would be compiled anew for each.
+@torch.compiler.disable
 def attend_packed(
     module: nn.Module,
     query: torch.Tensor,

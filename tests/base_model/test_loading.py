@@ -68,11 +68,8 @@ def test_a_base_that_is_missing_or_of_an_unknown_family_is_named(tmp_path, token
             load_base(str(tmp_path), torch.float32, torch.device("cpu"))
 
 
-def test_what_only_bloom_can_do_is_refused_for_other_families_before_weights_are_read(tmp_path, tokenizer):
+def test_quantised_weights_of_other_families_than_bloom_are_refused_before_they_are_read(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
-    CONFIG_MAPPING["llama"]().save_pretrained(tmp_path)  # without weights
-    with pytest.raises(UserError, match="--torch_compile is for Bloom"):
-        load_base(str(tmp_path), torch.float32, torch.device("cpu"), torch_compile=True)
     CONFIG_MAPPING["llama"](quantization_config={"quant_method": "awq"}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="its weights are quantised"):
         load_base(str(tmp_path), torch.float32, torch.device("cpu"))
