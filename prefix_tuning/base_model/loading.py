@@ -100,11 +100,22 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         fault = "has no tokenizer.json; save it in that form"
     elif tokenizer.eos_token_id is None:
         fault = "has no EOS token, with which every answer ends; name one as eos_token in tokenizer_config.json"
-    elif (tokens := max(tokenizer.get_vocab().values()) + 1) > vocab_size:
+    elif (tokens := max(_ids_in_texts(tokenizer)) + 1) > vocab_size:
         fault = f"has {tokens} tokens, but the base has embeddings for {vocab_size}; use the one that belongs to it"
     else:
         return
     raise UserError(f"--model_name_or_path {name}: its tokenizer {fault}")
+
+
+def _ids_in_texts(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that a row or a question can have: all but the special ones that nothing adds to a text.
+
+    Gemma 3's tokenizer, for example, has a token for an image, and its text models have no embedding for it. Text that looks
+    like a special token is tokenised as text (data/rows.py).
+    """
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    return set(tokenizer.get_vocab().values()) - special | added
 
 
 def _load_whole(name: str, path: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PackedModel:
