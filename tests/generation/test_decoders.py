@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from answers import Heard
 from models import peft_model, random_decoder
 from transformers import AutoModelForCausalLM, FalconConfig, GenerationConfig, pipeline
@@ -103,7 +104,7 @@ def test_beams_and_continued_caches_equal_each_row_alone(model):
     inputs = padded(ROWS)
     first = model.generate(**inputs, prefix_name=NAMES, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     cache = first.cache if CACHE == "cache" else first.past_key_values
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    mask = F.pad(inputs["attention_mask"], (0, 3), value=1)
     rest = model.generate(first.sequences, attention_mask=mask, max_new_tokens=NEW - 3, do_sample=False, **{CACHE: cache})
     whole = model.generate(**inputs, prefix_name=NAMES, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(rest, whole)
@@ -125,8 +126,15 @@ def test_rows_that_outgrow_a_sliding_window_are_answered_as_alone(tokenizer):
     model.attach("five", 3 * torch.randn(3, 2, 2, 5, 12))
     model.generation_config.eos_token_id = None
     assert sliding_window(model.config) == 8
-    with pytest.raises(ValueError, match="outgrow the model's window of 8 tokens"):
+    outgrown = pytest.raises(ValueError, match="outgrow the model's window of 8 tokens")
+    with outgrown:
         model.generate(**padded(ROWS), max_new_tokens=NEW)
+    with outgrown:
+        model(**padded(ROWS))
+    short = padded([row[:3] for row in ROWS])
+    cache = model(**short, use_cache=True)[CACHE]  # 5 + 3 tokens fit
+    with outgrown:
+        model(torch.tensor([[40]] * 3), attention_mask=F.pad(short["attention_mask"], (0, 1), value=1), **{CACHE: cache})
     options = {"max_new_tokens": NEW, "do_sample": False}
     alone = [greedy_alone(model, row, "five") for row in ROWS]
     expected = [tokenizer.decode(ids[-NEW:], skip_special_tokens=True) for ids in alone]
