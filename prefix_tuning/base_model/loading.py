@@ -76,7 +76,7 @@ def load_base(
 
 
 def _check_forward(name: str, config: PreTrainedConfig) -> None:
-    """Raises UserError for a family, a setting or a flag with which the packed forward would compute something else than
+    """Raises UserError for a family or a setting with which the packed forward would compute something else than
     transformers' own.
     """
     family, is_bloom = config.model_type, config.model_type == "bloom"
@@ -210,22 +210,25 @@ def wrap_layers(model: PackedModel, gradient_checkpointing: bool, torch_compile:
     """
     method = "forward_packed" if isinstance(model, Bloom) else "forward"
     for layer in layers_of(model):
-        forward = getattr(layer, method)
         # From the inside out: checkpointing runs the compiled layer again, and both passes need the gathered weights.
         if torch_compile:
-            forward = _compiled_for_training(forward)
+            setattr(layer, method, _compiled_for_training(getattr(layer, method)))
         if gradient_checkpointing:
-            contexts = functools.partial(_contexts, model.config)
-            forward = functools.partial(
-                checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            again = functools.partial(
+                checkpoint,
+                getattr(layer, method),
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=functools.partial(_contexts, model.config),
             )
-        setattr(layer, method, forward)
-        if isinstance(model, Bloom):  # of its layers, `forward` alone gathers by itself
-            register_fsdp_forward_method(layer, method)  # a no-op unless the layer is sharded
+            setattr(layer, method, again)
+        # A sharded layer gathers its weights for `forward` by itself. Where it is not sharded, this is a no-op.
+        if method != "forward":
+            register_fsdp_forward_method(layer, method)
 
 
 def _contexts(config: PreTrainedConfig) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """What a layer with gradient checkpointing runs in: at first, and in the backward pass, outside of `packed_hidden`."""
+    """Where a layer runs at first, and where it runs again in the backward pass, when `packed_hidden` has long returned."""
     return nullcontext(), packed_attention(config)
 
 

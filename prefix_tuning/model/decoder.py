@@ -105,6 +105,7 @@ def as_packed(model: PreTrainedModel) -> PackedModel:
 
 
 def layers_of(model: PackedModel) -> list[nn.Module]:
+    """The decoder layers, in their order."""
     return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
