@@ -38,7 +38,7 @@ def test_compiled_layers_give_the_same_gradient_and_only_training_uses_them(fami
     if family == "llama":  # traced as for Bloom, but run by torch's own kernels: compiling them takes 10 s
         compile = functools.partial(torch.compile, backend="eager")
         monkeypatch.setattr(torch, "compile", lambda forward, *, dynamic: compile(forward, dynamic=dynamic))
-    model = random_bloom() if family == "bloom" else random_decoder(family, num_hidden_layers=2)
+    model = random_bloom() if family == "bloom" else random_decoder(family, num_hidden_layers=1)
     examples = examples_of([7, 12, 30], vocab_size=99)
     prefix, batches = PrefixEncoder(prefix_config(model)).bake(), list(pack(examples, 40))
     plain = copy.deepcopy(model)
