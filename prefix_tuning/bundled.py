@@ -1,7 +1,8 @@
 """Names for what ships with the package: two small models that know 3,203 facts, and questions about them.
 
-`bundled:mini-bloom` is the model of the demo, and `bundled:mini-qwen3` one of another family. `bundled:short` and `bundled:sentence` are training questions with brief answers or whole
-sentences; `bundled:short-eval` and `bundled:sentence-eval` ask about other facts. demo/build.py makes all of them.
+`bundled:mini-bloom` is the model of the demo, and `bundled:mini-qwen3` one of another family. `bundled:short` and
+`bundled:sentence` are training questions with brief answers or whole sentences; `bundled:short-eval` and
+`bundled:sentence-eval` ask about other facts. demo/build.py makes all of them.
 """
 
 from pathlib import Path

@@ -96,31 +96,37 @@ def avoid_cudnn_attention(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def activation_bytes_per_token(model: PreTrainedModel) -> int:
+def activation_bytes_per_token(model: PreTrainedModel, longest: int = 0) -> int:
     """Bytes per token that a forward pass keeps for its backward pass.
 
     A layer of Bloom keeps about 10 numbers per token and hidden unit: 4 for the input of the GELU, 2 for the inputs of the
     layer norms, and in the dtype of attention 4 for query, key, value and result. A gated MLP of another family keeps its
-    gate, its input and their product, and its heads together may be wider than its hidden size. Not counted: the bias and a
-    slice of logits, once per pass.
+    gate, its input and their product, and so does each expert that a token goes to. Its heads together may be wider than its
+    hidden size. Where scores have a soft cap or a sink, attention keeps them twice (model/decoder.py): for each head and
+    token, as many as there are tokens in front of it. Not counted: the bias and a slice of logits, once per pass.
+
+    longest: tokens of prefix and row, for the longest row.
     """
     config, (layers, _, head_dim) = model.config, key_value_shape(model.config)
-    gated = getattr(config, "intermediate_size", None)
-    inner = 3 * gated if gated else 4 * config.hidden_size
-    width = config.num_attention_heads * head_dim
+    gated = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    inner = 3 * gated * getattr(config, "num_experts_per_tok", 1) if gated else 4 * config.hidden_size
+    heads = config.num_attention_heads
+    keeps_scores = getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss"
+    attended = heads * (4 * head_dim + (2 * longest if keeps_scores else 0))
     in_attention = attention_dtype(model.dtype, model.device)
-    return layers * ((inner + 2 * config.hidden_size) * model.dtype.itemsize + 4 * width * in_attention.itemsize)
+    return layers * ((inner + 2 * config.hidden_size) * model.dtype.itemsize + attended * in_attention.itemsize)
 
 
-def suggested_max_tokens(model: PreTrainedModel, gathers: bool) -> int:
+def suggested_max_tokens(model: PreTrainedModel, gathers: bool, longest: int = 0) -> int:
     """Number of tokens per forward pass that suits device and model (tests/benchmarks/README.md).
 
     The activations that a pass keeps stay within 512 MiB on a CPU, where more than 640 tokens gain little; elsewhere within
-    2 GiB, or 8 GiB if every pass `gathers` the weights of the base from other processes.
+    2 GiB, or 8 GiB if every pass `gathers` the weights of the base from other processes. longest: see
+    `activation_bytes_per_token`; 0 where there is no backward pass.
     """
     on_cpu = model.device.type == "cpu"
     budget = 2**29 if on_cpu else 2**33 if gathers else 2**31
-    fitting = max(1, budget // activation_bytes_per_token(model))
+    fitting = max(1, budget // activation_bytes_per_token(model, longest))
     return min(640, fitting) if on_cpu else fitting
 
 

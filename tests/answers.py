@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.data.rows import prompt_of
@@ -36,6 +37,19 @@ def decode(tokenizer, prompt, logits_of, max_new_tokens=GREEDY["max_new_tokens"]
     while ids.shape[1] < start + max_new_tokens and ids[0, -1] != tokenizer.eos_token_id:
         ids = torch.cat((ids, logits_of(ids)[:, -1:].argmax(-1)), dim=1)
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+class Heard(BaseStreamer):
+    """A streamer that keeps the ids of each piece."""
+
+    def __init__(self):
+        self.ids = []
+
+    def put(self, value):
+        self.ids.append(value.flatten())
+
+    def end(self):
+        pass
 
 
 FRANCE = "法国的首都是哪里？"

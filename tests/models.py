@@ -14,7 +14,7 @@ from prefix_tuning.data.splits import load_splits
 from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.model.batch import IGNORED, Example, count_labels, pack
 from prefix_tuning.model.bloom import Bloom, empty_prefix
-from prefix_tuning.model.decoder import Decoder, as_decoder
+from prefix_tuning.model.decoder import Decoder, as_packed
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.training import run
 from prefix_tuning.training.start import new_encoder
@@ -52,7 +52,15 @@ def random_decoder(family, dtype=torch.float32, **options) -> Decoder:
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**shape)).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
-    return as_decoder(model.to(dtype))
+    return as_packed(model.to(dtype))
+
+
+def save_decoder(folder, tokenizer, family, **options) -> str:
+    """A folder with `random_decoder` for a tokenizer, and that tokenizer."""
+    options |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 512}
+    random_decoder(family, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def eager_twin(base) -> PreTrainedModel:

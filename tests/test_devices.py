@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import random_bloom
+from models import examples_of, random_bloom, random_decoder, random_prefix
 
 from prefix_tuning.devices import (
     activation_bytes_per_token,
@@ -17,6 +17,7 @@ from prefix_tuning.devices import (
     suggested_max_tokens,
 )
 from prefix_tuning.errors import UserError
+from prefix_tuning.model.batch import pack
 
 
 def test_device_and_precision():
@@ -107,6 +108,34 @@ def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
     assert suggested_max_tokens(elsewhere, gathers=True) == 2**33 // held
     model.config.n_layer = 2**30
     assert suggested_max_tokens(elsewhere, gathers=False) == 1
+
+
+def bytes_kept_per_token(model, length):
+    """What autograd keeps of a pass over 2 rows of this length, but for the weights."""
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage, tensor  # alive, so that no other tensor gets its address
+        return tensor
+
+    (batch,) = pack(examples_of([length] * 2, vocab_size=99), 10_000)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = model.label_losses(batch, random_prefix(model).requires_grad_())
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found = sum(storage.nbytes() for pointer, (storage, _) in kept.items() if pointer not in weights)
+    assert losses.requires_grad
+    return found / (2 * length)
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama", "gemma2", "mixtral"])
+def test_the_memory_of_a_pass_is_estimated_to_a_factor_of_one_and_a_half(family):
+    """Of models whose parts are as large as in practice, in relation to each other."""
+    shape = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "intermediate_size": 384}
+    model = random_bloom(hidden_size=96, n_head=4) if family == "bloom" else random_decoder(family, **shape)
+    for length in (32, 512):
+        estimate = activation_bytes_per_token(model, longest=5 + length)
+        assert 2 / 3 < bytes_kept_per_token(model, length) / estimate < 1.5
 
 
 def test_running_out_of_memory_is_told_from_other_errors():

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from checkout import ROOT
 from forks import in_forks, torchrun_forks
 from launching import start_process, torchrun, wait_for_step
-from models import STANDSTILL, random_bloom
+from models import STANDSTILL, random_bloom, save_decoder
 from runs import assert_same_run, metrics_without_timings
 from transformers import BloomForCausalLM
 
@@ -214,6 +214,18 @@ def test_two_processes_train_as_one_with_as_many_rows(alone, tmp_path):
     assert out.count("frozen base: eval loss") == 1 and out.count("the prefix is saved in") == 1  # only main speaks
     files = {path.name for path in folder.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_two_processes_that_share_a_llama_train_as_one_and_go_on_with_a_copy_each(tmp_path, rows_file, tokenizer):
+    base = save_decoder(tmp_path / "base", tokenizer, "llama")
+    flags = FLAGS | {"model_name_or_path": base, "dataset": rows_file, "learning_rate": STANDSTILL}
+    train_here(flags | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 4})
+    flags |= {"gradient_accumulation_steps": 2}
+    train(2, flags | {"output_dir": tmp_path / "two", "shard_base": True, "gradient_checkpointing": True})
+    assert_close(metrics_without_timings(tmp_path / "two"), metrics_without_timings(tmp_path / "one"))
+    earlier = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-4.safetensors"}
+    train(2, flags | earlier | {"output_dir": tmp_path / "again"})
+    assert_same_run(tmp_path / "again", tmp_path / "two")
 
 
 def test_processes_find_the_learning_rate_that_one_finds(alone, tmp_path):

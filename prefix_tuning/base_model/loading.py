@@ -4,11 +4,12 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -28,7 +29,7 @@ from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.bloom import Bloom, PackedModel
-from prefix_tuning.model.decoder import FAMILIES, Decoder, as_decoder
+from prefix_tuning.model.decoder import FAMILIES, as_packed, layers_of, packed_attention
 
 
 def load_base(
@@ -56,7 +57,7 @@ def load_base(
     path = bundled.resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        _check_forward(name, config, sharded=parts is not None, compiled=torch_compile)
+        _check_forward(name, config)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
         _check_tokenizer(name, tokenizer, config.vocab_size)
         model = load_sharded(path, config, dtype, device, parts) if parts else _load_whole(name, path, config, dtype, device)
@@ -70,24 +71,18 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
     align_special_tokens(model.generation_config, tokenizer, name)
-    if isinstance(model, Bloom):
-        wrap_layers(model, gradient_checkpointing, torch_compile)
-    elif gradient_checkpointing:
-        cast(Decoder, model).checkpoint_layers()
+    wrap_layers(model, gradient_checkpointing, torch_compile)
     return model, tokenizer
 
 
-def _check_forward(name: str, config: PreTrainedConfig, sharded: bool, compiled: bool) -> None:
-    """Raises UserError for a family, a setting or a flag with which the packed forward would compute something else than
+def _check_forward(name: str, config: PreTrainedConfig) -> None:
+    """Raises UserError for a family or a setting with which the packed forward would compute something else than
     transformers' own.
     """
     family, is_bloom = config.model_type, config.model_type == "bloom"
     if not (is_bloom or family in FAMILIES):
         known = ", ".join(["bloom", *sorted(FAMILIES)])
         raise UserError(f"--model_name_or_path {name} is a {family} model; this program tunes {known}")
-    if not is_bloom and (sharded or compiled):
-        flag = "--shard_base" if sharded else "--torch_compile"
-        raise UserError(f"{flag} is for Bloom alone, and --model_name_or_path {name} is a {family} model; leave it out")
     if not is_bloom and getattr(config, "quantization_config", None):
         raise UserError(f"--model_name_or_path {name}: its weights are quantised, which is tested for Bloom alone")
     if is_bloom and config.slow_but_exact and config.pretraining_tp > 1:
@@ -105,11 +100,22 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         fault = "has no tokenizer.json; save it in that form"
     elif tokenizer.eos_token_id is None:
         fault = "has no EOS token, with which every answer ends; name one as eos_token in tokenizer_config.json"
-    elif (tokens := max(tokenizer.get_vocab().values()) + 1) > vocab_size:
+    elif (tokens := max(_ids_in_texts(tokenizer)) + 1) > vocab_size:
         fault = f"has {tokens} tokens, but the base has embeddings for {vocab_size}; use the one that belongs to it"
     else:
         return
     raise UserError(f"--model_name_or_path {name}: its tokenizer {fault}")
+
+
+def _ids_in_texts(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that a row or a question can have: all but the special ones that nothing adds to a text.
+
+    Gemma 3's tokenizer, for example, has a token for an image, and its text models have no embedding for it. Text that looks
+    like a special token is tokenised as text (data/rows.py).
+    """
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    return set(tokenizer.get_vocab().values()) - special | added
 
 
 def _load_whole(name: str, path: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PackedModel:
@@ -117,7 +123,7 @@ def _load_whole(name: str, path: str, config: PreTrainedConfig, dtype: torch.dty
     # If PEFT is installed, transformers attaches an adapter that it finds beside the weights. The base must not depend on
     # what is installed, so transformers is told to look for adapters in a folder that no base has.
     nowhere = {"subfolder": "no-adapter"}
-    family: Any = Bloom if config.model_type == "bloom" else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _without_adapter(path) as folder:
         loaded: Any = family.from_pretrained(folder, dtype=dtype, output_loading_info=True, adapter_kwargs=nowhere)
     model, report = loaded
@@ -127,8 +133,7 @@ def _load_whole(name: str, path: str, config: PreTrainedConfig, dtype: torch.dty
         note(f"{name}: its weights are a pickled .bin file; safetensors is the safer format")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"--model_name_or_path {name} lacks {len(missing)} of its weights, such as {missing[0]}")
-    model.requires_grad_(False).eval().to(device)
-    return model if isinstance(model, Bloom) else as_decoder(model)
+    return as_packed(model.requires_grad_(False).eval().to(device))
 
 
 @contextmanager
@@ -197,31 +202,46 @@ def ends_of(settings: GenerationConfig) -> list[int]:
 # --- what wraps a layer: compilation, gradient checkpointing, the gathering of sharded weights ---
 
 
-def wrap_layers(model: Bloom, gradient_checkpointing: bool, torch_compile: bool) -> None:
-    """Wraps the `forward_packed` of every layer, in place. Call it once; a sharded model always needs it.
+def wrap_layers(model: PackedModel, gradient_checkpointing: bool, torch_compile: bool) -> None:
+    """Wraps in each layer the method that the packed forward calls, in place. Call it once; a sharded Bloom always needs it.
 
     gradient_checkpointing keeps only a layer's input for the backward pass and computes the layer again there: the same
     bits, less memory, a third more work. torch_compile fuses the operations between the matmuls.
     """
-    # Typed as Iterable, because mypy would not let a method of a Module be replaced.
-    blocks: Iterable = model.transformer.h
-    for block in blocks:
+    method = "forward_packed" if isinstance(model, Bloom) else "forward"
+    for layer in layers_of(model):
         # From the inside out: checkpointing runs the compiled layer again, and both passes need the gathered weights.
         if torch_compile:
-            block.forward_packed = _compiled_for_training(block.forward_packed)
+            setattr(layer, method, _compiled_for_training(getattr(layer, method)))
         if gradient_checkpointing:
-            block.forward_packed = functools.partial(
-                checkpoint, block.forward_packed, use_reentrant=False, preserve_rng_state=False
+            again = functools.partial(
+                checkpoint,
+                getattr(layer, method),
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=functools.partial(_contexts, model.config),
             )
-        register_fsdp_forward_method(block, "forward_packed")  # a no-op unless the layer is sharded
+            setattr(layer, method, again)
+        # A sharded layer gathers its weights for `forward` by itself. Where it is not sharded, this is a no-op.
+        if method != "forward":
+            register_fsdp_forward_method(layer, method)
+
+
+def _contexts(config: PreTrainedConfig) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Where a layer runs at first, and where it runs again in the backward pass, when `packed_hidden` has long returned."""
+    return nullcontext(), packed_attention(config)
 
 
 def _compiled_for_training(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`forward`, compiled once for all lengths. Without gradients, as in evaluation, it runs uncompiled: torch would compile
-    it a second time for that.
+    """A layer's `forward`, compiled once for all lengths. Without gradients, as in evaluation, it runs uncompiled, because
+    torch would compile it a second time for that.
     """
-    compiled = torch.compile(forward, dynamic=True)
-    return lambda *inputs, **options: (compiled if torch.is_grad_enabled() else forward)(*inputs, **options)
+    own, layer = forward.__func__, forward.__self__  # type: ignore[attr-defined]
+    return functools.partial(_run_compiled, torch.compile(own, dynamic=True), own, layer)
+
+
+def _run_compiled(compiled: Callable, plain: Callable, layer: nn.Module, *inputs: Any, **options: Any) -> torch.Tensor:
+    return (compiled if torch.is_grad_enabled() else plain)(layer, *inputs, **options)
 
 
 def compile_now(model: PackedModel, batches: Iterable[Batch], prefix: torch.Tensor) -> float:

@@ -23,17 +23,17 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from prefix_tuning import distributed
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.reading import find_file
-from prefix_tuning.model.bloom import Bloom
+from prefix_tuning.model.bloom import PackedModel
+from prefix_tuning.model.decoder import as_packed, layers_of
 
-# The names, as `_short` gives them, of the two weights that may be tied.
-HEAD, EMBEDDINGS = "lm_head.weight", "word_embeddings.weight"
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
@@ -58,21 +58,25 @@ def parts_of_base(shard_base: bool, shard_degree: int | None) -> int | None:
     return shard_degree or processes
 
 
-def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: torch.device, parts: int) -> Bloom:
-    """Loads this process's part of a Bloom from safetensors files; no process ever holds more of it.
+def load_sharded(path: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, parts: int) -> PackedModel:
+    """Loads this process's part of a model from safetensors files; no process ever holds more of it.
 
     parts: number of processes, neighbours by rank, that share one copy of the base; it divides the number of all. All
     processes call this together. Returns the frozen model, whose weights are DTensors in `dtype` on `device`. Raises
-    UserError if there are no such files, or if their weights are quantised or not those that `config` describes.
+    UserError if there are no such files, or if their weights are quantised, are converted by transformers as it loads them,
+    or are not those that `config` describes.
     """
     if getattr(config, "quantization_config", None):
         raise UserError(f"--shard_base reads weights as they are, and those of {path} are quantised; leave the flag out")
     files = weight_files(path, getattr(config, "transformers_weights", None))
-    if config.tie_word_embeddings and has_own_head(files, dtype):
+    model = _without_weights(config, dtype)
+    if get_model_conversion_mapping(model, add_legacy=False):
+        stored = f"and transformers converts those of a {config.model_type} model as it loads them"
+        raise UserError(f"--shard_base reads weights as they are, {stored}; leave the flag out")
+    if config.tie_word_embeddings and has_own_head(model, files):
         config = copy.copy(config)
         config.tie_word_embeddings = False
-    with torch.device("meta"):
-        model = Bloom(config).to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]  # transformers declares `to` without self
+        model = _without_weights(config, dtype)
     if find_file(path, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(path)
     else:
@@ -84,6 +88,12 @@ def load_sharded(path: str, config: BloomConfig, dtype: torch.dtype, device: tor
     return model
 
 
+def _without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PackedModel:
+    """A frozen model on the meta device."""
+    with torch.device("meta"):
+        return as_packed(AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).eval())
+
+
 def weight_files(path: str, named: str | None = None) -> list[str]:
     """The safetensors files of a model by folder or hub name. Raises UserError if it has none.
 
@@ -92,26 +102,30 @@ def weight_files(path: str, named: str | None = None) -> list[str]:
     for name in [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]:
         if file := find_file(path, name):
             return get_checkpoint_shard_files(path, file)[0] if name.endswith(".index.json") else [file]
-    hint = "save it as such once, where it fits: BloomForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)"
+    hint = "save it as such once, where it fits: AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)"
     raise UserError(f"--shard_base reads safetensors files, and {path} has none; {hint}")
 
 
-def shard(model: Bloom, device: torch.device, parts: int) -> None:
+def shard(model: PackedModel, device: torch.device, parts: int) -> None:
     """Splits a model on the meta device, and allocates this process's part without filling it."""
     if device.type == "cpu":
         return_freed_memory()
     copies = distributed.world_size() // parts
     shape, names = ((copies, parts), ("copy", "part")) if copies > 1 else ((parts,), ("part",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    body = model.transformer
-    for group in (*body.h, [body.word_embeddings, model.lm_head], model):
+    groups: list[Any] = [*layers_of(model), [model.get_input_embeddings(), model.get_output_embeddings()], model]
+    for group in groups:
         fully_shard(group, mesh=mesh)
-    # fully_shard gathers a module's weights around its method `forward`, which only transformers' own forward calls. For the
-    # packed forward, loading.py registers the layers' method and this function `label_losses`; `gathered` gathers the
-    # embeddings and the head, which the packed forward does not call as modules.
+    # fully_shard gathers a module's weights around its method `forward`. Instead of the model's, the packed forward calls
+    # `label_losses`, and instead of a layer's, Bloom's calls another method (loading.py); both are registered. `gathered`
+    # gathers the embeddings and the head, which the packed forward does not call as modules.
     register_fsdp_forward_method(model, "label_losses")
     model.gathered = gathered
     model.to_empty(device=device)
+    # Computes the buffers, which no file holds, such as the frequencies of rotation. Weights with this mark are left alone.
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()
     model.lockstep = lockstep = Lockstep()  # type: ignore[assignment]  # torch types attributes as Tensor or Module
     model.register_forward_pre_hook(lockstep.before_pass, prepend=True)
 
@@ -126,47 +140,61 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
-def has_own_head(files: list[str], dtype: torch.dtype) -> bool:
-    """Whether the files hold a head whose numbers, rounded to `dtype`, differ from those of the embeddings.
+def has_own_head(model: PackedModel, files: list[str]) -> bool:
+    """Whether the files hold a head whose numbers, rounded to the model's dtype, differ from those of the embeddings.
 
     transformers then does not tie the two, whatever config.json says.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
-        stored = {_short(name): file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 (see `fill`)
-        if not {HEAD, EMBEDDINGS} <= stored.keys():
+        stored = {_short(model, name): file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 (see `fill`)
+        names = _head_and_embeddings(model)
+        if not stored.keys() >= set(names):
             return False
-        head, embeddings = stored[HEAD], stored[EMBEDDINGS]
+        head, embeddings = (stored[name] for name in names)
         if head.get_shape() != embeddings.get_shape():
             return True
         # In pieces of 1,024 rows, because these may be the largest weights of all.
         pieces = (slice(start, start + 1024) for start in range(0, head.get_shape()[0], 1024))
-        return any(not torch.equal(head[rows].to(dtype), embeddings[rows].to(dtype)) for rows in pieces)
+        return any(not torch.equal(head[rows].to(model.dtype), embeddings[rows].to(model.dtype)) for rows in pieces)
 
 
-def _short(name: str) -> str:
-    """A weight's name without "transformer.", which names in the first Blooms, saved without their head, do not have."""
-    return name.removeprefix("transformer.")
+def _short(model: PackedModel, name: str) -> str:
+    """A weight's name without "transformer." or "model.", which names do not have where a model was saved headless."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def fill(model: BloomForCausalLM, files: list[str]) -> None:
-    """Reads this process's rows of every weight. Raises UserError for weights that are missing or have another shape."""
-    # Typed as Any, because torch types them as Parameters, and they are DTensors.
-    missing: dict[str, Any] = {_short(name): parameter for name, parameter in model.named_parameters()}
-    tied = HEAD not in missing
+def _head_and_embeddings(model: PackedModel) -> tuple[str, str]:
+    """The names, as `_short` gives them, of the two weights that may be tied."""
+    names = {module: _short(model, f"{name}.weight") for name, module in model.named_modules()}
+    return names[model.get_output_embeddings()], names[model.get_input_embeddings()]
+
+
+def fill(model: PackedModel, files: list[str]) -> None:
+    """Reads this process's rows of every weight, and the whole of every buffer that the files should hold.
+
+    Raises UserError for what is missing or has another shape.
+    """
+    missing = {_short(model, name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    head, embeddings = _head_and_embeddings(model)
+    if tied := missing[head] is missing[embeddings]:
+        del missing[head]
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                short = _short(name)
-                parameter = missing.pop(EMBEDDINGS if tied and short == HEAD else short, None)
-                if parameter is None:
+                short = _short(model, name)
+                tensor = missing.pop(embeddings if tied and short == head else short, None)
+                if tensor is None:
                     continue
-                stored, local = file.get_slice(name), parameter.to_local()
-                if tuple(stored.get_shape()) != parameter.shape:
-                    shapes = f"{tuple(stored.get_shape())} where {tuple(parameter.shape)} is expected"
+                stored = file.get_slice(name)
+                if tuple(stored.get_shape()) != tensor.shape:
+                    shapes = f"{tuple(stored.get_shape())} where {tuple(tensor.shape)} is expected"
                     hint = "its config.json belongs to another model"
                     raise UserError(f"--model_name_or_path: {path}: {name} has the shape {shapes}; {hint}")
-                first = first_row(parameter)
+                if not isinstance(tensor, DTensor):
+                    tensor.copy_(file.get_tensor(name))
+                    continue
+                local, first = tensor.to_local(), first_row(tensor)
                 local.copy_(stored[first : first + len(local)])
     if missing:
         folder = Path(files[0]).parent

@@ -29,8 +29,8 @@ from transformers import (
 from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import Example, pack
-from prefix_tuning.model.bloom import Bloom, PackedModel, head_logits
-from prefix_tuning.model.decoder import as_decoder
+from prefix_tuning.model.bloom import PackedModel, head_logits
+from prefix_tuning.model.decoder import as_packed
 
 HERE = Path(__file__).parent
 # How a quiz asks: {q} is one of the relation's questions, {a} its bare answer or its full sentence.
@@ -128,7 +128,7 @@ def random_base(name: str, tokenizer: PreTrainedTokenizerFast) -> PackedModel:
     family, shape, _ = BASES[name]
     ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
     config = family.config_class(vocab_size=len(tokenizer), **ids, **shape)
-    return Bloom(config) if family is BloomForCausalLM else as_decoder(family(config))
+    return as_packed(family(config))
 
 
 def pretrain(relations: list[dict], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> PackedModel:

@@ -31,6 +31,11 @@ _LOOK_FOR_TOKENS = {
     "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
 }  # fmt: skip
 
+# Without sampling, these have no effect. Each has the value with which it would have none either.
+_FOR_SAMPLING = {
+    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+
 
 def resolve_options(own: GenerationConfig, given: GenerationConfig | None, options: dict) -> tuple[GenerationConfig, dict]:
     """The settings of a call: from its `options`, else from the configuration `given` to it, else from the model's `own`.
@@ -40,11 +45,16 @@ def resolve_options(own: GenerationConfig, given: GenerationConfig | None, optio
     """
     if own.cache_implementation:
         raise ValueError("give cache_implementation to `generate`, not to the model's generation_config")
-    settings = copy.deepcopy(given or own)
+    settings, named = copy.deepcopy(given or own), set(options)
     options = settings.update(**options)
     for name, value in vars(own).items():
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)
+    if not settings.do_sample:
+        # Of what nobody has asked for, `generate` would log that it is ignored.
+        for name, neutral in _FOR_SAMPLING.items():
+            if name not in named and getattr(given, name, None) is None:
+                setattr(settings, name, neutral)
     if settings.guidance_scale == 1:  # it has no effect
         settings.guidance_scale = None
     return settings, options

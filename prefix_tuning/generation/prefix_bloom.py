@@ -287,6 +287,8 @@ class PrefixBloom(PackedModel):
             if self.training and self._checkpoints_layers() and cache.get_seq_length() > 0:
                 raise ValueError(_NO_CHECKPOINTING)
             if attention_mask is not None and not _is_whole(attention_mask):
+                if has_prefixes(cache) and (prefix_length := cache.prefix_mask.shape[1]):
+                    self._check_window(attention_mask[:, prefix_length:], attention_mask.shape[1])
                 if self._takes_positions and position_ids is None:
                     position_ids = _positions_of(attention_mask)[:, -text.shape[1] :]
                 # For a StaticCache, Bloom needs a mask as long as the cache.
@@ -387,15 +389,19 @@ class PrefixBloom(PackedModel):
         window = sliding_window(self.config)
         return window is not None and length > window
 
+    def _check_window(self, mask: torch.Tensor, length: int) -> None:
+        """Raises ValueError for padding in the text, mask (R, T), where `length` tokens in all outgrow a sliding window."""
+        if self.outgrows_window(length) and not mask.all():
+            size = sliding_window(self.config)
+            raise ValueError(f"prefix, text and answer outgrow the model's window of {size} tokens: ask rows of one length")
+
     def _start_cache(self, cache: Cache | None, settings: GenerationConfig, mask: torch.Tensor, prefix_name: Names) -> Cache:
         """The empty cache, or a new one of the kind that `settings` names, with the prefixes in it and room for the answers.
 
         mask: of the text, (R, T). Raises ValueError if the cache is too small, and for padding that takes up a window.
         """
         length = self.length_of(prefix_name, len(mask), mask.shape[1], settings)
-        if self.outgrows_window(length) and not mask.all():
-            size = sliding_window(self.config)
-            raise ValueError(f"prefix, text and answer outgrow the model's window of {size} tokens: ask rows of one length")
+        self._check_window(mask, length)
         if cache is None:
             static = settings.cache_implementation == "static"
             cache, settings.cache_implementation = StaticCache(self.config, length) if static else DynamicCache(), None

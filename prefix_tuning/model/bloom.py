@@ -81,6 +81,8 @@ class PackedModel(PreTrainedModel, GenerationMixin):
     # Override point: assign a function that takes the index of a layer and returns this layer's `attend`, for example one
     # that shows attention weights (study/attention.py).
     attend_in: Callable[[int], Callable[..., torch.Tensor]] = staticmethod(lambda layer: attend)
+    # Returns the full weight of embeddings or head; sharding replaces it with a gather (base_model/sharding.py).
+    gathered: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda weight: weight)
 
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
@@ -112,9 +114,6 @@ class PackedModel(PreTrainedModel, GenerationMixin):
 
 class Bloom(PackedModel, BloomForCausalLM):
     """BloomForCausalLM, and its packed forward. transformers' own forward and `generate` stay as they are."""
-
-    # Returns the full weight of embeddings or head; sharding replaces it with a gather (base_model/sharding.py).
-    gathered: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda weight: weight)
 
     def __init__(self, config):
         super().__init__(config)

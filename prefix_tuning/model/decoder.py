@@ -29,18 +29,18 @@ but for one thing: the MLP of the last layer runs at all positions, not at label
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import cast
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, BloomForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_tuning.model.attention import aligned, as_grid, attend, attention_dtype
 from prefix_tuning.model.batch import Batch
-from prefix_tuning.model.bloom import PackedModel, empty_prefix
+from prefix_tuning.model.bloom import Bloom, PackedModel, add_packed_forward, empty_prefix
 
 PACKED = "packed_prefix"  # the name of `attend_packed` in transformers' table
 
@@ -55,7 +55,7 @@ FAMILIES = {
 
 
 class Decoder(PackedModel):
-    """What a causal language model of transformers lacks for training a prefix. `as_decoder` adds it."""
+    """What a causal language model of transformers lacks for training a prefix. `as_packed` adds it."""
 
     family: type[PreTrainedModel]  # transformers' own class, such as LlamaForCausalLM
     attend_in = staticmethod(lambda layer: attend_scores)
@@ -70,9 +70,13 @@ class Decoder(PackedModel):
             """All layers with this window share one mask."""
             return aligned(_mask(first, batch.max_length, window, self.device).to(dtype))
 
+        embeddings: Any = self.get_input_embeddings()
+        embedded = F.embedding(batch.input_ids, self.gathered(embeddings.weight))
+        if hasattr(embeddings, "embed_scale"):  # Gemma's
+            embedded = embedded * embeddings.embed_scale.to(embedded.dtype)
         with packed_attention(self.config):
             output = self.get_decoder()(
-                input_ids=batch.input_ids.unsqueeze(0),
+                inputs_embeds=embedded.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
                 use_cache=False,
                 prefix=prefix,
@@ -88,25 +92,23 @@ class Decoder(PackedModel):
         # be multiplied instead.
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         cap = getattr(config, "final_logit_softcapping", None)
-        return hidden * scale, head.weight, head.bias, cap
-
-    def checkpoint_layers(self) -> None:
-        """Makes each layer keep only its input for the backward pass of `label_losses`, which computes the layer again."""
-        for layer in self.get_decoder().modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = functools.partial(
-                    checkpoint,
-                    layer.forward,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=lambda: (nullcontext(), packed_attention(self.config)),
-                )
+        bias = None if head.bias is None else self.gathered(head.bias)
+        return hidden * scale, self.gathered(head.weight), bias, cap
 
 
-def as_decoder(model: PreTrainedModel) -> Decoder:
-    """Makes a loaded model a Decoder, in place. Its weights and transformers' own forward and `generate` stay."""
-    model.__class__ = decoder_class(type(model))  # type: ignore[arg-type]  # mypy takes models for unhashable
-    return cast(Decoder, model)
+def as_packed(model: PreTrainedModel) -> PackedModel:
+    """Makes a loaded model a Bloom or a Decoder, in place. Its weights and transformers' own forward and `generate` stay."""
+    if isinstance(model, BloomForCausalLM):
+        model.__class__ = Bloom
+        add_packed_forward(model)
+    else:
+        model.__class__ = decoder_class(type(model))  # type: ignore[arg-type]  # mypy takes models for unhashable
+    return cast(PackedModel, model)
+
+
+def layers_of(model: PackedModel) -> list[nn.Module]:
+    """The decoder layers, in their order."""
+    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @functools.cache
@@ -132,6 +134,8 @@ def packed_attention(config: PreTrainedConfig) -> Iterator[None]:
         config._attn_implementation = own
 
 
+# Row lengths differ from batch to batch, so it would be compiled anew for each.
+@torch.compiler.disable
 def attend_packed(
     module: nn.Module,
     query: torch.Tensor,

@@ -101,7 +101,8 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
     base, tokenizer = load_base(
         config.model_name_or_path, dtype, device, parts, config.gradient_checkpointing, config.torch_compile
     )
-    max_tokens = config.max_tokens_per_batch or suggested_max_tokens(base, gathers=parts is not None)
+    longest = config.num_virtual_tokens + config.max_length
+    max_tokens = config.max_tokens_per_batch or suggested_max_tokens(base, parts is not None, longest)
     with distributed.local_main_first():
         encoded = encode(train_rows, tokenizer, config.max_length)
         train_set, eval_set = usable_rows(config.dataset, encoded, config.max_length), None
@@ -342,7 +343,8 @@ def memory_hint(config: TrainConfig, base: PackedModel, max_tokens: int) -> str:
     # Of each parameter: weight, gradient and AdamW's two moments.
     encoder_bytes = 16 * sum(parameter.numel() for parameter in parameters)
     # A row that is longer than max_tokens has a pass of its own.
-    if encoder_bytes > max(max_tokens, config.max_length) * activation_bytes_per_token(base):
+    longest = config.num_virtual_tokens + config.max_length
+    if encoder_bytes > max(max_tokens, config.max_length) * activation_bytes_per_token(base, longest):
         cause = f"the encoder and its optimizer take {encoder_bytes / 2**30:.1f} GiB"
         if not config.prefix_projection:
             return f"{cause}: lower --num_virtual_tokens (it was {config.num_virtual_tokens})"

@@ -1,13 +1,15 @@
 """What is put on the layers from outside changes no number."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from models import examples_of, loss_and_gradient, prefix_config, random_bloom, relative
+from models import examples_of, loss_and_gradient, prefix_config, random_bloom, random_decoder, random_prefix, relative
 
 from prefix_tuning.base_model.loading import compile_now, wrap_layers
 from prefix_tuning.errors import UserError
+from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.encoder import PrefixEncoder
 
@@ -31,8 +33,13 @@ def _batch(examples):
     return pack(examples, 1000)
 
 
-def test_compiled_layers_give_the_same_gradient_and_only_training_uses_them():
-    model, examples = random_bloom(), examples_of([7, 12, 30])
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_compiled_layers_give_the_same_gradient_and_only_training_uses_them(family, monkeypatch):
+    if family == "llama":  # traced as for Bloom, but run by torch's own kernels: compiling them takes 10 s
+        compile = functools.partial(torch.compile, backend="eager")
+        monkeypatch.setattr(torch, "compile", lambda forward, *, dynamic: compile(forward, dynamic=dynamic))
+    model = random_bloom() if family == "bloom" else random_decoder(family, num_hidden_layers=1)
+    examples = examples_of([7, 12, 30], vocab_size=99)
     prefix, batches = PrefixEncoder(prefix_config(model)).bake(), list(pack(examples, 40))
     plain = copy.deepcopy(model)
     wrap_layers(model, gradient_checkpointing=False, torch_compile=True)
@@ -43,6 +50,18 @@ def test_compiled_layers_give_the_same_gradient_and_only_training_uses_them():
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5) and relative(results[1][1], results[0][1]) < 1e-5
     with torch.no_grad():
         assert all(torch.equal(plain.label_losses(batch, prefix), model.label_losses(batch, prefix)) for batch in batches)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copy_of_a_model_runs_its_own_wrapped_layers(compiled, monkeypatch):
+    """Only its own configuration asks them for packed attention."""
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)
+    model, (batch,) = random_decoder("llama"), _batch(examples_of([7, 12, 30], vocab_size=99))
+    prefix = random_prefix(model)
+    expected = loss_and_gradient(lambda x: model.label_losses(batch, x).sum(), prefix)
+    wrap_layers(model, gradient_checkpointing=True, torch_compile=compiled)
+    found = loss_and_gradient(lambda x: PrefixBloom(model).label_losses(batch, x).sum(), prefix)
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
 
 
 def test_where_nothing_can_be_compiled_a_line_says_so(monkeypatch):

@@ -1,13 +1,15 @@
+import copy
 import json
 
 import pytest
 import torch
-from models import examples_of, prefix_config, random_bloom, random_prefix
+from models import examples_of, prefix_config, random_bloom, random_decoder, random_prefix
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, BloomForCausalLM
+from transformers import CONFIG_MAPPING, AutoTokenizer, BloomForCausalLM
 
 from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.data.rows import prompt_ids
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import save_adapter
 from prefix_tuning.model.batch import pack
@@ -68,12 +70,8 @@ def test_a_base_that_is_missing_or_of_an_unknown_family_is_named(tmp_path, token
             load_base(str(tmp_path), torch.float32, torch.device("cpu"))
 
 
-def test_what_only_bloom_can_do_is_refused_for_other_families_before_weights_are_read(tmp_path, tokenizer):
+def test_quantised_weights_of_other_families_than_bloom_are_refused_before_they_are_read(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
-    CONFIG_MAPPING["llama"]().save_pretrained(tmp_path)  # without weights
-    for options, said in (({"parts": 2}, "--shard_base is for Bloom"), ({"torch_compile": True}, "--torch_compile is for")):
-        with pytest.raises(UserError, match=said):
-            load_base(str(tmp_path), torch.float32, torch.device("cpu"), **options)
     CONFIG_MAPPING["llama"](quantization_config={"quant_method": "awq"}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="its weights are quantised"):
         load_base(str(tmp_path), torch.float32, torch.device("cpu"))
@@ -122,6 +120,27 @@ def test_a_base_may_have_more_embeddings_than_tokens(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     model, _ = load_base(str(tmp_path), torch.float32, torch.device("cpu"))
     assert model.config.vocab_size == len(tokenizer) + 100
+
+
+def test_a_special_token_without_an_embedding_is_no_hindrance_where_none_of_our_texts_has_it(tmp_path, tokenizer):
+    """Gemma 3's tokenizer has <image_soft_token>. An ordinary token, or one that begins a text, needs an embedding."""
+    base = random_decoder("gemma3_text", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"extra_special_tokens": ["<image_soft_token>"]})
+    for folder, used in (("fine", larger), ("plain", tokenizer), ("first", larger)):
+        base.save_pretrained(tmp_path / folder)
+        used.save_pretrained(tmp_path / folder)
+    _, loaded = load_base(str(tmp_path / "fine"), torch.float32, torch.device("cpu"))
+    assert len(loaded) == base.config.vocab_size + 1
+    (prompt,) = prompt_ids(loaded, [["<image_soft_token>"]])
+    assert max(prompt) < base.config.vocab_size
+    plain, first = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("plain", "first"))
+    plain.add_tokens("<ordinary>")
+    first.bos_token = "<image_soft_token>"
+    for folder, used in (("plain", plain), ("first", first)):
+        used.save_pretrained(tmp_path / folder)
+        with pytest.raises(UserError, match="has 4097 tokens, but the base has embeddings for 4096"):
+            load_base(str(tmp_path / folder), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["a LoRA", "a prefix"])

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from answers import complete
 from launching import forks
-from models import examples_of, random_bloom
+from models import examples_of, loss_and_gradient, random_bloom, random_prefix, save_decoder
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from prefix_tuning import bundled, distributed
 from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import load_base, wrap_layers
-from prefix_tuning.base_model.sharding import load_sharded, parts_of_base
+from prefix_tuning.base_model.sharding import is_sharded, load_sharded, parts_of_base
 from prefix_tuning.cli import parse_train_config
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.errors import UserError
@@ -174,6 +174,28 @@ def test_a_sharded_base_is_the_plain_one_tensor_by_tensor(group, tmp_path, token
         assert torch.allclose(model.label_losses(batch, None), plain.label_losses(batch, None), rtol=1e-5)
 
 
+# Buffers that are stored; constants and tables of rotation that are not; a head with a bias.
+@pytest.mark.parametrize("family", ["apertus", "gemma3_text", "phi", "qwen3"])
+def test_a_sharded_base_of_another_family_is_the_plain_one(group, tmp_path, tokenizer, family):
+    save_decoder(tmp_path, tokenizer, family)
+    batch = next(pack(examples_of([20, 50, 7]), 1000))
+    for dtype in (torch.float32, torch.bfloat16):
+        plain, model = (load_base(str(tmp_path), dtype, CPU, parts, gradient_checkpointing=True)[0] for parts in (None, 1))
+        assert is_sharded(model) and not is_sharded(plain)
+        for (name, ours), (same, theirs) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+            assert name == same and ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+        assert fingerprint(model, None) == fingerprint(plain, None)
+        prefix = random_prefix(plain)
+        (loss, gradient), expected = (
+            loss_and_gradient(lambda leaf, base=base: base.label_losses(batch, leaf).sum(), prefix)
+            for base in (model, plain)
+        )
+        assert loss == expected[0] and torch.equal(gradient, expected[1])
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            assert torch.equal(PrefixBloom(model)(ids).logits, plain(ids).logits)
+
+
 def test_answers_are_those_of_the_whole_base(group, tuned):
     plain, tokenizer = load_base(bundled.MODEL, torch.float32, CPU)
     model, _ = load_base(bundled.MODEL, torch.float32, CPU, parts=1)
@@ -213,6 +235,12 @@ def test_a_base_that_cannot_be_sharded_is_one_line(group, tmp_path):
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(str(tmp_path), torch.float32, CPU, parts=1)
+
+
+def test_weights_that_transformers_converts_as_it_loads_them_are_one_line(group, tmp_path, tokenizer):
+    save_decoder(tmp_path, tokenizer, "mixtral")
+    with pytest.raises(UserError, match=r"--shard_base .* transformers converts those of a mixtral model as it loads them"):
         load_base(str(tmp_path), torch.float32, CPU, parts=1)
 
 

@@ -53,7 +53,7 @@ def fast(job: Job, full_shape: str) -> Checks:
         what = f"PEFT + Trainer, {precision}, {batch} x {accumulation} rows a step"
         yield what, partial(peft, **given, batch=batch, accumulation=accumulation)
     yield "parts of a step, bf16, 8 rows", partial(parts_of_step, job, shape)
-    if job.on_cuda and shape in ("1b4", "560m"):  # --torch_compile is for Bloom
+    if job.on_cuda:
         yield "ours, bf16, 8 rows a step, torch_compile", partial(ours, job, shape, rate, "bf16", rows, 8, compiled=True)
 
 

@@ -69,16 +69,13 @@ def make_model(shape: str, device: str, dtype):
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from prefix_tuning.model.bloom import Bloom
-    from prefix_tuning.model.decoder import as_decoder
+    from prefix_tuning.model.decoder import as_packed
 
     torch.manual_seed(0)
     size = {"model_type": "bloom", "pad_token_id": 3, **SHAPES[shape]}
     config = CONFIG_MAPPING[size.pop("model_type")](**size)
     with torch.device(device):
-        if config.model_type == "bloom":
-            return Bloom(config).to(dtype)
-        return as_decoder(AutoModelForCausalLM.from_config(config).to(dtype))
+        return as_packed(AutoModelForCausalLM.from_config(config).to(dtype))
 
 
 def make_encoder(model, width: int | None = None):

@@ -5,12 +5,15 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
+from answers import Heard
 from models import peft_model, random_decoder
-from transformers import AutoModelForCausalLM, FalconConfig, pipeline
+from transformers import AutoModelForCausalLM, FalconConfig, GenerationConfig, pipeline
 
 from prefix_tuning import PrefixBloom, load_prefix
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.cache import CACHE
+from prefix_tuning.generation.sampling import row_draws
 from prefix_tuning.model.bloom import empty_prefix, prefix_cache
 from prefix_tuning.model.decoder import sliding_window
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, key_value_shape
@@ -71,6 +74,27 @@ def test_greedy_answers_equal_those_of_each_row_alone(model, options):
 
 
 @torch.no_grad()
+def test_sampled_answers_are_drawn_from_the_logits_of_each_row_alone_and_streamed(model):
+    sampling = {"do_sample": True, "temperature": 2.0, "top_k": 0, "max_new_tokens": NEW}
+    keys, alone = [(7, number) for number in range(len(ROWS))], []
+    for key, row, name in zip(keys, ROWS, NAMES, strict=True):
+        ids = list(row)
+        for step in range(NEW):
+            with row_draws(GenerationConfig(do_sample=True), [key], step):
+                probabilities = (logits_alone(model, ids, name)[-1:] / 2.0).softmax(-1)
+                ids.append(torch.multinomial(probabilities, num_samples=1).item())
+        alone.append(ids)
+        heard = Heard()
+        with row_draws(GenerationConfig(do_sample=True), [key]):
+            model.generate(torch.tensor([row]), prefix_name=name, streamer=heard, **sampling)
+        assert torch.cat(heard.ids).tolist() == ids and len(heard.ids) == 1 + NEW
+    with row_draws(GenerationConfig(do_sample=True), keys):
+        found = model.generate(**padded(ROWS), prefix_name=NAMES, **sampling)
+    assert found[:, -NEW:].tolist() == [ids[-NEW:] for ids in alone]
+    assert alone[0] != greedy_alone(model, ROWS[0], NAMES[0])
+
+
+@torch.no_grad()
 def test_beams_and_continued_caches_equal_each_row_alone(model):
     options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 3}
     found = model.generate(**padded(ROWS), prefix_name=NAMES, **options)[:, -NEW:]
@@ -80,7 +104,7 @@ def test_beams_and_continued_caches_equal_each_row_alone(model):
     inputs = padded(ROWS)
     first = model.generate(**inputs, prefix_name=NAMES, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     cache = first.cache if CACHE == "cache" else first.past_key_values
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    mask = F.pad(inputs["attention_mask"], (0, 3), value=1)
     rest = model.generate(first.sequences, attention_mask=mask, max_new_tokens=NEW - 3, do_sample=False, **{CACHE: cache})
     whole = model.generate(**inputs, prefix_name=NAMES, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(rest, whole)
@@ -102,8 +126,15 @@ def test_rows_that_outgrow_a_sliding_window_are_answered_as_alone(tokenizer):
     model.attach("five", 3 * torch.randn(3, 2, 2, 5, 12))
     model.generation_config.eos_token_id = None
     assert sliding_window(model.config) == 8
-    with pytest.raises(ValueError, match="outgrow the model's window of 8 tokens"):
+    outgrown = pytest.raises(ValueError, match="outgrow the model's window of 8 tokens")
+    with outgrown:
         model.generate(**padded(ROWS), max_new_tokens=NEW)
+    with outgrown:
+        model(**padded(ROWS))
+    short = padded([row[:3] for row in ROWS])
+    cache = model(**short, use_cache=True)[CACHE]  # 5 + 3 tokens fit
+    with outgrown:
+        model(torch.tensor([[40]] * 3), attention_mask=F.pad(short["attention_mask"], (0, 1), value=1), **{CACHE: cache})
     options = {"max_new_tokens": NEW, "do_sample": False}
     alone = [greedy_alone(model, row, "five") for row in ROWS]
     expected = [tokenizer.decode(ids[-NEW:], skip_special_tokens=True) for ids in alone]

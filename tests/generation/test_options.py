@@ -1,10 +1,14 @@
 import copy
+import logging
 
 import pytest
 import torch
 from answers import GREEDY, PROMPTS
+from models import random_decoder
 from transformers import GenerationConfig
+from transformers.utils.logging import warning_once
 
+from prefix_tuning import PrefixBloom
 from prefix_tuning.data.rows import prompt_of
 from prefix_tuning.generation.options import depends_on_padding, guess_mask, is_continuable, new_tokens, resolve_options
 
@@ -26,6 +30,25 @@ def test_settings_come_from_the_call_its_configuration_and_the_models_own(tuned_
     ended = torch.tensor([[2, *tokenizer(PROMPTS[0]).input_ids]])  # an eos in the text is no padding, even where pad is eos
     ours = model.generate(ended, prefix_name="base", pad_token_id=2, **GREEDY)
     assert torch.equal(ours, base.generate(ended, pad_token_id=2, **GREEDY))
+
+
+def test_settings_for_sampling_that_a_greedy_answer_ignores_are_named_only_to_who_has_given_them(caplog, monkeypatch):
+    """The base's generation_config has some, as those of Llama, Qwen and Gemma do."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    base = random_decoder("llama")
+    for name, value in {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}.items():
+        setattr(base.generation_config, name, value)
+    model, ids = PrefixBloom(base), torch.tensor([[5, 6, 7]])
+
+    def said(**options):
+        warning_once.cache_clear()
+        caplog.clear()
+        model.generate(ids, max_new_tokens=2, **options)
+        return "".join(record.getMessage() for record in caplog.records)
+
+    assert said(do_sample=False) == said(generation_config=GenerationConfig(do_sample=False)) == said() == ""
+    assert "['temperature']" in said(do_sample=False, temperature=0.5)
+    assert "['top_k']" in said(generation_config=GenerationConfig(do_sample=False, top_k=3))
 
 
 def test_a_mask_is_guessed_from_pad_tokens_unless_pad_is_also_eos():
@@ -91,7 +114,7 @@ def test_an_answer_is_continued_by_another_call_only_where_that_changes_nothing(
 
 
 def test_options_of_the_call_override_its_configuration_which_overrides_the_models():
-    own = GenerationConfig(max_new_tokens=1, top_k=1, top_p=0.1, guidance_scale=1.0)
+    own = GenerationConfig(max_new_tokens=1, do_sample=True, top_k=1, top_p=0.1, guidance_scale=1.0)
     given = GenerationConfig(max_new_tokens=2, top_k=2)
     settings, others = resolve_options(own, given, {"max_new_tokens": 3, "streamer": "none of the settings"})
     assert (settings.max_new_tokens, settings.top_k, settings.top_p, settings.guidance_scale) == (3, 2, 0.1, None)

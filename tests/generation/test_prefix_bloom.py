@@ -8,12 +8,11 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import GREEDY, PROMPTS, QUESTIONS, complete, decode, logits_after
+from answers import GREEDY, PROMPTS, QUESTIONS, Heard, complete, decode, logits_after
 from models import prefix_config, random_bloom, random_prefix
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM, DynamicCache, StaticCache, StoppingCriteriaList, TextStreamer, pipeline
-from transformers.generation import BaseStreamer
 
 from prefix_tuning import PrefixBloom, bundled, load_prefix
 from prefix_tuning.base_model.identity import fingerprint
@@ -340,7 +339,7 @@ def test_a_chat_continues_in_one_cache_as_transformers_users_write_it(tuned_mode
     for prompt in PROMPTS[:3]:
         text = torch.cat((text, tokenizer(prompt, return_tensors="pt").input_ids), dim=1)
         seen.clear()
-        heard = _Heard()
+        heard = Heard()
         options = {"max_length": text.shape[1] + 9, "min_length": text.shape[1] + 7, "do_sample": False}
         anew = tuned_model.generate(text, attention_mask=torch.ones_like(text), **options)
         said = tuned_model.generate(
@@ -357,17 +356,6 @@ def test_a_chat_continues_in_one_cache_as_transformers_users_write_it(tuned_mode
         text = said
     with pytest.raises(ValueError, match="whole text so far"):
         tuned_model.generate(tokenizer("？", return_tensors="pt").input_ids, past_key_values=cache, **GREEDY)
-
-
-class _Heard(BaseStreamer):
-    def __init__(self):
-        self.ids = []
-
-    def put(self, value):
-        self.ids.append(value.flatten())
-
-    def end(self):
-        pass
 
 
 def test_several_sequences_continue_in_one_cache_as_without_it(tuned_model, tokenizer):

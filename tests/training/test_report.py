@@ -16,6 +16,7 @@ import torch
 from checkout import ROOT
 from forks import Fork
 from launching import start_process
+from models import save_decoder
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from runs import metrics_of
 from safetensors.torch import load_file
@@ -268,18 +269,20 @@ def hubs():
         server.server_close()
 
 
-def push(folder, rows_file, **environment):
+def push(base, folder, rows_file, **environment):
     flags = [*FLAGS, "--dataset", str(rows_file), "--output_dir", str(folder), "--push_to_hub", "prefix"]
+    flags += ["--model_name_or_path", base]
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return start_process([sys.executable, str(ROOT / "train.py"), *flags], cwd=ROOT, env=environment, **pipes)
 
 
-def test_a_finished_run_is_pushed_to_the_hub_without_its_checkpoints(hubs, tmp_path, rows_file):
+def test_a_finished_run_is_pushed_to_the_hub_without_its_checkpoints(hubs, tmp_path, rows_file, tokenizer):
     hub, broken = hubs
     online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
-    process = push(tmp_path / "out", rows_file, HF_ENDPOINT=hub.url, **online)
-    other = push(tmp_path / "again", rows_file, HF_ENDPOINT=broken.url, **online)
+    base = save_decoder(tmp_path / "base", tokenizer, "llama")  # with fewer heads of keys and values than of queries
+    process = push(base, tmp_path / "out", rows_file, HF_ENDPOINT=hub.url, **online)
+    other = push(bundled.MODEL, tmp_path / "again", rows_file, HF_ENDPOINT=broken.url, **online)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert hub.created == ["prefix"] and "uploaded to the hub: me/prefix" in out
@@ -287,6 +290,9 @@ def test_a_finished_run_is_pushed_to_the_hub_without_its_checkpoints(hubs, tmp_p
     assert {name for name in local if name.startswith("checkpoint")}
     assert hub.files == {name: content for name, content in local.items() if not name.startswith("checkpoint")}
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "prefix_encoder.safetensors"} <= set(hub.files)
+    card, prefix = hub.files["README.md"].decode(), load_prefix(tmp_path / "out").tensor
+    assert f"the prefix itself has {prefix.numel():,} numbers" in card
+    assert "`AutoPeftModelForCausalLM` does not find this base by itself" in card
     _, err = other.communicate()
     assert other.returncode == 2 and "Traceback" not in err
     assert f"try again with `hf upload me/prefix {tmp_path / 'again'}`" in err.strip().splitlines()[-1]
