@@ -13,6 +13,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm import tqdm
 from transformers import (
     BloomForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3ForCausalLM,
     get_scheduler,
@@ -38,7 +38,7 @@ QUIZ_FORMS = ["问：{q}答：{a}", "{q}答案是：{a}", "小测验：{q}{a}", 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]  # Bloom's, in Bloom's order: ids 0-3
 VOCAB_SIZE = 4096
 # transformers' class of each base, its shape, and the dtype that is saved.
-BASES: dict[str, tuple[type[PreTrainedModel], dict, torch.dtype]] = {
+BASES: dict[str, tuple[Any, dict, torch.dtype]] = {
     "mini-bloom": (BloomForCausalLM, {"hidden_size": 192, "n_layer": 4, "n_head": 6}, torch.float32),
     "mini-qwen3": (
         Qwen3ForCausalLM,
