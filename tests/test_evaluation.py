@@ -8,7 +8,8 @@ from runs import metrics_of
 
 from prefix_tuning import PrefixBloom
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import prompt_of, take, tokenize
+from prefix_tuning.data.rows import take, tokenize
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.evaluation import SPARE_TOKENS, Evaluator, answer_turns, exact_match, expected_answers, last_turn
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.model.batch import IGNORED

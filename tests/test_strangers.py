@@ -22,7 +22,8 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data import readers
 from prefix_tuning.data.columns import COLUMNS, Columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import prompt_of, read_questions
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_adapter, save_encoder

@@ -10,7 +10,8 @@ from rows import write_jsonl, write_rows
 
 from prefix_tuning.data.columns import PAIRS, columns_of, parse_columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import parts_of, prompt_of, read_questions
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.templates import prompt_of, talk_of
 from prefix_tuning.errors import UserError
 
 KINDS = ("json", "jsonl", "csv", "parquet", "folder")
@@ -219,7 +220,7 @@ def test_a_history_is_the_turns_before(tmp_path, capsys, kind, history, texts):
     source = write(tmp_path, kind, rows)
     assert load_rows(source, TRAIN).to_list() == [ours("e", "f", "i", each) for each in (texts, [], [])]
     ((_, parts, _), *alone) = read_questions(source, []) if kind != "folder" else load_questions(tmp_path, rows)
-    assert parts == parts_of("e", "i", texts) and [parts for _, parts, _ in alone] == [parts_of("e", "i")] * 2
+    assert parts == talk_of("e", "i", texts) and [parts for _, parts, _ in alone] == [talk_of("e", "i")] * 2
     assert capsys.readouterr().out == ""
 
 

@@ -10,7 +10,8 @@ from rows import GOOD, write_jsonl
 
 from prefix_tuning.data import readers
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import prompt_of, read_questions
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 
 

@@ -15,18 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from prefix_tuning.data import readers
 from prefix_tuning.data import rows as rows_module
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import (
-    cut_answers,
-    digest,
-    encode,
-    part_ids,
-    parts_of,
-    prompt_ids,
-    prompt_of,
-    read_questions,
-    take,
-    tokenize,
-)
+from prefix_tuning.data.rows import cut_answers, digest, encode, read_questions, take, tokenize
+from prefix_tuning.data.templates import part_ids, prompt_ids, prompt_of, talk_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import IGNORED
 
@@ -298,12 +288,12 @@ def test_cut_answers_are_counted(tmp_path, tokenizer):
 def test_prompts_are_those_of_training_without_the_last_answer(tmp_path, tokenizer):
     talks = [*CHINESE, ("</s>", "b</s>", "c", "d")]
     _, loaded = talk_rows(tmp_path, *talks)
-    prompts = prompt_ids(tokenizer, [parts_of(row["instruction"], row["input"], row["history"]) for row in loaded])
+    prompts = prompt_ids(tokenizer, [talk_of(row["instruction"], row["input"], row["history"]) for row in loaded])
     for prompt, example in zip(prompts, take(tokenize(loaded, tokenizer, 10**6), range(len(loaded))), strict=True):
         last = max(index for index, label in enumerate(example.labels) if label == IGNORED)
         assert prompt == example.input_ids[: last + 1]
     assert prompt_ids(tokenizer, []) == []
-    assert parts_of("a") == [prompt_of("a")] and parts_of("a", "b", ["c", "d"]) == [prompt_of("c"), "d", prompt_of("a", "b")]
+    assert talk_of("a") == [prompt_of("a")] and talk_of("a", "b", ["c", "d"]) == [prompt_of("c"), "d", prompt_of("a", "b")]
 
 
 def test_a_digest_covers_the_history(tmp_path):
@@ -341,7 +331,7 @@ def test_a_talk_begins_with_bos_once_if_the_tokenizer_adds_it(tokenizer):
     adding.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         "<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    talk = [*parts_of("再见", history=["你好", "您好！"]), "再见！"]
+    talk = [*talk_of("再见", history=["你好", "您好！"]), "再见！"]
     (plain,), (found,) = part_ids(tokenizer, [talk]), part_ids(adding, [talk])
     assert found == [[tokenizer.bos_token_id, *plain[0]], *plain[1:]]
     assert prompt_ids(adding, [talk[:1]]) == [adding(talk[0]).input_ids]

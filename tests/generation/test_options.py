@@ -5,7 +5,7 @@ import torch
 from answers import GREEDY, PROMPTS
 from transformers import GenerationConfig
 
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.generation.options import depends_on_padding, guess_mask, is_continuable, new_tokens, resolve_options
 
 

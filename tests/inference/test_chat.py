@@ -20,7 +20,8 @@ from rows import write_jsonl
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
+from prefix_tuning.data.rows import tokenize
+from prefix_tuning.data.templates import prompt_ids, talk_of
 from prefix_tuning.files.prefixes import load_encoder, save_adapter
 from prefix_tuning.inference.ask import Answerer
 from prefix_tuning.inference.run import decoding_options, names_with_history, open_model
@@ -238,8 +239,8 @@ def test_whether_the_conversation_is_read_depends_on_each_prefix(tuned, talker, 
     hook = chat.model.transformer.word_embeddings.register_forward_pre_hook(lambda _, ids: read.append(ids[0].tolist()))
     chat.answer(ASKED[2])
     hook.remove()
-    (alone,) = prompt_ids(tokenizer, [parts_of(ASKED[2])])
-    (talk,) = prompt_ids(tokenizer, [parts_of(ASKED[2], history=history[:4])])
+    (alone,) = prompt_ids(tokenizer, [talk_of(ASKED[2])])
+    (talk,) = prompt_ids(tokenizer, [talk_of(ASKED[2], history=history[:4])])
     assert [prompt for (prompt,) in read if len(prompt) > 1] == [talk, alone, talk]  # base, short, talker
 
 

@@ -12,7 +12,7 @@ from runs import LATEST, assert_same_run, interrupt, metrics_of
 from transformers import AutoModelForCausalLM
 
 from prefix_tuning import PrefixBloom, load_prefix
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.bloom import PackedModel, prefix_cache

@@ -10,7 +10,8 @@ from runs import LATEST, assert_same_run, checkpoint_names, interrupt, metrics_w
 
 from prefix_tuning import evaluation
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import prompt_of, tokenize
+from prefix_tuning.data.rows import tokenize
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.files.prefixes import load_prefix
