@@ -205,8 +205,8 @@ def test_any_talks(tmp_path, column, talks):
         assert found["output"].strip() and len(found["history"]) % 2 == 0
         assert all(isinstance(text, str) for text in [found["instruction"], found["input"], *found["history"]])
     asked = read_or_refuse(lambda: list(read_questions(str(path), [])))
-    for _, parts, _ in asked or []:
-        assert len(parts) % 2 == 1 and all(part.endswith("\n\nAssistant: ") for part in parts[::2])
+    for _, talk, _ in asked or []:
+        assert len(talk.texts) % 2 == 1 and all(isinstance(text, str) for text in [talk.system, *talk.texts])
 
 
 HOSTILE_TALKS = {

@@ -46,8 +46,9 @@ def encode(
 
     Prompt and output are tokenised by separate calls, as in the notebook that this program re-creates. So no token contains
     the end of one and the start of the other, and the prompt becomes the same tokens as in inference, which has no output.
-    With a chat template, a talk is tokenised whole, and the token that ends an answer is the template's own. Raises UserError
-    with `name`, of the dataset, for a row that the template refuses, or whose prompt is other tokens without the answer.
+    With a chat template, a talk is tokenised whole, and the token that ends an answer is the template's own. Raises
+    UserError for a row that the template refuses, or whose prompt is other tokens without the answer. name: of the dataset,
+    for that message.
 
     A talk is several such turns one after the other. All its answers are learned except those with weight 0. Turns are kept
     from the first one on, as long as they fit whole. If the first turn alone is too long, it is cut like any other row.
