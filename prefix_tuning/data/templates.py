@@ -78,12 +78,10 @@ def choose_template(flag: str, base: str, tokenizer: PreTrainedTokenizerBase, se
         raise UserError(f"{base}: {reason_of(error)}; add --template notebook") from error
     print(f"rows are written in the chat template of {base}; --template notebook would write Human: ... Assistant: ...")
     if "enable_thinking" in template.chat_template:
+        line = "no row has a thinking block: none is learned or asked for (enable_thinking=False)"
         if template.enable_thinking:
-            print(
-                "rows have thinking blocks: they are learned as the template keeps them, and asked for (enable_thinking=True)"
-            )
-        else:
-            print("no row has a thinking block: none is learned or asked for (enable_thinking=False)")
+            line = "rows have thinking blocks: asked for, and learned as the template keeps them (enable_thinking=True)"
+        print(line)
     if any(map(has_system, sets)) and (line := system_line(tokenizer, template)):
         print(line)
     return template

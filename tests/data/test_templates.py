@@ -172,7 +172,7 @@ def test_thinking_is_learned_and_asked_for_only_if_rows_think(tokenizer, tmp_pat
         labels = chat.decode([label for label in example.labels if label != IGNORED])
         found[name] = (chat.decode(prompt_ids(chat, [asked], template)[0]), labels, capsys.readouterr().out.splitlines()[1])
     prompt, block = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "<think>\n{}\n</think>\n\n"
-    on = "rows have thinking blocks: they are learned as the template keeps them, and asked for (enable_thinking=True)"
+    on = "rows have thinking blocks: asked for, and learned as the template keeps them (enable_thinking=True)"
     off = "no row has a thinking block: none is learned or asked for (enable_thinking=False)"
     assert found["never"] == (prompt + block.format(""), "b<|im_end|>", off)
     assert found["once"] == (prompt, block.format("想") + "b<|im_end|>", on)
