@@ -14,9 +14,9 @@ code outside this file only passes it on.
 """
 
 import contextlib
-import re
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, takewhile
 from typing import Any, NamedTuple
 
 import pyarrow
@@ -73,7 +73,7 @@ def choose_template(flag: str, base: str, tokenizer: PreTrainedTokenizerBase, se
     try:
         template = ChatTemplate(tokenizer.get_chat_template(), any(map(_has_thinking, sets)))
         end_of(tokenizer, template)
-        _chat_parts(tokenizer, Talk(["1", "2"]), template)
+        _chat(tokenizer, template).parts(Talk(["1", "2"]))
     except (UserError, ValueError) as error:  # ValueError: there are several templates, and none is the default
         raise UserError(f"{base}: {reason_of(error)}; add --template notebook") from error
     print(f"rows are written in the chat template of {base}; --template notebook would write Human: ... Assistant: ...")
@@ -106,7 +106,7 @@ def end_of(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
     """
     if template is None:
         return tokenizer.eos_token_id
-    end = _chat_ends(tokenizer, template)[1]
+    end = _chat(tokenizer, template).ends[1]
     if end is None:
         raise UserError("the chat template writes no special token after an answer, so no answer would stop")
     return end
@@ -119,7 +119,7 @@ def has_system(rows: Dataset) -> bool:
 
 def system_line(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     """What is done with system texts, if the chat template has no turn for them; else ""."""
-    if template is None or _has_system_turn(tokenizer, template):
+    if template is None or _chat(tokenizer, template).takes_system:
         return ""
     return "the chat template has no turn for a system text: it is put in front of the user's first text, with an empty line"
 
@@ -147,7 +147,7 @@ def part_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Talk], template
     found = []
     for talk in talks:
         with _named(talk):
-            found.append(_chat_parts(tokenizer, talk, template))
+            found.append(_chat(tokenizer, template).parts(talk))
     return found
 
 
@@ -162,17 +162,21 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Talk], templa
     found = []
     for talk in talks:
         with _named(talk):
-            found.append(_chat_ids(tokenizer, talk, template))
+            found.append(_chat(tokenizer, template).ids(talk))
     return found
 
 
 def question_of(tokenizer: PreTrainedTokenizerBase, prompt: list[int], template: Template = None) -> str:
-    """The text of a prompt without what the template writes around a first question."""
-    before, after = "Human: ", "\n\nAssistant: "
-    if template is not None:
-        before, _, after = _render(tokenizer, Talk([_MARKS[0]]), template).partition(_MARKS[0])
+    """The text of the last question in a prompt, to be shown."""
     text: Any = tokenizer.decode(prompt)
-    return text.removeprefix(before).removesuffix(after)
+    if template is None:
+        return text.removeprefix("Human: ").removesuffix("\n\nAssistant: ")
+    # What stands before a first question and before a later one in the same way: not BOS, nor the end of an answer.
+    before, after = _chat(tokenizer, template).around_questions
+    first = _chat(tokenizer, template).render(Talk([_MARKS[0]])).partition(_MARKS[0])[0]
+    pairs = zip(*(reversed(tokenizer(text, add_special_tokens=False).input_ids) for text in (before, first)), strict=False)
+    opening: Any = tokenizer.decode([token for token, other in takewhile(lambda pair: pair[0] == pair[1], pairs)][::-1])
+    return text.removesuffix(after).rpartition(opening)[2] if opening else text
 
 
 # --- the notebook's ---
@@ -210,96 +214,120 @@ def _with_system_in_front(talk: Talk, separator: str) -> Talk:
 # --- chat templates ---
 
 
-def _chat_parts(tokenizer: PreTrainedTokenizerBase, talk: Talk, template: ChatTemplate) -> list[list[int]]:
-    """The parts of one talk.
+class _Chat:
+    """A chat template with the tokenizer that reads it, and what is known about both.
 
-    Each answer begins where the prompt of its turn ends, and stops with the end of its turn; what the template writes after
-    that belongs to the next prompt. After the last answer, it is left out: nothing could be learned from it.
-
-    With enable_thinking=False, Qwen3's template writes an empty thinking block at the end of a prompt, and keeps it before
-    the last answer only. An earlier answer then stands behind the prompt as it is with thinking on, which has no such block.
+    special: the tokenizer's special tokens, text -> id. takes_system: whether the template writes a system text; Gemma's
+    refuses one, and others leave it out.
     """
-    whole, ends = _chat_ids(tokenizer, talk, template), _chat_ends(tokenizer, template)
-    parts: list[list[int]] = []
-    start = 0
-    for turn in range(1, len(talk.texts), 2):
-        is_last = turn == len(talk.texts) - 1
-        asked, end = talk._replace(texts=talk.texts[:turn]), ends[is_last]
-        forms = [template] if is_last else [template, template._replace(enable_thinking=True)]
-        prompts = (_chat_ids(tokenizer, asked, form) for form in forms)
-        length = next((len(prompt) for prompt in prompts if whole[: len(prompt)] == prompt), None)
-        if length is None:
-            raise UserError(
-                f"the chat template writes the prompt of answer {turn // 2 + 1} otherwise once the answer follows"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate):
+        self.tokenizer, self.template = tokenizer, template
+        self.special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.takes_system = True
+        try:
+            self.takes_system = _MARKS[0] in self.render(Talk([_MARKS[1]], system=_MARKS[0]))
+        except UserError:
+            self.takes_system = False
+
+    def parts(self, talk: Talk) -> list[list[int]]:
+        """The token ids of the prompts and answers of a talk that ends with an answer.
+
+        Each answer begins where the prompt of its turn ends, and stops with the end of its turn; what the template writes
+        after that belongs to the next prompt. After the last answer it is left out: nothing could be learned from it.
+
+        With enable_thinking=False, Qwen3's template writes an empty thinking block at the end of a prompt, but keeps it
+        before the last answer only. An earlier answer follows the prompt as it is with thinking on, which has no such block.
+        """
+        whole = self.ids(talk)
+        parts: list[list[int]] = []
+        start = 0
+        for turn in range(1, len(talk.texts), 2):
+            is_last = turn == len(talk.texts) - 1
+            asked, end = talk._replace(texts=talk.texts[:turn]), self.ends[is_last]
+            prompts = (self.ids(asked, thinking) for thinking in ([None] if is_last else [None, True]))
+            length = next((len(prompt) for prompt in prompts if whole[: len(prompt)] == prompt), None)
+            if length is None:
+                number = turn // 2 + 1
+                raise UserError(f"the chat template writes the prompt of answer {number} otherwise once the answer follows")
+            if end is None or end not in whole[length:]:
+                raise UserError(f"the chat template writes no special token after answer {turn // 2 + 1}")
+            stop = whole.index(end, length) + 1
+            parts += [whole[start:length], whole[length:stop]]
+            start = stop
+        return parts
+
+    def ids(self, talk: Talk, enable_thinking: bool | None = None) -> list[int]:
+        """The token ids of a talk, which are those of `apply_chat_template`, but for what looks like a special token in a
+        text: that is tokenised as text.
+
+        To know it again among the special tokens of the template, a mark is put behind its first character before rendering.
+        """
+        mark = next(mark for mark in _MARKS if not any(mark in text for text in (talk.system, *talk.texts)))
+
+        def marked(text: str) -> str:
+            for special in self.special:
+                text = text.replace(special, special[0] + mark + special[1:])
+            return text
+
+        marked_talk = Talk([*map(marked, talk.texts)], marked(talk.system))
+        pieces = self.render(marked_talk, enable_thinking).split(mark)
+        text, marks = "".join(pieces), list(accumulate(map(len, pieces[:-1])))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(marks))
+        if not marks:
+            return encoded.input_ids
+        ids = []
+        for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+            if token in self.special.values() and any(start < position <= end for position in marks):
+                ids += self.tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True).input_ids
+            else:
+                ids.append(token)
+        return ids
+
+    def render(self, talk: Talk, enable_thinking: bool | None = None) -> str:
+        """The text of a talk. If it ends with a question, the beginning of the answer's turn follows.
+
+        enable_thinking: None is the template's own. Raises UserError where the template fails.
+        """
+        if not self.takes_system:
+            talk = _with_system_in_front(talk, "\n\n")
+        messages = [{"role": "system", "content": talk.system}] if talk.system else []
+        messages += [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(talk.texts)]
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template.chat_template,
+                tokenize=False,
+                add_generation_prompt=len(talk.texts) % 2 == 1,
+                enable_thinking=self.template.enable_thinking if enable_thinking is None else enable_thinking,
             )
-        if end is None or end not in whole[length:]:
-            raise UserError(f"the chat template writes no special token after answer {turn // 2 + 1}")
-        stop = whole.index(end, length) + 1
-        parts += [whole[start:length], whole[length:stop]]
-        start = stop
-    return parts
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, talk: Talk, template: ChatTemplate) -> list[int]:
-    """The token ids of a talk, which are those of `apply_chat_template`, but for what looks like a special token in a text:
-    that is tokenised as text.
-
-    To know it again among the special tokens of the template, a mark is put behind its first character before rendering.
-    """
-    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern = "|".join(re.escape(text) for text in sorted(special, key=len, reverse=True))
-    mark = next(mark for mark in _MARKS if not any(mark in text for text in (talk.system, *talk.texts)))
-
-    def marked(text: str) -> str:
-        return re.sub(pattern, lambda match: match[0][0] + mark + match[0][1:], text) if special else text
-
-    pieces = _render(tokenizer, Talk([*map(marked, talk.texts)], marked(talk.system)), template).split(mark)
-    text, marks = "".join(pieces), list(accumulate(map(len, pieces[:-1])))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(marks))
-    if not marks:
-        return encoded.input_ids
-    ids = []
-    for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
-        if token in special.values() and any(start < position <= end for position in marks):
-            ids += tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True).input_ids
-        else:
-            ids.append(token)
-    return ids
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, talk: Talk, template: ChatTemplate) -> str:
-    """The text of a talk. If it ends with a question, the beginning of the answer's turn follows."""
-    if talk.system and not _has_system_turn(tokenizer, template):
-        talk = _with_system_in_front(talk, "\n\n")
-    messages = [{"role": "system", "content": talk.system}] if talk.system else []
-    messages += [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(talk.texts)]
-    asks = len(talk.texts) % 2 == 1
-    try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **template._asdict())
+        except Exception as error:  # the template is a program: it may raise anything, and refuses a talk by TemplateError
+            raise UserError(f"the chat template fails: {reason_of(error)}") from error
         return text
-    except Exception as error:  # the template is a program: it may raise anything, and refuses a talk by TemplateError
-        raise UserError(f"the chat template fails: {reason_of(error)}") from error
+
+    @functools.cached_property
+    def ends(self) -> tuple[int | None, int | None]:
+        """The special tokens that end an earlier answer and the last answer of a talk; in most templates they are the same.
+        None: there is no special token.
+        """
+        question, answer = _MARKS[:2]
+        earlier = self.around_questions[0]
+        last = self.render(Talk([question, answer])).partition(answer)[2]
+        ids = (self.tokenizer(text, add_special_tokens=False).input_ids for text in (earlier, last))
+        first, second = (next((token for token in tokens if token in self.special.values()), None) for tokens in ids)
+        return first, second
+
+    @functools.cached_property
+    def around_questions(self) -> tuple[str, str]:
+        """What the template writes between an earlier answer and a question, and after the question."""
+        question, answer = _MARKS[:2]
+        before, _, after = self.render(Talk([question, answer, question])).partition(answer)[2].partition(question)
+        return before, after
 
 
-def _has_system_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> bool:
-    """Whether the template writes a system text. Gemma's refuses it, and others leave it out."""
-    messages = [{"role": "system", "content": _MARKS[0]}, {"role": "user", "content": _MARKS[1]}]
-    with contextlib.suppress(Exception):  # as in `_render`
-        return _MARKS[0] in tokenizer.apply_chat_template(messages, tokenize=False, **template._asdict())
-    return False
-
-
-def _chat_ends(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[int | None, int | None]:
-    """The special tokens that end an answer before a next question, and the last answer of a talk. They are the same in most
-    templates. None: there is no special token.
-    """
-    question, answer = _MARKS[:2]
-    earlier = _render(tokenizer, Talk([question, answer, question]), template).partition(answer)[2].partition(question)[0]
-    last = _render(tokenizer, Talk([question, answer]), template).partition(answer)[2]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (earlier, last))
-    first, second = (next((token for token in tokens if token in special), None) for tokens in ids)
-    return first, second
+@functools.lru_cache(4)
+def _chat(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> _Chat:
+    return _Chat(tokenizer, template)
 
 
 @contextlib.contextmanager

@@ -71,7 +71,11 @@ def test_a_prompt_is_what_apply_chat_template_asks_with_and_the_beginning_of_the
     for prompt, parts in zip(prompts, part_ids(tokenizer, TALKS, template), strict=True):
         assert prompt == [token for part in parts[:-1] for token in part]
     assert end_of(tokenizer, template) == tokenizer.convert_tokens_to_ids(ENDS[shape])
-    assert question_of(tokenizer, prompts[0], template) == TALKS[0].texts[0]
+    # What is shown of a prompt, or of its last turn, is the last question.
+    turns = [parts[-2] for parts in part_ids(tokenizer, TALKS, template)]
+    for talk, prompt in [*zip(TALKS, prompts, strict=True), *zip(TALKS, turns, strict=True)]:
+        in_front = f"{talk.system}\n\n" if shape in ("gemma", "mistral") and len(talk.texts) == 2 and talk.system else ""
+        assert question_of(tokenizer, prompt, template).strip() == in_front + talk.texts[-2].strip()
 
 
 def test_labels_are_the_answers_and_the_ends_of_their_turns(tmp_path, tokenizer, shape):
