@@ -224,7 +224,7 @@ class _Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate):
         self.tokenizer, self.template = tokenizer, template
         self.special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.takes_system = True
+        self.takes_system = True  # `render` reads it
         try:
             self.takes_system = _MARKS[0] in self.render(Talk([_MARKS[1]], system=_MARKS[0]))
         except UserError:
@@ -325,6 +325,7 @@ class _Chat:
         return before, after
 
 
+# Prompts come one by one, and what is known about a template takes longer than one prompt.
 @functools.lru_cache(4)
 def _chat(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> _Chat:
     return _Chat(tokenizer, template)

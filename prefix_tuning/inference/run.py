@@ -76,7 +76,11 @@ def open_model(
     model = PrefixBloom(base, tokenizer)
     for name, prefix in prefixes.items():
         model.attach(name, prefix, config.force)
-        add_end(model.generation_config, end_of(tokenizer, templates_of(model)[name]), f"{name}: its template")
+        try:
+            end = end_of(tokenizer, templates_of(model)[name])
+        except UserError as error:
+            raise UserError(f"{name}: {error}; use the base that it was trained on") from error
+        add_end(model.generation_config, end, f"{name}: its template")
     return model, tokenizer
 
 

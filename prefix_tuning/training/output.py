@@ -47,16 +47,15 @@ Questions are asked in the template of training:
     Assistant: 
 """
 _CHAT = """\
-Questions are asked in the chat template of the base's tokenizer, as in training (`{adapter}` has a copy, under `template` in
-its metadata):
+Questions are asked in the chat template of the base's tokenizer, as in training. (A copy of it is in the metadata of
+`{adapter}`, under `template`.)
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained("{load}")
-    inputs = tokenizer.apply_chat_template(
-        [{{"role": "user", "content": "法国的首都是哪里？"}}],
-        add_generation_prompt=True, enable_thinking={enable_thinking}, return_dict=True, return_tensors="pt",
-    )
+    messages = [{{"role": "user", "content": "法国的首都是哪里？"}}]
+    options = {{"add_generation_prompt": True, {thinking}"return_dict": True, "return_tensors": "pt"}}
+    inputs = tokenizer.apply_chat_template(messages, **options)
 """
 
 
@@ -154,12 +153,16 @@ def write_card(folder: Path) -> None:
     # Neither bundled nor in a folder.
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
     load = base if on_hub else "the folder of " + base.removeprefix(LOCAL)
-    template = recorded_template(folder)
+    how_to_ask = _NOTEBOOK
+    if template := recorded_template(folder):
+        reads_it = "enable_thinking" in template["chat_template"]
+        thinking = f'"enable_thinking": {template["enable_thinking"]}, ' if reads_it else ""
+        how_to_ask = _CHAT.format(load=load, adapter=ADAPTER_FILE, thinking=thinking)
     text = _CARD.read_text("utf-8").format(
         base_model=f"base_model: {base}\n" if on_hub else "",
         base=base.removeprefix(LOCAL),
         load=load,
-        template=_CHAT.format(load=load, adapter=ADAPTER_FILE, **template) if template else _NOTEBOOK,
+        how_to_ask=how_to_ask,
         auto=f"""
 `AutoPeftModelForCausalLM` does not find this base by itself: `{ADAPTER_CONFIG_FILE}` names it `{base}`, as a path would be
 valid on one machine only. Write the path of the base there, as `base_model_name_or_path`, and it does.

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from answers import refuses, run_infer
-from chats import CHATML, LLAMA, messages_of, with_template
+from chats import CHATML, GEMMA, LLAMA, messages_of, with_template
 from models import random_decoder
 from rows import write_jsonl
 from runs import LATEST, metrics_of
@@ -22,7 +22,7 @@ from prefix_tuning.base_model.loading import ends_of
 from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
-from prefix_tuning.data.templates import ChatTemplate, prompt_of
+from prefix_tuning.data.templates import ChatTemplate, prompt_of, talk_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_FILE, CARD_FILE
 from prefix_tuning.generation.cache import CACHE
@@ -199,6 +199,50 @@ def test_a_prefix_without_a_record_was_trained_in_the_notebook_s_template(
     answerer = Answerer(model, tokenizer, decoding_options(config), 0)
     read = prompts_read(model, lambda: ask(answerer, QUESTION, None, compare=True))
     assert read == [chat_tokenizer(prompt_of(QUESTION)).input_ids] * 2
+
+
+def with_record(folder, copy, template):
+    """A copy of a prefix whose file records another template."""
+    shutil.copytree(folder, copy)
+    metadata = record_of(copy) | {"template": json.dumps(template)}
+    save_file(load_file(copy / ADAPTER_FILE), copy / ADAPTER_FILE, metadata)
+    return copy
+
+
+def test_the_record_decides_not_the_tokenizer_of_today(trained_twice, chat_base, chat_tokenizer, tmp_path, capsys):
+    """Gemma's template has no turn for a system text."""
+    template = {"chat_template": GEMMA, "enable_thinking": False}
+    copy = with_record(trained_twice / "auto", tmp_path / "gemma", template)
+    row = {"instruction": QUESTION, "output": ANSWER, "system": "短"}
+    rows, flags = write_jsonl(tmp_path / "in.jsonl", row), ["--model_name_or_path", chat_base, "--prefix", copy]
+    line = (
+        "the chat template has no turn for a system text: it is put in front of the user's first text, with an empty line\n"
+    )
+    for task in (["--input", rows, "--output", tmp_path / "out.jsonl", "--max_new_tokens", 3], ["--score", rows]):
+        run_infer(*task, *flags)
+        assert capsys.readouterr().err.count(line) == 1
+    config = parse_infer_config([QUESTION, *map(str, flags)])
+    model, tokenizer = open_model(config.named_prefixes(), config, torch.device("cpu"))
+    prompt = Answerer(model, tokenizer, decoding_options(config), 0).prompt(talk_of(QUESTION, system="短"), "gemma")
+    expected = "<s><start_of_turn>user\n短\n\n五？<end_of_turn>\n<start_of_turn>model\n"
+    assert chat_tokenizer.decode(prompt) == expected
+    assert chat_tokenizer.convert_tokens_to_ids("<end_of_turn>") in ends_of(model.generation_config)
+
+
+BAD_RECORDS = {
+    "no object": ("chat", "adapter_model.safetensors: holds no valid template: 'chat'"),
+    "other keys": ({"name": "chat"}, "bad: its file holds no valid template: {'name': 'chat'}"),
+    "no end": (
+        {"chat_template": "x", "enable_thinking": True},
+        "bad: the chat template writes no special token after an ans",
+    ),
+}
+
+
+@pytest.mark.parametrize("record, message", BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_record_that_cannot_be_used_is_one_line(trained_twice, chat_base, tmp_path, record, message):
+    copy = with_record(trained_twice / "auto", tmp_path / "bad", record)
+    refuses(message, QUESTION, "--model_name_or_path", chat_base, "--prefix", copy)
 
 
 def test_a_saved_prefix_keeps_its_template(trained_twice, chat_base, tmp_path):
