@@ -245,10 +245,15 @@ class _Chat:
         for turn in range(1, len(talk.texts), 2):
             is_last = turn == len(talk.texts) - 1
             asked, end = talk._replace(texts=talk.texts[:turn]), self.ends[is_last]
-            prompts = (self.ids(asked, thinking) for thinking in ([None] if is_last else [None, True]))
+            forms = [None] if is_last else [None, True]
+            prompts = (self.ids(asked, thinking) for thinking in forms)
             length = next((len(prompt) for prompt in prompts if whole[: len(prompt)] == prompt), None)
             if length is None:
                 number = turn // 2 + 1
+                if any(self.render(talk).startswith(self.render(asked, thinking)) for thinking in forms):
+                    raise UserError(
+                        f"answer {number} begins within a token of its prompt, as a line break may; strip its text"
+                    )
                 raise UserError(f"the chat template writes the prompt of answer {number} otherwise once the answer follows")
             if end is None or end not in whole[length:]:
                 raise UserError(f"the chat template writes no special token after answer {turn // 2 + 1}")

@@ -6,6 +6,8 @@ import pytest
 from chats import CHATML, CONTROL, ENDS, QWEN, SHAPES, messages_of, with_template
 from launching import TRAIN
 from rows import write_jsonl
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import ASKED, encode, take, tokenize
@@ -149,6 +151,21 @@ def test_a_row_that_the_template_refuses_is_named(tokenizer, tmp_path):
         UserError, match=r"^a\.jsonl: the question 'bad': the chat template fails: no; leave it out, or train"
     ):
         encode(rows, with_template(tokenizer, fussy), 256, ChatTemplate(fussy, False), "a.jsonl")
+
+
+def test_an_answer_that_melts_into_its_prompt_is_refused(tokenizer):
+    """Qwen's tokenizer has a token for two line breaks, and ChatML ends a prompt with one."""
+    breaks = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"\n": 0, "a": 1, "\n\n": 2, "?": 3}, [("\n", "\n")], unk_token="?")),
+        eos_token="</s>",
+    )
+    chat, template = with_template(breaks, CHATML), ChatTemplate(CHATML, False)
+    (parts,) = part_ids(chat, [Talk(["a", "a\n\na"])], template)
+    assert chat.convert_ids_to_tokens(parts[1]) == ["a", "\n\n", "a", "<|im_end|>"]
+    with pytest.raises(
+        UserError, match=r"^the question 'a': answer 2 begins within a token of its prompt, as a line break may"
+    ):
+        part_ids(chat, [Talk(["a", "a", "a", "\na"])], template)
 
 
 @pytest.mark.parametrize("shape, takes", [("gemma", False), ("mistral", False), ("chatml", True), ("qwen", True)])
