@@ -178,7 +178,7 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
     own = Columns({name: name for name in COLUMNS}, answered=True)
     rows = read_or_refuse(lambda: list(readers._checked("rows", reader("rows", str(path)), own.read)))
     for found in rows or []:
-        assert found.keys() == {*COLUMNS, "history", "weights"} and found["history"] == found["weights"] == []
+        assert found.keys() == {*COLUMNS, "system", "history", "weights"} and found["history"] == found["weights"] == []
         assert all(isinstance(found[name], str) and found[name].encode("utf-8") is not None for name in COLUMNS)
 
 
