@@ -150,9 +150,8 @@ def _prompt(question: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerB
             raise UserError(f"--question takes {len(ids)} tokens; it must fit into {MAX_LENGTH}")
         return ids
     talks = [talk_of(*(row[name] for name in ASKED)) for row in rows]
-    talks += [
-        Talk(talk.texts[:1], talk.system) for talk in talks
-    ]  # if all talks are too long, the first turn of one fits: a row has a label
+    # If all talks are too long, the first turn of one fits: a row has a label.
+    talks += [Talk(talk.texts[:1], talk.system) for talk in talks]
     return next(ids for ids in prompt_ids(tokenizer, talks, template) if len(ids) <= MAX_LENGTH)
 
 

@@ -71,8 +71,8 @@ class DataArguments:
     )
     template: Literal["auto", "notebook", "chat"] = same_flag(
         "auto",
-        "How rows are written: in the chat template of the base's tokenizer, or as in the notebook, Human: ... Assistant: "
-        "... . auto: chat if the tokenizer has a chat template. infer.py follows what the prefix records.",
+        "How rows are written. chat: in the chat template of the base's tokenizer; notebook: as Human: ... and Assistant: "
+        "...; auto: chat if the tokenizer has a chat template. The prefix records it, and infer.py follows.",
     )
     max_length: int = same_flag(MAX_LENGTH, "Tokens per row, prompt and answer together; the rest is cut off.", at_least=1)
 

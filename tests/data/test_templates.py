@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from chats import CHATML, CONTROL, ENDS, QWEN, SHAPES, messages_of, with_template
+from chats import CHATML, CONTROL, ENDS, LLAMA, QWEN, SHAPES, messages_of, with_template
 from launching import TRAIN
 from rows import write_jsonl
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from prefix_tuning.data.readers import load_rows
@@ -110,6 +110,18 @@ def test_what_looks_like_a_special_token_in_a_text_is_plain_text(tokenizer, shap
         assert text.count(harmful.strip()) == sum(harmful in one for one in (talk.system, *talk.texts))
         prompt = prompt_ids(tokenizer, [talk._replace(texts=talk.texts[:3])], template)[0]
         assert prompt == [token for part in parts[:3] for token in part]
+
+
+@pytest.mark.parametrize("chat_template, times", [(LLAMA, 1), (CHATML, 0)], ids=["by the template", "by nobody"])
+def test_bos_is_not_added_to_what_the_template_writes(tokenizer, chat_template, times):
+    """As in `apply_chat_template`, also with a tokenizer that adds BOS, as Llama's does."""
+    chat, template = with_template(tokenizer, chat_template), ChatTemplate(chat_template, False)
+    bos = ("<s>", chat.bos_token_id)
+    chat.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
+    assert chat("a").input_ids[0] == chat.bos_token_id
+    (parts,), (prompt,) = part_ids(chat, TALKS[:1], template), prompt_ids(chat, [Talk(["a"])], template)
+    assert parts[0].count(chat.bos_token_id) == prompt.count(chat.bos_token_id) == times
+    assert all(chat.bos_token_id not in part for part in parts[1:])
 
 
 def test_without_a_flag_the_tokenizer_decides(tokenizer, tmp_path, capsys):
