@@ -13,7 +13,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prefix_tuning import distributed, signals
-from prefix_tuning.data.rows import question_of, take
+from prefix_tuning.base_model.loading import ends_of
+from prefix_tuning.data.rows import take
+from prefix_tuning.data.templates import Template, question_of
 from prefix_tuning.devices import prompt_tokens
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
@@ -124,7 +126,8 @@ def answer_turns(
     current batch, if one of them gets a signal.
     """
     own = distributed.share(turns)
-    limits = [len(turn.answer) + SPARE_TOKENS * (turn.answer[-1] == tokenizer.eos_token_id) for turn in own]
+    ends = ends_of(model.generation_config)
+    limits = [len(turn.answer) + SPARE_TOKENS * (turn.answer[-1] in ends) for turn in own]
     name = BASE
     if prefix is not None:
         name = "prefix"
@@ -160,9 +163,9 @@ def exact_match(answers: list[str], expected: list[str]) -> float:
 class Evaluator:
     """Measures a prefix on the held-out rows and prints the figures; after the run, shows answers to a few of them.
 
-    tokenized: the held-out rows; None: no evaluation is ever due. every: steps between evaluations; None: one at the end of
-    each epoch. wants_answers: also answer the questions. patience: the run ends after this many evaluations without a lower
-    loss; None: it does not. keep_best: the weights with the lowest loss are kept.
+    tokenized: the held-out rows; None: no evaluation is ever due. template: in which they are written. every: steps between
+    evaluations; None: one at the end of each epoch. wants_answers: also answer the questions. patience: the run ends after
+    this many evaluations without a lower loss; None: it does not. keep_best: the weights with the lowest loss are kept.
     """
 
     base: PackedModel
@@ -170,6 +173,7 @@ class Evaluator:
     tokenized: Dataset | None
     max_tokens: int  # of one forward pass of training
     total_steps: int
+    template: Template = None
     every: int | None = None
     wants_answers: bool = False
     patience: int | None = None
@@ -233,11 +237,11 @@ class Evaluator:
         turns = list(itertools.islice(short, SHOWN_ANSWERS))
         if not turns:
             return
-        prompts = self.tokenizer.batch_decode([turn.prompt for turn in turns])
+        questions = [question_of(self.tokenizer, turn.prompt, self.template) for turn in turns]
         expected = expected_answers(self.tokenizer, turns)
         base, tuned = (self._answers(turns, pairs) for pairs in (None, prefix))
-        for prompt, by_base, by_prefix, answer in zip(prompts, base, tuned, expected, strict=True):
-            texts = {"question": question_of(prompt), "frozen base": by_base, "with prefix": by_prefix, "expected": answer}
+        for question, by_base, by_prefix, answer in zip(questions, base, tuned, expected, strict=True):
+            texts = {"question": question, "frozen base": by_base, "with prefix": by_prefix, "expected": answer}
             for title, text in texts.items():
                 print(f"  {title:12s} {shorten(text, 80)}")
             print()

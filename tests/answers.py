@@ -7,7 +7,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from prefix_tuning.cli import parse_infer_config
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.generation import batches
 from prefix_tuning.inference.run import infer

@@ -5,7 +5,7 @@ The modules beside this file, and what their names stand for:
     models      random_bloom: 3 layers, random in all its weights. A prefix for it is random too. `flat`, `relative` and
                 `deviation` compare tensors. `beginning`: all that train.py has before its first step
     runs        a training in the test's own process, and what it leaves: metrics, checkpoints, weights
-    rows        files of rows
+    rows        files of rows; chats: chat templates of instruct models, and a tokenizer with their tokens
     answers     questions, and three ways to answer them: infer.py, `generate`, plain forwards
     launching   processes that tests start: programs, forks, torchrun
     forks       what a fork of an imported process runs; processes: what each process of torchrun runs
@@ -47,7 +47,7 @@ from transformers import AutoTokenizer
 from prefix_tuning import PrefixBloom, bundled, load_prefix
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.training.run import train
 
 

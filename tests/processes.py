@@ -15,7 +15,7 @@ from prefix_tuning import PrefixBloom, bundled, distributed
 from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import wrap_layers
 from prefix_tuning.base_model.sharding import load_sharded
-from prefix_tuning.data.rows import parts_of, prompt_ids
+from prefix_tuning.data.templates import prompt_ids, talk_of
 from prefix_tuning.evaluation import Turn, answer_turns
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.model.batch import count_labels, pack
@@ -46,7 +46,7 @@ with distributed.processes(CPU):
     tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
     asked = [f"{number}加{number}等于多少？" for number in range(6)]
     model = PrefixBloom(random_bloom(initializer_range=0.3))
-    ids, expected = prompt_ids(tokenizer, [parts_of(text) for text in asked]), tokenizer("一二三").input_ids
+    ids, expected = prompt_ids(tokenizer, [talk_of(text) for text in asked]), tokenizer("一二三").input_ids
     answers = complete(model, tokenizer, ids, max_new_tokens=len(expected), do_sample=False)
     turns = [Turn([], prompt, expected) for prompt in ids]
     assert len(set(answers)) > 3 and answer_turns(model, tokenizer, turns, None, 1000) == answers

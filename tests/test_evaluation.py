@@ -8,7 +8,8 @@ from runs import metrics_of
 
 from prefix_tuning import PrefixBloom
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import prompt_of, take, tokenize
+from prefix_tuning.data.rows import take, tokenize
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.evaluation import SPARE_TOKENS, Evaluator, answer_turns, exact_match, expected_answers, last_turn
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.model.batch import IGNORED
@@ -29,6 +30,7 @@ def test_answers_for_exact_match_are_as_long_as_the_outputs(tuned_model, tokeniz
             "instruction": prompt.removeprefix("Human: ").partition("\n\n")[0],
             "input": "",
             "output": answer,
+            "system": "",
             "history": [],
             "weights": [],
         }
@@ -100,7 +102,7 @@ def test_a_cut_answer_is_right_if_it_is_right_as_far_as_it_was_kept(tuned_model,
     tokens = len(tokenizer(answer).input_ids)
     rows = Dataset.from_list(
         [
-            {"instruction": FRANCE, "input": "", "output": answer + more, "history": [], "weights": []}
+            {"instruction": FRANCE, "input": "", "output": answer + more, "system": "", "history": [], "weights": []}
             for more in ("", "还有很多很多")
         ]
     )
@@ -115,7 +117,10 @@ def test_a_cut_answer_is_right_if_it_is_right_as_far_as_it_was_kept(tuned_model,
 def test_one_long_answer_does_not_make_the_others_long(tokenizer):
     """A random base hardly ever ends an answer by itself."""
     model = PrefixBloom(random_bloom())
-    rows = [{"instruction": f"{number}?", "input": "", "output": "好", "history": [], "weights": []} for number in range(40)]
+    rows = [
+        {"instruction": f"{number}?", "input": "", "output": "好", "system": "", "history": [], "weights": []}
+        for number in range(40)
+    ]
     rows[7]["output"] = "长" * 150
     turns = turns_of(Dataset.from_list(rows), tokenizer)
     computed = []
@@ -127,7 +132,8 @@ def test_one_long_answer_does_not_make_the_others_long(tokenizer):
 
 def test_greedy_is_greedy_whatever_the_bases_own_settings_are(tokenizer, capsys):
     rows = [
-        {"instruction": f"{number}?", "input": "", "output": "好" * 30, "history": [], "weights": []} for number in range(3)
+        {"instruction": f"{number}?", "input": "", "output": "好" * 30, "system": "", "history": [], "weights": []}
+        for number in range(3)
     ]
     tokenized = tokenize(Dataset.from_list(rows), tokenizer, 256)
     shown, answers = [], []
@@ -145,7 +151,7 @@ def test_greedy_is_greedy_whatever_the_bases_own_settings_are(tokenizer, capsys)
 
 def test_turns_are_answered_greedily_on_a_base_that_samples(tokenizer):
     base = random_bloom()
-    rows = [{"instruction": "1?", "input": "", "output": "好" * 9, "history": [], "weights": []}]
+    rows = [{"instruction": "1?", "input": "", "output": "好" * 9, "system": "", "history": [], "weights": []}]
     turns = turns_of(Dataset.from_list(rows), tokenizer)
     expected = answer_turns(PrefixBloom(base), tokenizer, turns, None, 1000)
     base.generation_config.update(do_sample=True, temperature=3.0)

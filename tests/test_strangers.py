@@ -22,7 +22,8 @@ from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data import readers
 from prefix_tuning.data.columns import COLUMNS, Columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import prompt_of, read_questions
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
 from prefix_tuning.files.prefixes import load_encoder, load_prefix, save_adapter, save_encoder
@@ -177,7 +178,7 @@ def test_any_dataset_file(tmp_path, chosen, suffix, reader):
     own = Columns({name: name for name in COLUMNS}, answered=True)
     rows = read_or_refuse(lambda: list(readers._checked("rows", reader("rows", str(path)), own.read)))
     for found in rows or []:
-        assert found.keys() == {*COLUMNS, "history", "weights"} and found["history"] == found["weights"] == []
+        assert found.keys() == {*COLUMNS, "system", "history", "weights"} and found["history"] == found["weights"] == []
         assert all(isinstance(found[name], str) and found[name].encode("utf-8") is not None for name in COLUMNS)
 
 
@@ -204,8 +205,8 @@ def test_any_talks(tmp_path, column, talks):
         assert found["output"].strip() and len(found["history"]) % 2 == 0
         assert all(isinstance(text, str) for text in [found["instruction"], found["input"], *found["history"]])
     asked = read_or_refuse(lambda: list(read_questions(str(path), [])))
-    for _, parts, _ in asked or []:
-        assert len(parts) % 2 == 1 and all(part.endswith("\n\nAssistant: ") for part in parts[::2])
+    for _, talk, _ in asked or []:
+        assert len(talk.texts) % 2 == 1 and all(isinstance(text, str) for text in [talk.system, *talk.texts])
 
 
 HOSTILE_TALKS = {

@@ -1,10 +1,10 @@
 """Reads the columns of any source as ours: which column is which, and how talks of several turns become rows.
 
-A row of ours has three texts, instruction, input and output, and two lists. `history` contains the texts of earlier turns,
-alternating between user and assistant. `weights` contains a number for each answer of a talk, the last one included: 1 if it
-is learned, 0 if it is only read. It is empty if all answers are learned. For example, a talk of two turns becomes
+A row of ours has four texts, instruction, input, output and system, and two lists. `history` contains the texts of earlier
+turns, alternating between user and assistant. `weights` contains a number for each answer of a talk, the last one included:
+1 if it is learned, 0 if it is only read. It is empty if all answers are learned. For example, a talk of two turns becomes
 
-    {"instruction": "And of Spain?", "input": "", "output": "Madrid.",
+    {"instruction": "And of Spain?", "input": "", "output": "Madrid.", "system": "",
      "history": ["What is the capital of France?", "Paris."], "weights": []}
 
 This file imports nothing large, because the settings check their flags with it.
@@ -62,7 +62,7 @@ class Columns(NamedTuple):
             raise UserError(f"{where}: {self.sources['output']!r} is empty; every row needs an answer")
         texts["input"] = self._optional(where, "input" if self.has_input(row) else "context", row)
         history = _texts_of_history(where, self.sources["history"], row) if "history" in self.sources else []
-        return _with_system(system, texts | {"history": history, "weights": []})
+        return texts | {"system": system, "history": history, "weights": []}
 
     def has(self, row: Mapping[str, Any], ours: str) -> bool:
         return ours in self.sources and row.get(self.sources[ours]) is not None
@@ -260,18 +260,8 @@ def _row_of_talk(where: str, column: str, talk: _Talk, answered: bool) -> dict[s
         if not texts:
             raise UserError(f"{where}: {column!r} holds no question")
         *history, question = texts
-    row = {"instruction": question, "input": "", "output": output, "history": history}
-    return _with_system(talk.system, row | {"weights": [] if all(weights) else weights})
-
-
-def _with_system(system: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The row, with the system text as a line of its own before the user's first text."""
-    if not system:
-        return row
-    if not row["history"]:
-        return row | {"instruction": f"{system}\n{row['instruction']}"}
-    first, *others = row["history"]
-    return row | {"history": [f"{system}\n{first}", *others]}
+    row = {"instruction": question, "input": "", "output": output, "system": talk.system, "history": history}
+    return row | {"weights": [] if all(weights) else weights}
 
 
 def _texts_of_history(where: str, column: str, row: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""From files to rows: every kind of dataset becomes rows of the texts instruction, input, output and history.
+"""From files to rows: every kind of dataset becomes rows of the texts instruction, input, output, system and history.
 
 `load_rows` reads datasets to train on or to score, and `read_whole_rows` files of questions, whose rows keep all their
 columns. columns.py says which columns are read; rows.py turns rows into tokens.
@@ -31,11 +31,12 @@ from prefix_tuning.data.columns import COLUMNS, OPTIONAL, PAIRS, Columns, Seen, 
 from prefix_tuning.errors import UserError, reason_of
 
 FEATURES = Features(
-    {**dict.fromkeys(COLUMNS, Value("string")), "history": List(Value("string")), "weights": List(Value("int8"))}
+    {**dict.fromkeys((*COLUMNS, "system"), Value("string"))}
+    | {"history": List(Value("string")), "weights": List(Value("int8"))}
 )
 # The version of the cached rows, part of their cache key. Raise it when this file or columns.py begins to make other rows of
 # the same source, or another line about its columns; else users keep getting the rows that are already in their cache.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 HASHED_BYTES = 64 * 2**20  # the cache recognises a file of up to this size by its content
 SHOWN_ERRORS = 10
 
@@ -49,8 +50,8 @@ T = TypeVar("T")
 def load_rows(
     name: str, splits: tuple[str, ...], given: Mapping[str, str] | None = None, say: Callable[[str], object] = print
 ) -> Dataset:
-    """Reads a dataset: rows with the columns instruction, input (empty if the source has none), output, history and weights
-    (columns.py).
+    """Reads a dataset: rows with the columns instruction, input and system (empty if the source has none), output, history
+    and weights (columns.py).
 
     name: a bundled name; a .json, .jsonl, .csv, .tsv or .parquet file; a folder written by `save_to_disk`; or a hub name.
     splits: of a source with several splits, the first of these that it has is read. given: the parsed --columns.

@@ -1,9 +1,8 @@
-"""From rows to tokens: the template, tokenisation, and which tokens are labels."""
+"""From rows to tokens, and which tokens are labels. templates.py says how a row is written for the model."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import pyarrow
@@ -13,6 +12,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.data.readers import dataset_cache, read_whole_rows
+from prefix_tuning.data.templates import Talk, Template, part_ids, talk_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import IGNORED, Example
 
@@ -20,62 +20,25 @@ from prefix_tuning.model.batch import IGNORED, Example
 # counts of the same rows; else users keep getting those that are already in their cache. (The rows have ROWS_VERSION.)
 TOKENS_VERSION = 2
 
-# A row of a file of questions with all its columns; its `parts_of`; and the prefix that its column prefix names, or None.
-Question = tuple[dict[str, Any], list[str], str | None]
+# The columns of a row of ours that make its `talk_of`.
+ASKED = ("instruction", "input", "history", "system")
+# A row of a file of questions with all its columns; its `talk_of`; and the prefix that its column prefix names, or None.
+Question = tuple[dict[str, Any], Talk, str | None]
 
 
-def prompt_of(instruction: str, input: str = "") -> str:
-    """The template, shared by training and inference: everything that the model reads before the answer.
-
-    Human: INSTRUCTION
-    INPUT                  (no such line where there is no input)
-
-    Assistant:             (and a space; the answer follows it)
-    """
-    return "\n".join(["Human: " + instruction, input]).strip() + "\n\nAssistant: "
-
-
-def question_of(prompt: str) -> str:
-    """A prompt without the template: the inverse of `prompt_of`."""
-    return prompt.removeprefix("Human: ").removesuffix("\n\nAssistant: ")
-
-
-def parts_of(instruction: str, input: str = "", history: Sequence[str] = ()) -> list[str]:
-    """Everything that the model reads before its answer, as parts that are tokenised one by one.
-
-    The parts are prompt, answer, prompt, answer, ..., prompt. All but the last come from the turns in `history`.
-    """
-    turns = [text if index % 2 else prompt_of(text) for index, text in enumerate(history)]
-    return [*turns, prompt_of(instruction, input)]
-
-
-def part_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """The token ids of every part of every talk. A talk begins with the tokenizer's BOS if it adds one, as Llama's and
-    Gemma's do and Bloom's and Qwen's do not; each answer ends with EOS.
-
-    Text that looks like a special token, "</s>" say, is tokenised as text (split_special_tokens).
-    """
-    texts = list(chain.from_iterable(talks))
-    ids = iter(tokenizer(texts, split_special_tokens=True, add_special_tokens=False).input_ids if texts else [])
-    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    start = bos if tokenizer("").input_ids[:1] == bos else []
-    return [[start * (index == 0) + next(ids) + eos * (index % 2) for index in range(len(parts))] for parts in talks]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Sequence[str]]) -> list[list[int]]:
-    """The token ids of each talk, which is given as its `parts_of`."""
-    return [list(chain.from_iterable(parts)) for parts in part_ids(tokenizer, talks)]
-
-
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenize(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Template = None, name: str = "rows"
+) -> Dataset:
     """`encode` without the rows that have no label: alone in a batch, their mean loss would be 0 / 0."""
-    return with_labels(encode(rows, tokenizer, max_length))
+    return with_labels(encode(rows, tokenizer, max_length, template, name))
 
 
-def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def encode(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Template = None, name: str = "rows"
+) -> Dataset:
     """Tokenises rows of `load_rows`, in the same order. Columns input_ids and labels: lists of at most max_length token ids.
 
-        input_ids = tokens(prompt)               + tokens(output) + [EOS]      (BOS in front: see `part_ids`)
+        input_ids = tokens(prompt)               + tokens(output) + [EOS]      (BOS in front: see templates.py)
         labels    = [-100] * len(tokens(prompt)) + tokens(output) + [EOS]
 
     -100 is the ignore_index of torch's cross_entropy. The prompt counts neither in the loss nor in the number of labels that
@@ -83,6 +46,9 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
     Prompt and output are tokenised by separate calls, as in the notebook that this program re-creates. So no token contains
     the end of one and the start of the other, and the prompt becomes the same tokens as in inference, which has no output.
+    With a chat template, a talk is tokenised whole, and the token that ends an answer is the template's own. Raises
+    UserError for a row that the template refuses, or whose prompt is other tokens without the answer. name: of the dataset,
+    for that message.
 
     A talk is several such turns one after the other. All its answers are learned except those with weight 0. Turns are kept
     from the first one on, as long as they fit whole. If the first turn alone is too long, it is cut like any other row.
@@ -96,10 +62,14 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     """
 
     def encode_batch(columns: dict[str, list]) -> dict[str, list]:
-        fields = (columns[name] for name in ("instruction", "input", "history", "output"))
-        talks = [[*parts_of(*asked), output] for *asked, output in zip(*fields, strict=True)]
-        encoded: dict[str, list] = {name: [] for name in ("input_ids", "labels", "turns", "length", "answers", "cut")}
-        for parts, weights in zip(part_ids(tokenizer, talks), columns["weights"], strict=True):
+        asked = map(talk_of, *(columns[name] for name in ASKED))
+        talks = [Talk([*talk.texts, output], talk.system) for talk, output in zip(asked, columns["output"], strict=True)]
+        try:
+            talks_in_parts = part_ids(tokenizer, talks, template)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        encoded: dict[str, list] = {key: [] for key in ("input_ids", "labels", "turns", "length", "answers", "cut")}
+        for parts, weights in zip(talks_in_parts, columns["weights"], strict=True):
             weights = weights or [1] * (len(parts) // 2)
             ids: list[int] = []
             labels: list[int] = []
@@ -120,7 +90,7 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
             encoded["cut"].append(sum(weights) - learned_whole)
         return encoded
 
-    state = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    state = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, template)
     options: dict[str, Any] = {
         "batched": True,
         "remove_columns": rows.column_names,
@@ -205,6 +175,6 @@ def read_questions(
             raise UserError(f"{where}: names the prefix {prefix!r}; there are {', '.join(prefixes)}")
         if "response" in row:
             raise UserError(f"{where}: has a column 'response' already; the answer would replace it")
-        return row, parts_of(question["instruction"], question["input"], question["history"]), prefix
+        return row, talk_of(*(question[name] for name in ASKED)), prefix
 
     return read_whole_rows(name, read, given, say)

@@ -16,7 +16,9 @@ adapter_model.safetensors      what `PeftModel.from_pretrained` reads
     prompt_embeddings          (P, L * 2 * H * D); the last axis is layer 0 key, layer 0 value, layer 1 key, ..., each of
                                H heads of D numbers: [p, ((2 * l + kv) * H + h) * D + d] is prefix[l, kv, h, p, d]
     metadata                   format: "pt"; base_model as above; history: JSON, whether rows of the training had history
-                               (null: not known). PEFT neither writes nor reads base_model and history
+                               (null: not known); template: JSON, the chat template of the training, an object with
+                               chat_template and enable_thinking (null: the notebook's). PEFT neither writes nor reads
+                               base_model, history and template
 
 adapter_config.json            PEFT's description: peft_type PREFIX_TUNING, the shape, the name of the base
 
@@ -32,7 +34,7 @@ import torch
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ENCODER_FILE
-from prefix_tuning.files.reading import locate, opened, read_tensors, recorded
+from prefix_tuning.files.reading import Kind, locate, opened, read_tensors, recorded
 from prefix_tuning.files.writing import write_json, write_tensors
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder, flatten, unflatten
 
@@ -49,7 +51,7 @@ class SavedPrefix(NamedTuple):
     """A baked prefix, (L, 2, H, P, D) in float32 on the CPU, and what its files record about its training.
 
     recorded_base: the `fingerprint` of the base, or {"name_or_path": ...} if PEFT wrote the files. If it is known whether
-    rows had history, the entry `history` says so.
+    rows had history, the entry `history` says so. If rows were written in a chat template, the entry `template` has it.
     """
 
     tensor: torch.Tensor
@@ -63,13 +65,19 @@ def save_encoder(folder: Path, encoder: PrefixEncoder, base: dict[str, Any]) -> 
 
 
 def save_adapter(
-    folder: Path, prefix: torch.Tensor, config: PrefixConfig, base: dict[str, Any], history: bool | None = None
+    folder: Path,
+    prefix: torch.Tensor,
+    config: PrefixConfig,
+    base: dict[str, Any],
+    history: bool | None = None,
+    template: dict[str, Any] | None = None,
 ) -> None:
     """Writes a baked prefix (L, 2, H, P, D) as PEFT stores it.
 
-    base: the `fingerprint` of the base. history: whether training rows had history; None: not known.
+    base: the `fingerprint` of the base. history: whether training rows had history; None: not known. template: the chat
+    template of the training (data/templates.py) as a dict; None: the notebook's.
     """
-    metadata = {"base_model": json.dumps(base), "history": json.dumps(history)}
+    metadata = {"base_model": json.dumps(base), "history": json.dumps(history), "template": json.dumps(template)}
     write_tensors(folder / ADAPTER_FILE, {"prompt_embeddings": flatten(prefix)}, metadata)
     description = {
         "peft_type": "PREFIX_TUNING",
@@ -85,8 +93,8 @@ def save_adapter(
 def save_prefix(folder: Path, prefix: SavedPrefix) -> None:
     """Writes a baked prefix that has no encoder, as PEFT stores it."""
     base = dict(prefix.recorded_base)
-    history = base.pop("history", None)
-    save_adapter(folder, prefix.tensor.float(), _config_of(prefix.tensor), base, history)
+    history, template = base.pop("history", None), base.pop("template", None)
+    save_adapter(folder, prefix.tensor.float(), _config_of(prefix.tensor), base, history, template)
 
 
 def _config_of(prefix: torch.Tensor) -> PrefixConfig:
@@ -160,8 +168,8 @@ def load_prefix(name: str | Path) -> SavedPrefix:
     with opened(path) as file:
         flat = read_tensors(path, file, {"prompt_embeddings": flat_shape})["prompt_embeddings"].float()
         base = recorded(path, file, "base_model", dict) or {}
-        if (history := recorded(path, file, "history", bool)) is not None:
-            base["history"] = history
+        records = {"history": recorded(path, file, "history", bool), "template": recorded(path, file, "template", dict)}
+    base |= {name: record for name, record in records.items() if record is not None}
     base["name_or_path"] = config.get("base_model_name_or_path")
     if config.get("revision"):  # of the base: PEFT alone writes one
         base["revision"] = config["revision"]
@@ -173,8 +181,20 @@ def recorded_history(name: str | Path) -> bool | None:
 
     name: as for `load_prefix`. Raises UserError if there is no such folder, or if what it holds is broken.
     """
+    return _record_of(name, "history", bool)
+
+
+def recorded_template(name: str | Path) -> dict[str, Any] | None:
+    """The chat template of the training of a prefix, as its files record it; None: the notebook's.
+
+    name, errors: as for `recorded_history`.
+    """
+    return _record_of(name, "template", dict)
+
+
+def _record_of(name: str | Path, key: str, kind: type[Kind]) -> Kind | None:
     path = locate(name, ADAPTER_FILE)
     if path is None:
         return None
     with opened(path) as file:
-        return recorded(path, file, "history", bool)
+        return recorded(path, file, key, kind)

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from prefix_tuning import bundled, distributed
-from prefix_tuning.data.rows import Question, prompt_ids
+from prefix_tuning.data.rows import Question
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.generation.batches import Prompt, batches_of, complete_batch, tokens_at_once
 from prefix_tuning.inference.ask import Answerer
@@ -83,8 +83,8 @@ def _answered_rows(
         if last < done:
             continue
         own = distributed.share(window)
-        prompts = prompt_ids(tokenizer, [parts for _, _, parts, _ in own])
         names = [prefix or model.active for _, _, _, prefix in own]
+        prompts = [answerer.prompt(talk, name) for (_, _, talk, _), name in zip(own, names, strict=True)]
         batches = batches_of(map(Prompt, prompts, names, [number for number, *_ in own]), batch_size, tokens_at_once(model))
         unanswered = [batch for batch in batches if max(prompt.number for prompt in batch) >= done]
         answers: dict[int, list[str]] = {}

@@ -7,10 +7,31 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from prefix_tuning.data.rows import parts_of, prompt_ids
+from prefix_tuning.data.templates import Talk, Template, prompt_ids, system_line, talk_of, template_from
+from prefix_tuning.distributed import note
 from prefix_tuning.errors import UserError
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.text import display_width, pad
+
+
+def templates_of(model: PrefixBloom) -> dict[str, Template]:
+    """By name, the template in which each prefix was trained. The base alone is asked as the first prefix is."""
+    found = {name: template_from(name, record.get("template")) for name, record in model.trained_on.items()}
+    return {BASE: next(iter(found.values()), None), **found}
+
+
+def common_template(model: PrefixBloom) -> Template:
+    """The template of all prefixes. Raises UserError if they were trained in different ones."""
+    (first, template), *others = list(templates_of(model).items())[1:]
+    if other := next((name for name, its_own in others if its_own != template), None):
+        raise UserError(f"{first} and {other} were trained in different templates, so they read different tokens; take one")
+    return template
+
+
+def note_system_texts(model: PrefixBloom, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Says on stderr what is done with the system texts of rows, where a chat template has no turn for them."""
+    for line in {system_line(tokenizer, template) for template in templates_of(model).values()} - {""}:
+        note(line)
 
 
 @dataclass
@@ -31,6 +52,12 @@ class Answerer:
     def names(self, compare: bool) -> list[str]:
         """The names that answer: the prefix in use or, to compare, the base and every prefix."""
         return self.model.names if compare else [self.model.active]
+
+    def prompt(self, talk: Talk, name: str) -> list[int]:
+        """The token ids of a talk up to its question, in the template of this prefix. Raises UserError where the template
+        refuses the talk.
+        """
+        return prompt_ids(self.tokenizer, [talk], templates_of(self.model)[name])[0]
 
     def print_answers(self, prompts: dict[str, list[int]]) -> None:
         """Prints the answer of each prefix to its prompt; if there are several, after the prefix's name.
@@ -88,10 +115,10 @@ class _KeepingStreamer(TextStreamer):
 
 def ask(answerer: Answerer, question: str, max_length: int | None, compare: bool) -> None:
     """Prints the answers to one question. max_length: of question and answer; None: max_new_tokens decides."""
-    (prompt,) = prompt_ids(answerer.tokenizer, [parts_of(question)])
+    prompts = {name: answerer.prompt(talk_of(question), name) for name in answerer.names(compare)}
     if max_length:
-        taken = len(prompt)
+        taken = max(map(len, prompts.values()))
         if max_length <= taken:
             raise UserError(f"--max_length {max_length} leaves no room for an answer; the question takes {taken}")
         answerer = replace(answerer, options=answerer.options | {"max_new_tokens": max_length - taken})
-    answerer.print_answers(dict.fromkeys(answerer.names(compare), prompt))
+    answerer.print_answers(prompts)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Collection
 
-from prefix_tuning.data.rows import parts_of, prompt_ids
+from prefix_tuning.data.templates import talk_of
 from prefix_tuning.distributed import note
 from prefix_tuning.inference.ask import Answerer
 
@@ -31,7 +31,7 @@ class Chat:
     """A conversation. Its history holds the texts of user and assistant in turn.
 
     The model reads as many of the last turns as fit into max_length tokens, answer included. They become the same tokens as
-    a talk in training (data/rows.py).
+    a talk in training (data/templates.py).
 
     with_history: the prefixes, and the base if it is among them, that read earlier turns. The others read the question
     alone, because a prefix that was trained on single turns goes wrong after the first one.
@@ -87,7 +87,7 @@ class Chat:
         """Prints the answer of the prefix in use, which joins the conversation unless it is empty; to compare, all."""
         prompts = {}
         for name in self.answerer.names(self.compare):
-            prompt = self.prompt(question, self.history if name in self.with_history else [])
+            prompt = self.prompt(question, self.history if name in self.with_history else [], name)
             if prompt is None:
                 return
             prompts[name] = prompt
@@ -100,11 +100,13 @@ class Chat:
         if answer.strip():
             self.history += [question, answer]
 
-    def prompt(self, question: str, history: list[str]) -> list[int] | None:
-        """The token ids of the last turns that fit, and of the question. None, with a note, if that alone is too long."""
+    def prompt(self, question: str, history: list[str], name: str) -> list[int] | None:
+        """The token ids of the last turns that fit, and of the question, as the prefix `name` reads them. None, with a note,
+        if that alone is too long.
+        """
         longest_answer = self.answerer.options["max_new_tokens"]
         for first in range(0, len(history) + 1, 2):
-            (prompt,) = prompt_ids(self.answerer.tokenizer, [parts_of(question, history=history[first:])])
+            prompt = self.answerer.prompt(talk_of(question, history=history[first:]), name)
             wanted = len(prompt) + longest_answer
             if wanted <= self.max_length:
                 return prompt

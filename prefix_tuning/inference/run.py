@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import distributed
 from prefix_tuning.base_model.identity import base_of
-from prefix_tuning.base_model.loading import load_base
+from prefix_tuning.base_model.loading import add_end, load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.templates import end_of
 from prefix_tuning.devices import (
     avoid_cudnn_attention,
     describe_dtype,
@@ -23,7 +24,7 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix, recorded_history
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.inference.answer_file import answer_file, check_output
-from prefix_tuning.inference.ask import Answerer, ask
+from prefix_tuning.inference.ask import Answerer, ask, note_system_texts, templates_of
 from prefix_tuning.inference.score import score
 from prefix_tuning.inference.settings import InferConfig
 from prefix_tuning.settings import MAX_LENGTH, BaseArguments
@@ -44,10 +45,12 @@ def infer(config: InferConfig) -> None:
         names = [BASE, *config.named_prefixes()]
         given = parse_columns(config.columns)
         questions = partial(read_questions, config.input or "", names, given)
-        rows = sum(1 for _ in questions(say=distributed.note)) if config.input else 0
+        systems = [talk.system for _, talk, _ in questions(say=distributed.note)] if config.input else []
         if config.output:
             check_output(config.output, config.input, config.resume)
         model, tokenizer = open_model(config.named_prefixes(), config, device, parts)
+        if any(systems):
+            note_system_texts(model, tokenizer)
         hint = f"lower --batch_size (it was {config.batch_size}), and --resume" if config.input else "ask for less"
         with out_of_memory_explained(model.device, lambda: hint):
             answerer = Answerer(model, tokenizer, decoding_options(config), config.seed)
@@ -56,7 +59,7 @@ def infer(config: InferConfig) -> None:
 
                 Chat(answerer, config.max_length or MAX_LENGTH, config.compare, names_with_history(config)).run()
             elif config.input and config.output:
-                answer_file(answerer, questions, Path(config.output), config.batch_size, rows)
+                answer_file(answerer, questions, Path(config.output), config.batch_size, len(systems))
             elif config.score:
                 score(model, tokenizer, config.score, given, config.output)
             elif config.question:
@@ -80,6 +83,11 @@ def open_model(
     model = PrefixBloom(base, tokenizer)
     for name, prefix in prefixes.items():
         model.attach(name, prefix, config.force)
+        try:
+            end = end_of(tokenizer, templates_of(model)[name])
+        except UserError as error:
+            raise UserError(f"{name}: {error}; use the base that it was trained on") from error
+        add_end(model.generation_config, end, f"{name}: its template")
     return model, tokenizer
 
 

@@ -11,10 +11,12 @@ from prefix_tuning import distributed
 from prefix_tuning.base_model.sharding import is_sharded
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import tokenize
+from prefix_tuning.data.templates import has_system
 from prefix_tuning.devices import suggested_max_tokens
 from prefix_tuning.evaluation import perplexity, row_losses
 from prefix_tuning.files.writing import write_json
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.inference.ask import common_template, note_system_texts
 from prefix_tuning.text import display_width, shorten
 
 
@@ -27,11 +29,15 @@ def score(
 ) -> None:
     """Prints a table with a line for each row of the dataset, and one over the labels of all rows.
 
-    given: the parsed --columns. output: a file that also gets the table, as JSON.
+    given: the parsed --columns. output: a file that also gets the table, as JSON. Raises UserError for prefixes of different
+    templates: their losses are of different tokens.
     """
+    template = common_template(model)
     with distributed.local_main_first():
         rows = load_rows(dataset, splits=("test", "validation", "train"), given=given, say=distributed.note)
-        tokenized = tokenize(rows, tokenizer, max_length=sys.maxsize)
+        if has_system(rows):
+            note_system_texts(model, tokenizer)
+        tokenized = tokenize(rows, tokenizer, sys.maxsize, template, dataset)
     names, max_tokens = model.names, suggested_max_tokens(model, is_sharded(model))
     columns = []  # one per name: (summed loss in nats, number of labels) of each row, and then of all rows
     for name in names:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from prefix_tuning.base_model.identity import LOCAL, portable_name
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
+from prefix_tuning.data.rows import ASKED, tokenize
+from prefix_tuning.data.templates import Talk, Template, end_of, prompt_ids, talk_of
 from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
 from prefix_tuning.devices import out_of_memory_explained, resolve_device, suggested_max_tokens
 from prefix_tuning.errors import UserError
@@ -21,6 +22,7 @@ from prefix_tuning.files.names import CONFIG_FILE
 from prefix_tuning.files.reading import locate
 from prefix_tuning.files.writing import atomic_write
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
+from prefix_tuning.inference.ask import common_template
 from prefix_tuning.inference.run import open_model
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.settings import MAX_LENGTH
@@ -116,7 +118,8 @@ def prepare(name: str, rows: Dataset, config: StudyConfig, model: PrefixBloom, t
     """Some of the rows of a dataset, tokenised. Raises UserError if none has a label left, or the question is too long."""
     wanted = config.rows or (ROWS if model.num_parameters() <= LARGE else ROWS_OF_LARGE)
     chosen = spaced(rows, wanted)
-    tokenized = tokenize(chosen, tokenizer, MAX_LENGTH)
+    template = common_template(model)
+    tokenized = tokenize(chosen, tokenizer, MAX_LENGTH, template)
     if not len(tokenized):
         raise UserError(f"{name}: no row has a label left; every prompt fills {MAX_LENGTH} tokens")
     max_tokens = suggested_max_tokens(model, gathers=False)
@@ -127,22 +130,23 @@ def prepare(name: str, rows: Dataset, config: StudyConfig, model: PrefixBloom, t
         pack_rows(few, max_tokens),
         few_used=len(few),
         used=len(tokenized),
-        cut=sum(ids[-1] != tokenizer.eos_token_id for ids in tokenized["input_ids"]),
+        cut=sum(ids[-1] != end_of(tokenizer, template) for ids in tokenized["input_ids"]),
         there=len(rows),
-        prompt=_prompt(config.question, chosen, tokenizer),
+        prompt=_prompt(config.question, chosen, tokenizer, template),
     )
 
 
-def _prompt(question: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _prompt(question: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
     """The question to follow as token ids: the given one, else the first row's that fits, a talk's turns included."""
     if question:
-        (ids,) = prompt_ids(tokenizer, [parts_of(question)])
+        (ids,) = prompt_ids(tokenizer, [talk_of(question)], template)
         if len(ids) > MAX_LENGTH:
             raise UserError(f"--question takes {len(ids)} tokens; it must fit into {MAX_LENGTH}")
         return ids
-    talks = [parts_of(row["instruction"], row["input"], row["history"]) for row in rows]
-    talks += [parts[:1] for parts in talks]  # if all talks are too long, the first turn of one fits: a row has a label
-    return next(ids for ids in prompt_ids(tokenizer, talks) if len(ids) <= MAX_LENGTH)
+    talks = [talk_of(*(row[name] for name in ASKED)) for row in rows]
+    # If all talks are too long, the first turn of one fits: a row has a label.
+    talks += [Talk(talk.texts[:1], talk.system) for talk in talks]
+    return next(ids for ids in prompt_ids(tokenizer, talks, template) if len(ids) <= MAX_LENGTH)
 
 
 def measure_prefixes(

@@ -263,11 +263,13 @@ def identity(settings: dict, dtype: torch.dtype, contents: dict[str, object]) ->
 
     settings: all of the command's. dtype: the compute type that --precision means on this machine. contents: for each
     setting in CONTENT, a hash of what it names, or several hashes by name; None if it names nothing. Of --prefix_from only
-    the last part of the path counts, as the weights come from the checkpoint.
+    the last part of the path counts, as the weights come from the checkpoint. The template is the one that is used, chat or
+    notebook; None stands for the notebook's, because checkpoints of earlier versions record none.
     """
     same = {name: settings[name] for name in SAME}
     same["precision"] = next(name for name, kind in PRECISIONS.items() if kind == dtype)
     same["prefix_from"] = same["prefix_from"] and Path(same["prefix_from"]).resolve().name
+    same["template"] = "chat" if same["template"] == "chat" else None
     return same | {name: contents[name] for name in CONTENT}
 
 

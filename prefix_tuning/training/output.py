@@ -27,7 +27,7 @@ from prefix_tuning.files.names import (
     PLOT_FILE,
     SEARCH_FILE,
 )
-from prefix_tuning.files.prefixes import save_adapter, save_encoder
+from prefix_tuning.files.prefixes import recorded_template, save_adapter, save_encoder
 from prefix_tuning.files.writing import atomic_write, remove_drafts, write_json
 from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.training.checkpoints import Resumed, clear_checkpoints, metrics_so_far
@@ -38,6 +38,25 @@ PATH_SETTINGS = tuple(field.name for field in dataclasses.fields(TrainConfig) if
 # A loss that falls by less than this share does not count as learnt.
 WORTH_MENTIONING = 0.01
 _CARD = Path(__file__).with_name("model_card.md")
+# The card's words on how to ask, for each kind of template.
+_NOTEBOOK = """\
+Questions are asked in the template of training:
+
+    Human: 法国的首都是哪里？
+
+    Assistant: 
+"""
+_CHAT = """\
+Questions are asked in the chat template of the base's tokenizer, as in training. (A copy of it is in the metadata of
+`{adapter}`, under `template`.)
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("{load}")
+    messages = [{{"role": "user", "content": "法国的首都是哪里？"}}]
+    options = {{"add_generation_prompt": True, {thinking}"return_dict": True, "return_tensors": "pt"}}
+    inputs = tokenizer.apply_chat_template(messages, **options)
+"""
 
 
 def describe_run(settings: dict, prefix_config: PrefixConfig, dtype: torch.dtype, device: torch.device) -> dict:
@@ -82,7 +101,7 @@ def save_output(output_dir: Path, state: TrainingState, fingerprint: dict) -> No
     encoder = state.encoder
     distributed.check_equal(list(encoder.parameters()), "weights")
     if distributed.is_main():
-        adapter = encoder.bake(), encoder.config, fingerprint, state.history
+        adapter = encoder.bake(), encoder.config, fingerprint, state.history, state.template
         try:
             save_encoder(output_dir, encoder, fingerprint)
         except UserError as error:
@@ -97,7 +116,7 @@ def save_output(output_dir: Path, state: TrainingState, fingerprint: dict) -> No
 def save_good_prefix(output_dir: Path, prefix: torch.Tensor, state: TrainingState, fingerprint: dict) -> None:
     """Writes the last good prefix of a run whose loss is no longer finite. All ranks call this together."""
     if distributed.is_main():
-        save_adapter(output_dir, prefix, state.encoder.config, fingerprint, state.history)
+        save_adapter(output_dir, prefix, state.encoder.config, fingerprint, state.history, state.template)
         # An earlier run's weights must not stay beside it, and this run's are not finite.
         (output_dir / ENCODER_FILE).unlink(missing_ok=True)
     # All wait until it is saved: torchrun stops all processes when the first one ends.
@@ -133,10 +152,17 @@ def write_card(folder: Path) -> None:
     held_out = settings["eval_dataset"] or (f"{settings['eval_rows']:,} others" if settings["eval_rows"] else None)
     # Neither bundled nor in a folder.
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    load = base if on_hub else "the folder of " + base.removeprefix(LOCAL)
+    how_to_ask = _NOTEBOOK
+    if template := recorded_template(folder):
+        reads_it = "enable_thinking" in template["chat_template"]
+        thinking = f'"enable_thinking": {template["enable_thinking"]}, ' if reads_it else ""
+        how_to_ask = _CHAT.format(load=load, adapter=ADAPTER_FILE, thinking=thinking)
     text = _CARD.read_text("utf-8").format(
         base_model=f"base_model: {base}\n" if on_hub else "",
         base=base.removeprefix(LOCAL),
-        load=base if on_hub else "the folder of " + base.removeprefix(LOCAL),
+        load=load,
+        how_to_ask=how_to_ask,
         auto=f"""
 `AutoPeftModelForCausalLM` does not find this base by itself: `{ADAPTER_CONFIG_FILE}` names it `{base}`, as a path would be
 valid on one machine only. Write the path of the base there, as `base_model_name_or_path`, and it does.

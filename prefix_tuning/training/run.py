@@ -12,10 +12,11 @@ from datasets import Dataset
 
 from prefix_tuning import distributed, signals
 from prefix_tuning.base_model.identity import fingerprint
-from prefix_tuning.base_model.loading import compile_now, load_base
+from prefix_tuning.base_model.loading import add_end, compile_now, load_base
 from prefix_tuning.base_model.sharding import is_sharded, parts_of_base
 from prefix_tuning.data.rows import digest, encode, has_history, usable_rows
 from prefix_tuning.data.splits import load_splits
+from prefix_tuning.data.templates import choose_template, end_of
 from prefix_tuning.devices import (
     activation_bytes_per_token,
     describe_dtype,
@@ -28,7 +29,7 @@ from prefix_tuning.devices import (
 from prefix_tuning.errors import Interrupted, UserError, reason_of
 from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.files.names import CARD_FILE, METRICS_FILE, PLOT_FILE, SEARCH_FILE
-from prefix_tuning.files.prefixes import recorded_history
+from prefix_tuning.files.prefixes import recorded_history, recorded_template
 from prefix_tuning.files.writing import locked
 from prefix_tuning.model.bloom import PackedModel
 from prefix_tuning.model.decoder import sliding_window
@@ -103,12 +104,16 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
     )
     longest = config.num_virtual_tokens + config.max_length
     max_tokens = config.max_tokens_per_batch or suggested_max_tokens(base, parts is not None, longest)
+    sets = [rows for rows in (train_rows, eval_rows) if rows]
+    template = choose_template(config.template, config.model_name_or_path, tokenizer, sets)
+    add_end(base.generation_config, end_of(tokenizer, template), "the chat template")
     with distributed.local_main_first():
-        encoded = encode(train_rows, tokenizer, config.max_length)
+        encoded = encode(train_rows, tokenizer, config.max_length, template, config.dataset)
         train_set, eval_set = usable_rows(config.dataset, encoded, config.max_length), None
         if eval_rows:
             held_out = config.eval_dataset or f"the rows held out of {config.dataset}"
-            eval_set = usable_rows(held_out, encode(eval_rows, tokenizer, config.max_length), config.max_length)
+            encoded_held_out = encode(eval_rows, tokenizer, config.max_length, template, held_out)
+            eval_set = usable_rows(held_out, encoded_held_out, config.max_length)
 
     # What a resumed run must have in common with the one that wrote the checkpoint.
     base_fingerprint = fingerprint(base, tokenizer)
@@ -117,7 +122,9 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
         "dataset": digest(train_set),
         "eval_dataset": eval_set and digest(eval_set),
     }
-    run = identity(dataclasses.asdict(config), dtype, contents)
+    record = template and template._asdict()
+    settings = dataclasses.asdict(config) | {"template": "chat" if template else "notebook"}
+    run = identity(settings, dtype, contents)
     if resumed:
         check_same_run(resumed, run)
     checkpoints = Checkpoints(folder, run, resumed and resumed.path, config.save_steps, config.save_total_limit)
@@ -134,6 +141,8 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
         elif config.prefix_from:
             encoder, progress = earlier_encoder(config.prefix_from, base_fingerprint, config.force), Progress()
             earlier = recorded_history(config.prefix_from)
+            if recorded_template(config.prefix_from) != record:
+                print(f"{config.prefix_from} was trained in another template than this run, which --template decides")
         else:
             shape = prefix_config_of(config, base)
             encoder, progress = new_encoder(shape, base, tokenizer, config.prefix_init, config.init_text), Progress()
@@ -158,6 +167,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             loss_scaling=base.dtype == torch.float16,
         )
         state.history = has_history(encoded) or earlier
+        state.template = record
         state.progress.peak_learning_rate = config.learning_rate
         if resumed:
             restore(state, resumed)
@@ -179,7 +189,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
         search = find_learning_rate(base, state, steps)
 
         if distributed.is_main():
-            settings = dataclasses.asdict(config) | {
+            settings |= {
                 "learning_rate": state.progress.peak_learning_rate or 0.0,
                 "train_rows": len(train_set),
                 "eval_rows": len(eval_set or ()),
@@ -196,6 +206,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             eval_set if config.max_steps != 0 else None,
             max_tokens,
             steps.total,
+            template,
             every=config.eval_steps,
             wants_answers=config.eval_exact_match,
             patience=config.early_stopping_patience,

@@ -69,6 +69,11 @@ class DataArguments:
         "compared as far as it is kept.",
         needs=_HELD_OUT_ROWS,
     )
+    template: Literal["auto", "notebook", "chat"] = same_flag(
+        "auto",
+        "How rows are written. chat: in the chat template of the base's tokenizer; notebook: as Human: ... and Assistant: "
+        "...; auto: chat if the tokenizer has a chat template. The prefix records it, and infer.py follows.",
+    )
     max_length: int = same_flag(MAX_LENGTH, "Tokens per row, prompt and answer together; the rest is cut off.", at_least=1)
 
     @property

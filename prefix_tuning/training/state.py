@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -68,7 +69,7 @@ class TrainingState:
 
     schedule: the share of the peak learning rate, by the number of updates. loss_scaling: for fp16, where small gradients
     would become zero. history: whether any row that the weights were trained on, also before this run, had history; None:
-    not known.
+    not known. template: the chat template of the rows, as a dict; None: the notebook's.
 
     Tensors on the device, so that the loop need not wait for it: `losses`, the sum of the losses since the last line of
     metrics.jsonl; `grad_norm`, of the last step before clipping; `bad_step`, the first step whose loss or gradient was not
@@ -98,6 +99,7 @@ class TrainingState:
         self.best_weights: dict[str, torch.Tensor] = {}
         self.compile_seconds = 0.0
         self.history: bool | None = None
+        self.template: dict[str, Any] | None = None
 
     def learning_rate(self) -> float:
         """The learning rate of the next update."""

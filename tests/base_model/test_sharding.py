@@ -21,7 +21,7 @@ from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import load_base, wrap_layers
 from prefix_tuning.base_model.sharding import is_sharded, load_sharded, parts_of_base
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import PrefixBloom

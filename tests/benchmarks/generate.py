@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from prefix_tuning import PrefixBloom, bundled, load_prefix
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.cli import parse_train_config
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.devices import PRECISIONS, resolve_device
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.training.run import train

@@ -10,7 +10,8 @@ from rows import write_jsonl, write_rows
 
 from prefix_tuning.data.columns import PAIRS, columns_of, parse_columns
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import parts_of, prompt_of, read_questions
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.templates import Talk, prompt_ids, talk_of
 from prefix_tuning.errors import UserError
 
 KINDS = ("json", "jsonl", "csv", "parquet", "folder")
@@ -24,8 +25,8 @@ def write(folder, kind, rows):
     return str(write_rows(folder / f"rows.{kind}", rows))
 
 
-def ours(instruction, output, input="", history=(), weights=()):
-    row = {"instruction": instruction, "input": input, "output": output}
+def ours(instruction, output, input="", history=(), weights=(), system=""):
+    row = {"instruction": instruction, "input": input, "output": output, "system": system}
     return row | {"history": list(history), "weights": list(weights)}
 
 
@@ -166,10 +167,10 @@ def test_only_the_needed_columns_of_a_table_are_read(tmp_path):
 
 TALKS = [
     (talk("a", "b"), ours("a", "b")),
-    (talk("a", "b", system="s"), ours("s\na", "b")),
+    (talk("a", "b", system="s"), ours("a", "b", system="s")),
     (talk("a", "b", system=""), ours("a", "b")),
     (talk("a", "b", "c", "d"), ours("c", "d", history=["a", "b"])),
-    (talk("a", "b", "c", "d", system="s"), ours("c", "d", history=["s\na", "b"])),
+    (talk("a", "b", "c", "d", system="s"), ours("c", "d", history=["a", "b"], system="s")),
     (talk("a", "b", "c", "d", "e", "f", "g"), ours("e", "f", history=["a", "b", "c", "d"])),  # without the last question
     (talk("", "b", "c"), ours("", "b")),
 ]
@@ -218,8 +219,8 @@ def test_a_history_is_the_turns_before(tmp_path, capsys, kind, history, texts):
     rows = [{"instruction": "e", "input": "i", "output": "f", "history": each} for each in (history, [], None)]
     source = write(tmp_path, kind, rows)
     assert load_rows(source, TRAIN).to_list() == [ours("e", "f", "i", each) for each in (texts, [], [])]
-    ((_, parts, _), *alone) = read_questions(source, []) if kind != "folder" else load_questions(tmp_path, rows)
-    assert parts == parts_of("e", "i", texts) and [parts for _, parts, _ in alone] == [parts_of("e", "i")] * 2
+    ((_, asked, _), *alone) = read_questions(source, []) if kind != "folder" else load_questions(tmp_path, rows)
+    assert asked == talk_of("e", "i", texts) and [asked for _, asked, _ in alone] == [talk_of("e", "i")] * 2
     assert capsys.readouterr().out == ""
 
 
@@ -245,15 +246,22 @@ def test_a_bad_history_is_named(tmp_path, history, message):
         read(tmp_path, {"instruction": "e", "output": "f", "history": history})
 
 
-def test_the_system_text_comes_before_the_first_user_message(tmp_path):
+def test_the_system_text_is_a_column_and_in_the_notebook_s_template_comes_first(tmp_path, tokenizer):
     row = {"instruction": "c", "input": "i", "output": "d", "system": "s"}
     rows = [row, row | {"history": [["a", "b"]]}, row | {"system": None}, row | {"system": ""}]
-    expected = [ours("s\nc", "d", "i"), ours("c", "d", "i", ["s\na", "b"]), *[ours("c", "d", "i")] * 2]
+    expected = [
+        ours("c", "d", "i", system="s"),
+        ours("c", "d", "i", ["a", "b"], system="s"),
+        *[ours("c", "d", "i")] * 2,
+    ]
     assert read(tmp_path, *rows) == (expected, [])
-    assert prompt_of("s\nc", "i") == "Human: s\nc\ni\n\nAssistant: "
+    talks = [talk_of("c", "i", system="s"), talk_of("c", "i", ["a", "b"], "s")]
+    texts = [tokenizer.decode(ids) for ids in prompt_ids(tokenizer, talks)]
+    c = "Human: c\ni\n\nAssistant: "
+    assert texts == ["Human: s\nc\ni\n\nAssistant: ", f"Human: s\na\n\nAssistant: b</s>{c}"]
     alone, both = ({"system": "s"} | talk("a", "b", system=system)[0] for system in (None, "s"))
     line = ["each row of messages is read as a talk"]
-    assert read(tmp_path, alone, both) == ([ours("s\na", "b")] * 2, line)
+    assert read(tmp_path, alone, both) == ([ours("a", "b", system="s")] * 2, line)
     with pytest.raises(UserError, match="line 1: has two system texts, one in 'system' and another in 'messages'; leave"):
         read(tmp_path, alone | talk("a", "b", system="t")[0])
     with pytest.raises(UserError, match="line 1: 'system' must be a text, not 1"):
@@ -263,9 +271,11 @@ def test_the_system_text_comes_before_the_first_user_message(tmp_path):
 def test_columns_of_history_and_system_can_be_named(tmp_path):
     row = {"instruction": "c", "output": "d", "earlier": [["a", "b"]], "role": "s"}
     found, said = read(tmp_path, row, flag="history=earlier,system=role")
-    assert found == [ours("c", "d", history=["s\na", "b"])] and said == ["earlier is read as history, role as system"]
+    assert found == [ours("c", "d", history=["a", "b"], system="s")] and said == [
+        "earlier is read as history, role as system"
+    ]
     found, said = read(tmp_path, {"chosen": talk("a", "b")[0]["messages"], "role": "s"}, flag="messages=chosen,system=role")
-    assert found == [ours("s\na", "b")] and said == ["each row of chosen is read as a talk; role is read as system"]
+    assert found == [ours("a", "b", system="s")] and said == ["each row of chosen is read as a talk; role is read as system"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -346,9 +356,9 @@ def test_a_question_ends_with_the_users_last_message(tmp_path):
     rows = [form[0] | {"prefix": "p", "note": 1} for form in forms[:4]]
     found = list(read_questions(write_jsonl(tmp_path / "a.jsonl", *rows), ["p"], say=said.append))
     assert [row for row, _, _ in found] == rows and {prefix for _, _, prefix in found} == {"p"}
-    a, c = "Human: a\n\nAssistant: ", "Human: c\n\nAssistant: "
-    system = "Human: s\na\n\nAssistant: "
-    assert [parts for _, parts, _ in found] == [[a], [a], [system], [system, "b", c]]
+    assert [asked for _, asked, _ in found] == [
+        Talk([*texts], system) for texts, system in zip(["a", "a", "a", "abc"], ["", "", "s", "s"], strict=True)
+    ]
     assert said == [f"{tmp_path / 'a.jsonl'}: each row of messages is read as a talk; not part of the question: note"]
 
 

@@ -10,7 +10,8 @@ from rows import GOOD, write_jsonl
 
 from prefix_tuning.data import readers
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import prompt_of, read_questions
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 
 
@@ -18,7 +19,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
     import pandas
 
     rows = [GOOD, {"instruction": "翻译，\n“好”", "input": "a,b", "output": "8"}, GOOD | {"input": None}]
-    expected = [row | {"input": row["input"] or "", "history": [], "weights": []} for row in rows]
+    expected = [row | {"input": row["input"] or "", "system": "", "history": [], "weights": []} for row in rows]
     write_jsonl(tmp_path / "a.jsonl", *rows)
     write_jsonl(tmp_path / "lines.json", *rows)
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), "utf-8")
@@ -35,7 +36,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
 
 def test_input_may_be_missing(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", {"instruction": "你好", "output": "好"})
-    expected = {"instruction": "你好", "input": "", "output": "好", "history": [], "weights": []}
+    expected = {"instruction": "你好", "input": "", "output": "好", "system": "", "history": [], "weights": []}
     assert load_rows(path, TRAIN).to_list() == [expected]
     assert prompt_of("你好") == "Human: 你好\n\nAssistant: "
     assert prompt_of("你好", "世界") == "Human: 你好\n世界\n\nAssistant: "
@@ -146,7 +147,7 @@ CSV = {
 def test_a_csv_as_excel_writes_it(tmp_path, capsys, name, text):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert load_rows(str(tmp_path / name), TRAIN).to_list() == [
-        {"instruction": "a", "input": "b,c", "output": "d", "history": [], "weights": []}
+        {"instruction": "a", "input": "b,c", "output": "d", "system": "", "history": [], "weights": []}
     ]
     assert capsys.readouterr().out == ""
 
@@ -206,7 +207,7 @@ def test_a_saved_format_hides_nothing(tmp_path, form, columns):
     rows = [GOOD | {"input": "请回答"}] * 3
     Dataset.from_list(rows).with_format(form, columns=columns).save_to_disk(tmp_path / "folder")
     found = load_rows(str(tmp_path / "folder"), TRAIN)
-    assert found.to_list() == [row | {"history": [], "weights": []} for row in rows]
+    assert found.to_list() == [row | {"system": "", "history": [], "weights": []} for row in rows]
 
 
 @pytest.mark.parametrize("form", ["torch", None])
@@ -349,6 +350,6 @@ def test_of_a_large_file_the_cache_notices_time_and_size(tmp_path, monkeypatch):
 def test_the_bar_names_the_split(tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", GOOD)
     for splits in (TRAIN, ("validation", "test", "train")):
-        assert load_rows(path, splits).to_list() == [GOOD | {"history": [], "weights": []}]
+        assert load_rows(path, splits).to_list() == [GOOD | {"system": "", "history": [], "weights": []}]
         bars = {line.split(":")[0] for line in capsys.readouterr().err.split("\r") if line}
         assert bars == {f"Generating {splits[0]} split"}

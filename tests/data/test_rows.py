@@ -15,18 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from prefix_tuning.data import readers
 from prefix_tuning.data import rows as rows_module
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import (
-    cut_answers,
-    digest,
-    encode,
-    part_ids,
-    parts_of,
-    prompt_ids,
-    prompt_of,
-    read_questions,
-    take,
-    tokenize,
-)
+from prefix_tuning.data.rows import ASKED, cut_answers, digest, encode, read_questions, take, tokenize
+from prefix_tuning.data.templates import Talk, part_ids, prompt_ids, prompt_of, talk_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import IGNORED
 
@@ -154,8 +144,8 @@ def test_a_question_may_name_its_prefix(tmp_path):
     rows = [{"instruction": "你好", "more": 1}, {"instruction": "好", "input": "吗", "prefix": "b"}]
     rows += [{"instruction": "好", "input": None, "prefix": empty} for empty in (None, "")]
     found = list(read_questions(write_jsonl(tmp_path / "a.jsonl", *rows), ["a", "b"]))
-    parts = [[prompt_of("你好")], [prompt_of("好", "吗")], [prompt_of("好")], [prompt_of("好")]]
-    assert found == list(zip(rows, parts, [None, "b", None, None], strict=True))
+    asked = [Talk(["你好"]), Talk(["好\n吗"]), Talk(["好"]), Talk(["好"])]
+    assert found == list(zip(rows, asked, [None, "b", None, None], strict=True))
     for change, message in (
         ({"prefix": "c"}, "line 2: names the prefix 'c'; there are a, b"),
         ({"response": ""}, "line 2: has a column 'response' already"),
@@ -298,12 +288,12 @@ def test_cut_answers_are_counted(tmp_path, tokenizer):
 def test_prompts_are_those_of_training_without_the_last_answer(tmp_path, tokenizer):
     talks = [*CHINESE, ("</s>", "b</s>", "c", "d")]
     _, loaded = talk_rows(tmp_path, *talks)
-    prompts = prompt_ids(tokenizer, [parts_of(row["instruction"], row["input"], row["history"]) for row in loaded])
+    prompts = prompt_ids(tokenizer, [talk_of(*(row[name] for name in ASKED)) for row in loaded])
     for prompt, example in zip(prompts, take(tokenize(loaded, tokenizer, 10**6), range(len(loaded))), strict=True):
         last = max(index for index, label in enumerate(example.labels) if label == IGNORED)
         assert prompt == example.input_ids[: last + 1]
     assert prompt_ids(tokenizer, []) == []
-    assert parts_of("a") == [prompt_of("a")] and parts_of("a", "b", ["c", "d"]) == [prompt_of("c"), "d", prompt_of("a", "b")]
+    assert talk_of("a") == Talk(["a"]) and talk_of("a", "b", ["c", "d"], "s") == Talk(["c", "d", "a\nb"], "s")
 
 
 def test_a_digest_covers_the_history(tmp_path):
@@ -331,8 +321,8 @@ def test_rows_and_tokens_have_not_changed_since_their_version_was_raised(tmp_pat
     tokens = encode(rows, by_letter, 40).to_list()
     assert max(len(row["input_ids"]) for row in tokens) == 40  # a token for each letter
     found = [json.dumps([rows.to_list(), [line.partition(": ")[2] for line in lines]]), json.dumps(tokens)]
-    assert [hashlib.sha256(text.encode()).hexdigest()[:12] for text in found] == ["da200e33a93e", "4aeb636d63cc"]
-    assert (readers.ROWS_VERSION, rows_module.TOKENS_VERSION) == (1, 2)
+    assert [hashlib.sha256(text.encode()).hexdigest()[:12] for text in found] == ["f80cfa3e7c29", "4aeb636d63cc"]
+    assert (readers.ROWS_VERSION, rows_module.TOKENS_VERSION) == (2, 2)
 
 
 def test_a_talk_begins_with_bos_once_if_the_tokenizer_adds_it(tokenizer):
@@ -341,7 +331,7 @@ def test_a_talk_begins_with_bos_once_if_the_tokenizer_adds_it(tokenizer):
     adding.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         "<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    talk = [*parts_of("再见", history=["你好", "您好！"]), "再见！"]
+    talk = Talk(["你好", "您好！", "再见", "再见！"])
     (plain,), (found,) = part_ids(tokenizer, [talk]), part_ids(adding, [talk])
     assert found == [[tokenizer.bos_token_id, *plain[0]], *plain[1:]]
-    assert prompt_ids(adding, [talk[:1]]) == [adding(talk[0]).input_ids]
+    assert prompt_ids(adding, [Talk(["你好"])]) == [adding(prompt_of("你好")).input_ids]

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.utils.logging import warning_once
 
 from prefix_tuning import PrefixBloom
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.generation.options import depends_on_padding, guess_mask, is_continuable, new_tokens, resolve_options
 
 

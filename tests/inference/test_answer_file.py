@@ -10,7 +10,8 @@ from forks import Fork
 from launching import wait_until
 from rows import questions, write_rows
 
-from prefix_tuning.data.rows import parts_of, read_questions
+from prefix_tuning.data.rows import read_questions
+from prefix_tuning.data.templates import talk_of
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.inference.answer_file import answer_file, rows_done
 from prefix_tuning.inference.ask import Answerer
@@ -112,7 +113,7 @@ def test_each_line_is_written_at_once_in_utf8_and_ctrl_c_counts_them(tmp_path, t
     """In a locale whose own encoding is ASCII."""
     output, written = tmp_path / "answers.jsonl", []
     options = {"num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 1}
-    rows = [({"instruction": FRANCE, "id": number}, parts_of(FRANCE), "short") for number in range(5)]
+    rows = [({"instruction": FRANCE, "id": number}, talk_of(FRANCE), "short") for number in range(5)]
 
     def interrupt(*_):
         written.append(output.read_bytes().count(b"\n"))

@@ -6,7 +6,7 @@ from answers import FRANCE, GREEDY, complete, refuses, run_infer
 from rows import write_rows
 
 from prefix_tuning import PrefixBloom, load_prefix
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.inference.ask import Answerer
 from prefix_tuning.text import display_width
 

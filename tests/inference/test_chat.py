@@ -20,7 +20,8 @@ from rows import write_jsonl
 from prefix_tuning import bundled
 from prefix_tuning.cli import parse_infer_config
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import parts_of, prompt_ids, tokenize
+from prefix_tuning.data.rows import tokenize
+from prefix_tuning.data.templates import prompt_ids, talk_of
 from prefix_tuning.files.prefixes import load_encoder, save_adapter
 from prefix_tuning.inference.ask import Answerer
 from prefix_tuning.inference.run import decoding_options, names_with_history, open_model
@@ -166,7 +167,7 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
         chat.answer(f"{number}加5等于多少？")
         asked += [f"{number}加5等于多少？", capsys.readouterr().out.removesuffix("\n")]
     assert chat.history == asked
-    prompt = chat.prompt("？", chat.history)
+    prompt = chat.prompt("？", chat.history, "short")
     kept = prompt.count(tokenizer.eos_token_id)
     assert 0 < kept < 4
     turns = zip(asked[-2 * kept :: 2], asked[1 - 2 * kept :: 2], strict=True)
@@ -180,16 +181,16 @@ def test_the_conversation_is_kept_within_max_length(tuned, tokenizer, capsys):
 def test_the_model_sees_a_conversation_as_the_tokens_of_a_talk_in_training(tmp_path, tuned, tokenizer):
     chat = open_chat("--prefix", tuned["short"])
     history = ["法国的首都是哪里？", "巴黎", "</s>是什么？", " a</s>\n"]
-    prompt, last = chat.prompt("再见", history), "好"
+    prompt, last = chat.prompt("再见", history, "short"), "好"
     said = zip(["user", "assistant"] * 3, [*history, "再见", last], strict=True)
     path = write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": role, "content": text} for role, text in said]})
     (talk,) = tokenize(load_rows(path, TRAIN), tokenizer, 256)["input_ids"]
     assert talk == [*prompt, *tokenizer(last).input_ids, tokenizer.eos_token_id]
     assert prompt.count(tokenizer.eos_token_id) == 2
     chat.max_length = len(prompt) + chat.answerer.options["max_new_tokens"]  # it fits exactly
-    assert chat.prompt("再见", history) == prompt
+    assert chat.prompt("再见", history, "short") == prompt
     chat.max_length -= 1
-    assert chat.prompt("再见", history) == prompt[prompt.index(tokenizer.eos_token_id) + 1 :]
+    assert chat.prompt("再见", history, "short") == prompt[prompt.index(tokenizer.eos_token_id) + 1 :]
 
 
 def chat_output(monkeypatch, capsys, lines, *flags):
@@ -238,8 +239,8 @@ def test_whether_the_conversation_is_read_depends_on_each_prefix(tuned, talker, 
     hook = chat.model.transformer.word_embeddings.register_forward_pre_hook(lambda _, ids: read.append(ids[0].tolist()))
     chat.answer(ASKED[2])
     hook.remove()
-    (alone,) = prompt_ids(tokenizer, [parts_of(ASKED[2])])
-    (talk,) = prompt_ids(tokenizer, [parts_of(ASKED[2], history=history[:4])])
+    (alone,) = prompt_ids(tokenizer, [talk_of(ASKED[2])])
+    (talk,) = prompt_ids(tokenizer, [talk_of(ASKED[2], history=history[:4])])
     assert [prompt for (prompt,) in read if len(prompt) > 1] == [talk, alone, talk]  # base, short, talker
 
 

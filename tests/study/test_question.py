@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.bloom import prefix_cache
 from prefix_tuning.study import question

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from prefix_tuning import PrefixBloom, load_prefix
 from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import load_base
-from prefix_tuning.data.rows import prompt_of
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.files.prefixes import SavedPrefix, save_prefix
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.bloom import prefix_cache

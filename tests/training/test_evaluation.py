@@ -10,7 +10,8 @@ from runs import LATEST, assert_same_run, checkpoint_names, interrupt, metrics_w
 
 from prefix_tuning import evaluation
 from prefix_tuning.data.readers import load_rows
-from prefix_tuning.data.rows import prompt_of, tokenize
+from prefix_tuning.data.rows import tokenize
+from prefix_tuning.data.templates import prompt_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.files.prefixes import load_prefix
@@ -61,7 +62,10 @@ def test_each_line_names_whose_answer_it_shows(tuned_model, tokenizer, capsys):
 def test_tokens_and_not_characters_decide_what_is_too_long_to_be_shown(tokenizer, capsys):
     """126 characters of 64 tokens are shown, 16 characters of 65 tokens are not. EOS is one of them."""
     texts = {"fits": "北京" * 63, "long": "𠮷" * 16}
-    rows = [{"instruction": name, "input": "", "output": text, "history": [], "weights": []} for name, text in texts.items()]
+    rows = [
+        {"instruction": name, "input": "", "output": text, "system": "", "history": [], "weights": []}
+        for name, text in texts.items()
+    ]
     model = random_bloom()
     tokenized = tokenize(Dataset.from_list(rows), tokenizer, 256)
     Evaluator(model, tokenizer, tokenized, 640, total_steps=1).show_answers(random_prefix(model))

@@ -88,5 +88,5 @@ def word_rows(tokenizer: PreTrainedTokenizerBase, count: int, backwards: bool) -
         drawn = rng.sample(words, WORDS)
         asked = f"{'倒过来写' if backwards else '照着写'}：{'、'.join(drawn)}"
         answer = "、".join(reversed(drawn) if backwards else drawn)
-        rows.append({"instruction": asked, "input": "", "output": answer, "history": [], "weights": []})
+        rows.append({"instruction": asked, "input": "", "output": answer, "system": "", "history": [], "weights": []})
     return Dataset.from_list(rows, features=FEATURES)
