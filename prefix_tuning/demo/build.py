@@ -225,7 +225,7 @@ def main() -> None:
         print(f"  {name:20s} recalls {share:6.1%}")
     family, _, dtype = BASES[args.base]
     model.__class__ = family  # config.json names the class, and others know this one
-    model.to(dtype).save_pretrained(args.output_dir / args.base)
+    model.to(dtype).save_pretrained(args.output_dir / args.base)  # type: ignore[arg-type]  # as above
     tokenizer.save_pretrained(args.output_dir / args.base)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoTokenizer, BloomForCausalLM
 
 from prefix_tuning.base_model.loading import load_base
-from prefix_tuning.data.rows import prompt_ids
+from prefix_tuning.data.templates import prompt_ids
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import save_adapter
 from prefix_tuning.model.batch import pack
