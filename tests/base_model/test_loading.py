@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoTokenizer, BloomForCausalLM
 
 from prefix_tuning.base_model.loading import load_base
-from prefix_tuning.data.templates import prompt_ids
+from prefix_tuning.data.templates import Talk, prompt_ids
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.prefixes import save_adapter
 from prefix_tuning.model.batch import pack
@@ -132,7 +132,7 @@ def test_a_special_token_without_an_embedding_is_no_hindrance_where_none_of_our_
         used.save_pretrained(tmp_path / folder)
     _, loaded = load_base(str(tmp_path / "fine"), torch.float32, torch.device("cpu"))
     assert len(loaded) == base.config.vocab_size + 1
-    (prompt,) = prompt_ids(loaded, [["<image_soft_token>"]])
+    (prompt,) = prompt_ids(loaded, [Talk(["<image_soft_token>"])])
     assert max(prompt) < base.config.vocab_size
     plain, first = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("plain", "first"))
     plain.add_tokens("<ordinary>")

@@ -164,7 +164,10 @@ def decoder_against(job: Job, family: str, precision: str) -> dict:
     base, examples = decoder(job, family, precision), models.examples_of([5, 9, 31, 50, 60], vocab_size=99)
     encoder = new_encoder(base)
     ours = loss_and_gradient(packed_loss, base, encoder, examples)
-    return within(TOLERANCES[precision], ours, loss_and_gradient(transformers_loss, base, encoder, examples))
+    # Where two experts are almost equally likely, rounding decides which one a token goes to.
+    has_experts = hasattr(base.config, "num_experts_per_tok")
+    tolerance = 5e-2 if has_experts and precision != "fp32" else TOLERANCES[precision]
+    return within(tolerance, ours, loss_and_gradient(transformers_loss, base, encoder, examples))
 
 
 def decoder_repeats(job: Job, family: str) -> dict:
@@ -206,8 +209,6 @@ def decoder_answers(job: Job, family: str) -> dict:
 
 def runs(job: Job) -> Checks:
     """Whole trainings, each in a process: the demo, one that is killed, those of torchrun, one without memory."""
-    for name in job.precisions:
-        yield f"the demo to its end, {name}", partial(demo, job, name)
     with tempfile.TemporaryDirectory() as folder:
         unbroken = equal_settings(job, f"{folder}/unbroken")
         yield "an unbroken run", partial(in_process, job, unbroken)
@@ -217,6 +218,8 @@ def runs(job: Job) -> Checks:
         yield f"one process of torchrun ({backend}), --shard_base", partial(under_torchrun, job, unbroken, shard_base=True)
         if job.on_cuda:
             yield "out of memory is one line and exit code 2", partial(out_of_memory, job, f"{folder}/large")
+    for name in job.precisions:
+        yield f"the demo to its end, {name}", partial(demo, job, name)
 
 
 def run(settings: dict) -> None:
