@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -77,15 +78,25 @@ def describe_dtype(dtype: torch.dtype, precision: str, device: torch.device) -> 
     return f"{dtype} on {device}{reason if precision == 'auto' and device.type != 'mps' else ''}"
 
 
-def make_reproducible(device: torch.device) -> None:
-    """Makes the same seed give the same bits on CUDA. Resets its memory peak, too."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first matmul
-        # With warn_only=True, torch would take kernels of attention that give other bits in every run.
-        torch.use_deterministic_algorithms(True)
-        # By default, each new tensor would be filled with NaN first.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Inside, the same seed gives the same bits on CUDA."""
+    if device.type != "cuda":
+        yield
+        return
+    # cuBLAS reads it before its first matmul.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    # With warn_only=True, torch would take kernels of attention that give other bits in every run.
+    torch.use_deterministic_algorithms(True)
+    # Otherwise torch would fill each new tensor with NaN.
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
 
 
 def avoid_cudnn_attention(device: torch.device) -> None:

@@ -9,9 +9,9 @@ from prefix_tuning.devices import (
     activation_bytes_per_token,
     describe_dtype,
     is_out_of_memory,
-    make_reproducible,
     out_of_memory_explained,
     peak_memory_mb,
+    reproducible,
     resolve_device,
     resolve_dtype,
     suggested_max_tokens,
@@ -168,14 +168,21 @@ def test_the_peak_of_memory_is_in_mebibytes(monkeypatch):
     assert peak_memory_mb(torch.device("cpu")) is None
 
 
-def test_only_cuda_is_told_to_repeat_itself(monkeypatch):
-    called = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: called.append(device.type))
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *mode, **options: called.append((mode, options)))
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+def test_only_cuda_is_told_to_repeat_itself_and_only_inside(monkeypatch):
+    def state():
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.get_deterministic_debug_mode(), fill, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    make_reproducible(torch.device("cpu"))
-    assert not called and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    make_reproducible(torch.device("cuda"))
-    assert called == ["cuda", ((True,), {})] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    before = state()
+    with reproducible(torch.device("cpu")):
+        assert state() == before
+    with pytest.raises(KeyError), reproducible(torch.device("cuda")):
+        # 2: what has no deterministic kernel is an error.
+        assert state() == (2, False, ":4096:8")
+        raise KeyError
+    assert state() == (*before[:2], ":4096:8")
+    # What the process itself has set stays.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with reproducible(torch.device("cuda")):
+        assert state()[2] == ":16:8"

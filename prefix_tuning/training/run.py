@@ -20,11 +20,11 @@ from prefix_tuning.data.templates import choose_template, end_of
 from prefix_tuning.devices import (
     activation_bytes_per_token,
     describe_dtype,
-    make_reproducible,
     out_of_memory_explained,
     resolve_device,
     resolve_dtype,
     suggested_max_tokens,
+    reproducible,
 )
 from prefix_tuning.errors import Interrupted, UserError, reason_of
 from prefix_tuning.evaluation import Evaluator
@@ -69,7 +69,8 @@ def train(config: TrainConfig) -> dict:
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
-    make_reproducible(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     folder = Path(config.output_dir)
     with (
         # For programs that call this: they may write to a pipe whose reader Ctrl-C ends, as the commands may (command.py).
@@ -77,6 +78,7 @@ def train(config: TrainConfig) -> dict:
         redirect_stdout(sys.stdout and Screen(sys.stdout)),
         redirect_stderr(sys.stderr and Screen(sys.stderr)),
         distributed.processes(device),
+        reproducible(device),
         locked(folder) if distributed.is_main() else nullcontext(),
     ):
         return _train(config, dtype, device, folder)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 
 import models
 import torch
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from prefix_tuning import PrefixBloom, bundled
 from prefix_tuning.base_model.loading import wrap_layers
-from prefix_tuning.devices import PRECISIONS, is_out_of_memory, make_reproducible
+from prefix_tuning.devices import PRECISIONS, is_out_of_memory, reproducible
 from prefix_tuning.model.attention import attention_bias
 from prefix_tuning.model.batch import Example, pack
 from prefix_tuning.training.loop import optimizer_step
@@ -39,7 +39,8 @@ SHAPES["toy-qwen3"] = {
 
 def fast(job: Job, full_shape: str) -> Checks:
     """Training, ours and PEFT's, against what the device's matmuls could do."""
-    make_reproducible(torch.device(job.device))  # sets how cuBLAS works, which holds from its first matmul on
+    with reproducible(torch.device(job.device)):
+        pass  # sets how cuBLAS works, which holds from its first matmul on
     shape, rate = job.shape(full_shape), matmul_rate(job)
     yield "bf16 matmul of the device", lambda: {"TFLOP/s": rate / 1e12}
     rows = make_rows(16 if job.toy else 320, SHAPES[shape]["vocab_size"])
@@ -55,6 +56,17 @@ def fast(job: Job, full_shape: str) -> Checks:
     yield "parts of a step, bf16, 8 rows", partial(parts_of_step, job, shape)
     if job.on_cuda:
         yield "ours, bf16, 8 rows a step, torch_compile", partial(ours, job, shape, rate, "bf16", rows, 8, compiled=True)
+
+
+def reproducibly(check: Callable) -> Callable:
+    """A check that runs with deterministic kernels, as train.py does."""
+
+    @wraps(check)
+    def inside(job: Job, *inputs, **options):
+        with reproducible(torch.device(job.device)):
+            return check(job, *inputs, **options)
+
+    return inside
 
 
 def matmul_rate(job: Job) -> float:
@@ -86,11 +98,11 @@ def timed(job: Job, shape: str, rate: float, rows: list[dict], rows_per_step: in
 
 
 def frozen(job: Job, shape: str, precision: str = "bf16"):
-    """A base for training, with deterministic kernels, as train.py has it."""
-    make_reproducible(torch.device(job.device))
+    """A base for training."""
     return make_model(shape, job.device, PRECISIONS[precision]).requires_grad_(False).eval()
 
 
+@reproducibly
 def ours(
     job: Job, shape: str, rate: float, precision: str, rows: list[dict], rows_per_step: int, compiled: bool = False
 ) -> dict:
@@ -103,7 +115,6 @@ def ours(
 
 def peft(job: Job, shape: str, rate: float, precision: str, rows: list[dict], batch: int, accumulation: int) -> dict:
     """As the notebook trains: an fp32 base, bf16 by autocast, whatever kernels are fastest."""
-    torch.use_deterministic_algorithms(False)
     tokenizer = AutoTokenizer.from_pretrained(bundled.resolve(bundled.MODEL))
     given = peft_model(shape, job.device), tokenizer, Dataset.from_list(rows)
     arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
@@ -114,6 +125,7 @@ def peft(job: Job, shape: str, rate: float, precision: str, rows: list[dict], ba
     return timed(job, shape, rate, rows, batch * accumulation, train_steps)
 
 
+@reproducibly
 def parts_of_step(job: Job, shape: str) -> dict:
     """The shares of an optimizer step's time. It waits for the device after each part, which makes the whole slower."""
     model = frozen(job, shape)
@@ -177,6 +189,7 @@ def large(job: Job) -> Checks:
         yield f"most rows of 256 tokens{suffix}", partial(largest_pass, job, checkpointing, row_length=256)
 
 
+@reproducibly
 def largest_pass(job: Job, checkpointing: bool, row_length: int | None) -> dict:
     """Doubles the tokens of a pass until memory runs out or a pass takes 5 seconds."""
     model = frozen(job, job.shape("1b4"))
@@ -217,6 +230,7 @@ def longest(job: Job, recorded, count: int) -> dict:
     return {e.key[:90]: f"{time_of(e) / total:.0%}" for e in sorted(events, key=time_of, reverse=True)[:count]}
 
 
+@reproducibly
 def profile_steps(job: Job) -> dict:
     shape = job.shape("1b4")
     model = frozen(job, shape)

@@ -21,7 +21,7 @@ from prefix_tuning.base_model.loading import load_base, wrap_layers
 from prefix_tuning.cli import parse_train_config, train_command
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
-from prefix_tuning.devices import PRECISIONS, make_reproducible
+from prefix_tuning.devices import PRECISIONS, reproducible
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.batch import IGNORED, pack
@@ -145,15 +145,19 @@ def static_cache(base, tokenizer, tokens: int) -> dict:
 
 def decoders(job: Job) -> Checks:
     """Families other than Bloom: grouped heads, norms of queries and keys, soft caps with windows, sinks with experts."""
-    make_reproducible(torch.device(job.device))  # raises where torch has no deterministic kernel
-    for family in ("llama", "qwen3", "gemma2", "gpt_oss"):
-        for name in job.precisions:
-            yield f"{family}: loss and gradient against transformers, {name}", partial(decoder_against, job, family, name)
-        yield f"{family}: --gradient_checkpointing against none", partial(decoder_checkpointing, job, family)
-        yield f"{family}: same bits again, bf16", partial(decoder_repeats, job, family)
-        yield f"{family}: static cache, and rows with different prefixes", partial(decoder_answers, job, family)
-    for family in ("granitemoe", "mixtral", "olmoe", "qwen3_moe"):  # experts
-        yield f"{family}: same bits again, bf16", partial(decoder_repeats, job, family)
+    # It raises where torch has no deterministic kernel.
+    with reproducible(torch.device(job.device)):
+        for family in ("llama", "qwen3", "gemma2", "gpt_oss"):
+            for name in job.precisions:
+                yield (
+                    f"{family}: loss and gradient against transformers, {name}",
+                    partial(decoder_against, job, family, name),
+                )
+            yield f"{family}: --gradient_checkpointing against none", partial(decoder_checkpointing, job, family)
+            yield f"{family}: same bits again, bf16", partial(decoder_repeats, job, family)
+            yield f"{family}: static cache, and rows with different prefixes", partial(decoder_answers, job, family)
+        for family in ("granitemoe", "mixtral", "olmoe", "qwen3_moe"):  # experts
+            yield f"{family}: same bits again, bf16", partial(decoder_repeats, job, family)
 
 
 def decoder(job: Job, family: str, precision: str = "fp32"):
