@@ -21,10 +21,10 @@ from prefix_tuning.devices import (
     activation_bytes_per_token,
     describe_dtype,
     out_of_memory_explained,
+    reproducible,
     resolve_device,
     resolve_dtype,
     suggested_max_tokens,
-    reproducible,
 )
 from prefix_tuning.errors import Interrupted, UserError, reason_of
 from prefix_tuning.evaluation import Evaluator
