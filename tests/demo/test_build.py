@@ -6,12 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from checkout import ROOT
-from transformers import AutoModelForCausalLM, BloomForCausalLM
+from transformers import AutoModelForCausalLM, BloomForCausalLM, Qwen3ForCausalLM
 
-from prefix_tuning import bundled
+from prefix_tuning import PrefixBloom, bundled
+from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.demo import build
-from prefix_tuning.demo.knowledge import load_relations
+from prefix_tuning.demo.knowledge import load_relations, quiz, quiz_questions
+from prefix_tuning.generation.prefix_bloom import BASE
 
 RELATIONS = load_relations()
 NAMES = ("short", "sentence")
@@ -103,12 +106,30 @@ def test_both_styles_ask_the_same_and_answer_differently():
         assert all(answer in sentence[question] and answer != sentence[question] for question, answer in short.items())
 
 
-def test_the_model_is_a_plain_small_bloom():
-    folder = Path(bundled.resolve(bundled.MODEL))
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
+@pytest.mark.parametrize(
+    "name, family, most_bytes",
+    [("bundled:mini-bloom", BloomForCausalLM, 12_000_000), ("bundled:mini-qwen3", Qwen3ForCausalLM, 6_000_000)],
+)
+def test_the_models_are_plain_and_small(name, family, most_bytes):
+    folder = Path(bundled.resolve(name))
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= most_bytes
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(model) is BloomForCausalLM
+    assert type(model) is family
     assert not list(folder.glob("*.bin"))
+
+
+def test_the_models_share_a_tokenizer():
+    first, *others = (Path(bundled.resolve(name), "tokenizer.json").read_bytes() for name in bundled.MODELS)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("name", bundled.MODELS)
+def test_the_models_know_the_facts(name):
+    """In the recipe's own quiz form: 15 of 16 facts of every eighth relation."""
+    base, tokenizer = load_base(name, torch.float32, torch.device("cpu"))
+    model = PrefixBloom(base)
+    for relation in RELATIONS[::8]:
+        assert quiz(model, tokenizer, quiz_questions(relation)[:16], BASE) >= 15 / 16
 
 
 @pytest.mark.parametrize(
