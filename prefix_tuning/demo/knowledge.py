@@ -37,4 +37,4 @@ def quiz(
     prompts, answers = zip(*questions, strict=True)
     ids = tokenizer(list(prompts), split_special_tokens=True).input_ids
     replies = complete(model, tokenizer, ids, prefix_name, max_new_tokens=24, do_sample=False)
-    return sum(reply.rstrip("。") in right for reply, right in zip(replies, answers, strict=True)) / len(questions)
+    return sum(reply.partition("。")[0] in right for reply, right in zip(replies, answers, strict=True)) / len(questions)
