@@ -125,7 +125,7 @@ def loaded_with(module: str) -> set[str]:
 
 
 def test_only_what_reads_rows_waits_for_datasets():
-    """`datasets` brings pyarrow and pandas along, half a second. To ask a question or to use PrefixBloom needs none of them."""
+    """`datasets` brings pyarrow and pandas along, half a second. Neither a question nor PrefixBloom needs them."""
     assert {"datasets", "pyarrow", "torch"} <= loaded_with("training.run")
     for module in ("inference.run", "inference.chat", "generation.prefix_bloom", "files.prefixes", "plain"):
         loaded = loaded_with(module)

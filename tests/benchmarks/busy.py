@@ -84,7 +84,8 @@ def main() -> None:
             load = os.getloadavg()[0]
             print(f"round {number + 1}, load {load:.1f}: {name} {runs[name][-1]}", file=sys.stderr, flush=True)
     medians = {
-        name: {key: statistics.median(run[key] for run in each) for key in ("alone", "beside")} for name, each in runs.items()
+        name: {key: statistics.median(run[key] for run in each) for key in ("alone", "beside")}
+        for name, each in runs.items()
     }
     reference = medians[args.settings[0]]["alone"]
     print(f"shape {args.shape}, {args.precision}, {args.rows} rows, {args.repeats} rounds, beside {args.others}; medians")
