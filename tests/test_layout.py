@@ -112,6 +112,26 @@ def test_no_private_name_is_used_across_files():
         assert not used & of_others, module
 
 
+def loaded_with(module: str) -> set[str]:
+    """The libraries that load when a module is imported, by way of the modules of this package that load with it."""
+    libraries, seen, left = set(), set(), {module}
+    while left:
+        seen |= left
+        nodes = [node for name in left for node in TREES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        at_once = ast.Module(nodes, [])
+        libraries |= {name.split(".")[0] for name, _ in imports(at_once)}
+        left = own_imports(at_once) - seen
+    return libraries - {"prefix_tuning"}
+
+
+def test_only_what_reads_rows_waits_for_datasets():
+    """`datasets` brings pyarrow and pandas along, half a second. Neither a question nor PrefixBloom needs them."""
+    assert {"datasets", "pyarrow", "torch"} <= loaded_with("training.run")
+    for module in ("inference.run", "inference.chat", "generation.prefix_bloom", "files.prefixes", "plain"):
+        loaded = loaded_with(module)
+        assert "torch" in loaded and not loaded & {"datasets", "pyarrow", "matplotlib"}, module
+
+
 def test_folders_load_nothing_by_themselves():
     for path in PACKAGE.rglob("__init__.py"):
         assert path.parent == PACKAGE or not path.read_text("utf-8"), path

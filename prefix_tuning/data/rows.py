@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.data.readers import dataset_cache, read_whole_rows
-from prefix_tuning.data.templates import Talk, Template, part_ids, talk_of
+from prefix_tuning.data.templates import Question, Talk, Template, part_ids, talk_of
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.batch import IGNORED, Example
 
@@ -22,8 +22,6 @@ TOKENS_VERSION = 2
 
 # The columns of a row of ours that make its `talk_of`.
 ASKED = ("instruction", "input", "history", "system")
-# A row of a file of questions with all its columns; its `talk_of`; and the prefix that its column prefix names, or None.
-Question = tuple[dict[str, Any], Talk, str | None]
 
 
 def tokenize(

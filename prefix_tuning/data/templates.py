@@ -17,15 +17,15 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, chain, takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow
-import pyarrow.compute
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.text import shorten
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Unicode keeps these characters for programs, so they stand in hardly any text.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -51,6 +51,10 @@ class Talk(NamedTuple):
     system: str = ""
 
 
+# A row of a file of questions with all its columns; its `talk_of`; and the prefix that its column prefix names, or None.
+Question = tuple[dict[str, Any], Talk, str | None]
+
+
 def talk_of(instruction: str, input: str = "", history: Sequence[str] = (), system: str = "") -> Talk:
     """The talk of a row up to its question. Instruction and input become one text of the user."""
     return Talk([*history, f"{instruction}\n{input}" if input else instruction], system)
@@ -59,7 +63,7 @@ def talk_of(instruction: str, input: str = "", history: Sequence[str] = (), syst
 # --- which template ---
 
 
-def choose_template(flag: str, base: str, tokenizer: PreTrainedTokenizerBase, sets: Sequence[Dataset]) -> Template:
+def choose_template(flag: str, base: str, tokenizer: PreTrainedTokenizerBase, sets: "Sequence[Dataset]") -> Template:
     """The template for the rows of a training. Prints what a chat template does with them.
 
     flag: --template. base: its name, for messages. sets: rows of `load_rows`; if any of them has a thinking block, the
@@ -112,8 +116,11 @@ def end_of(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
     return end
 
 
-def has_system(rows: Dataset) -> bool:
+def has_system(rows: "Dataset") -> bool:
     """Whether any row of `load_rows` has a system text."""
+    # Not at the top, because infer.py imports this file, and a single question has no rows but would wait for pyarrow.
+    import pyarrow.compute
+
     return pyarrow.compute.any(pyarrow.compute.not_equal(rows.data.column("system"), "")).as_py()
 
 
@@ -124,8 +131,10 @@ def system_line(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     return "the chat template has no turn for a system text: it is put in front of the user's first text, with an empty line"
 
 
-def _has_thinking(rows: Dataset) -> bool:
+def _has_thinking(rows: "Dataset") -> bool:
     """Whether any answer in the rows of `load_rows` has a thinking block."""
+    import pyarrow.compute  # see `has_system`
+
     columns = (rows.data.column("output"), pyarrow.compute.list_flatten(rows.data.column("history")))
     found = (pyarrow.compute.any(pyarrow.compute.match_substring(column, "</think>")).as_py() for column in columns)
     return any(found)  # None, of an empty column, is no

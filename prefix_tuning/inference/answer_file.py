@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from prefix_tuning import bundled, distributed
-from prefix_tuning.data.rows import Question
+from prefix_tuning.data.templates import Question
 from prefix_tuning.errors import Interrupted, UserError
 from prefix_tuning.generation.batches import Prompt, batches_of, complete_batch, tokens_at_once
 from prefix_tuning.inference.ask import Answerer

@@ -11,7 +11,6 @@ from prefix_tuning.base_model.identity import base_of
 from prefix_tuning.base_model.loading import add_end, load_base
 from prefix_tuning.base_model.sharding import parts_of_base
 from prefix_tuning.data.columns import parse_columns
-from prefix_tuning.data.rows import read_questions
 from prefix_tuning.data.templates import end_of
 from prefix_tuning.devices import (
     avoid_cudnn_attention,
@@ -25,7 +24,6 @@ from prefix_tuning.files.prefixes import load_prefix, recorded_history
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.inference.answer_file import answer_file, check_output
 from prefix_tuning.inference.ask import Answerer, ask, note_system_texts, templates_of
-from prefix_tuning.inference.score import score
 from prefix_tuning.inference.settings import InferConfig
 from prefix_tuning.settings import MAX_LENGTH, BaseArguments
 
@@ -42,10 +40,13 @@ def infer(config: InferConfig) -> None:
         if distributed.world_size() > 1 and not (config.input or config.shard_base):
             raise UserError("several processes can share an --input or, by --shard_base, a base; else start infer.py alone")
         # The files are checked first: loading a model may take minutes.
-        names = [BASE, *config.named_prefixes()]
         given = parse_columns(config.columns)
-        questions = partial(read_questions, config.input or "", names, given)
-        systems = [talk.system for _, talk, _ in questions(say=distributed.note)] if config.input else []
+        systems = []
+        if config.input:
+            from prefix_tuning.data.rows import read_questions  # it imports `datasets`, half a second that only files need
+
+            questions = partial(read_questions, config.input, [BASE, *config.named_prefixes()], given)
+            systems = [talk.system for _, talk, _ in questions(say=distributed.note)]
         if config.output:
             check_output(config.output, config.input, config.resume)
         model, tokenizer = open_model(config.named_prefixes(), config, device, parts)
@@ -61,6 +62,8 @@ def infer(config: InferConfig) -> None:
             elif config.input and config.output:
                 answer_file(answerer, questions, Path(config.output), config.batch_size, len(systems))
             elif config.score:
+                from prefix_tuning.inference.score import score  # it imports `datasets`, too
+
                 score(model, tokenizer, config.score, given, config.output)
             elif config.question:
                 ask(answerer, config.question, config.max_length, config.compare)
