@@ -4,20 +4,22 @@ Legend: N labels, V vocabulary, L layers, H heads of keys and values, D head_dim
 pairs of the prefix.
 
 The keys and values that a base computes for a text of S tokens are a prefix of S pairs. So teacher and student are the same
-frozen base, and the same packed forward of it, once after the teacher's pairs, which are constant, and once after the prefix,
-which is trained:
+frozen base, and the same packed forward of it: once after the teacher's pairs, which are constant, and once after the
+prefix, which is trained:
 
     t_n = log softmax(logits after the teacher's pairs)      (V)
     s_n = log softmax(logits after the prefix)               (V)
 
     KL_n = sum_v exp(t_n[v]) * (t_n[v] - s_n[v])             nats, at least 0, and 0 where both predict the same
 
-Cross-entropy asks for one token at each label. This asks for the teacher's probabilities of all V tokens, so a label says more
-about the text: which answers the text makes likely, and how likely. (Hinton et al. 2015, arXiv 1503.02531; for a text as a
-prefix: Eyuboglu et al. 2025, "Cartridges", arXiv 2506.06266.) The labels themselves are only read: both predict the token
-after the same tokens of an answer.
+Cross-entropy asks for one token at each label. The divergence asks for the teacher's probabilities of all V tokens, so a
+label says more: how likely the text makes every other answer, too. The labels themselves are only read: teacher and student
+predict the next token after the same tokens of an answer.
 
 `alpha` mixes in the cross-entropy of the row's own labels: (1 - alpha) * KL_n + alpha * CE_n.
+
+Sources: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531; for a text
+that becomes a prefix, Eyuboglu et al. 2025, "Cartridges", https://arxiv.org/abs/2506.06266.
 """
 
 from dataclasses import dataclass

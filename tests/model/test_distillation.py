@@ -104,4 +104,3 @@ def test_in_bf16_the_divergence_is_near_that_of_float32():
         found.append(loss_and_gradient(lambda leaf, o=objective, b=batch: o.label_losses(b, leaf).sum(), prefix))
     (loss, gradient), (expected_loss, expected) = found
     assert loss == pytest.approx(expected_loss, rel=10 * 2**-8) and relative(gradient, expected) < 10 * 2**-8
-
