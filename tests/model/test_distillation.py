@@ -1,4 +1,4 @@
-"""KL(teacher || student) in slices, against autograd over whole logits, in float64; and of the same base after two prefixes."""
+"""KL(teacher || student), in slices, against autograd over whole logits; and of one base after two kinds of pairs."""
 
 import pytest
 import torch
