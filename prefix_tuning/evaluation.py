@@ -226,7 +226,7 @@ class Evaluator:
     def __call__(self, prefix: torch.Tensor | None, title: str) -> dict[str, float]:
         """Returns eval_loss, eval_perplexity and, if answers are wanted, eval_exact_match. All ranks call this together.
 
-        After a distillation, eval_loss is the divergence from the teacher, which has no perplexity. prefix: (layers, 2,
+        In a distillation, eval_loss is the divergence from the teacher, which has no perplexity. prefix: (layers, 2,
         heads, tokens, head_dim); None: the frozen base alone.
         """
         figures = evaluate_loss(self.distillation or self.base, self.tokenized, prefix, self.max_tokens)

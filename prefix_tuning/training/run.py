@@ -106,10 +106,8 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             may_lack=bool(config.distill_text or config.distill_prefix),
         )
     if config.distill_alpha and (lacking := sum(not output for output in train_rows["output"])):
-        mixed = (
-            f"and --distill_alpha {config.distill_alpha} mixes in the cross-entropy of their outputs; leave that flag out"
-        )
-        raise UserError(f"{config.dataset}: {lacking:,} of {len(train_rows):,} rows have no output, {mixed}")
+        mixed = f"--distill_alpha {config.distill_alpha} mixes in the cross-entropy of their outputs; leave that flag out"
+        raise UserError(f"{config.dataset}: {lacking:,} of {len(train_rows):,} rows have no output, and {mixed}")
     base, tokenizer = load_base(
         config.model_name_or_path, dtype, device, parts, config.gradient_checkpointing, config.torch_compile
     )
@@ -120,9 +118,8 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
     add_end(base.generation_config, end_of(tokenizer, template), "the chat template")
     record, base_fingerprint = template and template._asdict(), fingerprint(base, tokenizer)
     answers: Answers | None = None
-    with out_of_memory_explained(
-        device, lambda: f"lower --max_tokens_per_batch (it was {max_tokens}) or shorten the teacher"
-    ):
+    less_memory = f"lower --max_tokens_per_batch (it was {max_tokens}) or shorten the teacher"
+    with out_of_memory_explained(device, lambda: less_memory):
         teacher = find_teacher(config, base, tokenizer, base_fingerprint, record, max_tokens)
         if teacher:
             kept = Answers.kept_in(resumed and resumed.path.parent)
@@ -166,20 +163,18 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
                 print(f"{config.prefix_from} was trained in another template than this run, which --template decides")
         else:
             shape = prefix_config_of(config, base)
-            encoder, progress = (
-                new_encoder(
-                    shape,
-                    base,
-                    tokenizer,
-                    config.prefix_init,
-                    config.init_text,
-                    config.init_from,
-                    config.freeze_first_token,
-                    teacher and teacher.text_ids,
-                    max_tokens,
-                ),
-                Progress(),
+            encoder = new_encoder(
+                shape,
+                base,
+                tokenizer,
+                config.prefix_init,
+                config.init_text,
+                init_from=config.init_from,
+                freeze_first_token=config.freeze_first_token,
+                distilled=teacher and teacher.text_ids,
+                max_tokens=max_tokens,
             )
+            progress = Progress()
         encoder.to(base.device)
         rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * distributed.world_size()
         steps = Steps(

@@ -11,16 +11,21 @@ each key by its position already, so their order in the prefix means nothing. Th
 end at P - 1, right before the row, and begin below 0: R(a) q . R(b) k depends on a - b alone, and each pair that is kept
 stays as far from the row as it was. The first P pairs are, in both, those of a text that ends there: S - P positions nearer.
 
-What is lost, measured as divergence from the teacher (tests/benchmarks/positions.py): a text of 192 tokens, 24 sentences of
-the demo, before 200 held-out questions; means of three texts, in nats per label.
+What untrained pairs lose, measured as divergence from the teacher (tests/benchmarks/positions.py): a text of 192 tokens,
+sentences of the demo, before 200 held-out questions; means of three texts, in nats per label.
 
                                                          mini-bloom (ALiBi)    mini-qwen3 (RoPE)
-    no pair                                              0.75                  1.57
-    all 192 pairs, in a random order                     0.16                  0.00
-    the first 96                                         0.35                  0.89
-    96 at even steps                                     0.13                  0.43
-    the same, at their true distances (ALiBi)            0.15
-    the same, with positions that begin at 0 (RoPE)                            1.48
+    no pair                                              0.71                  1.16
+    all 192 pairs, in a random order                     0.12                  0.00
+    the first 96                                         0.30                  0.85
+    96 at even steps                                     0.11                  0.39
+    the same, at their true distances (ALiBi)            0.12
+    the same, at positions that begin at 0 (RoPE)                              1.41
+    the first 24                                         0.48                  0.99
+    24 at even steps                                     0.31                  0.98
+
+So to a base with ALiBi the order is worth a sixth of the text, and the distances nothing. For RoPE, keys whose positions come
+after the row's are worse than no text at all.
 """
 
 import hashlib
@@ -182,6 +187,7 @@ def answer_rows(
     answers = Answers([teacher.record["sha256"], template and [*template], max_length, *map(digest, asked)], [])
     if kept and kept.asked == answers.asked and len(kept.texts) == count:
         answers = kept
+        print(f"{count:,} rows have no output: the teacher's answers are those of the run that is resumed")
     elif asked:
         print(f"the teacher answers {count:,} rows that have no output; exact match compares with its answers")
         talks = [talk_of(*values) for rows in asked for values in zip(*(rows[name] for name in ASKED), strict=True)]
