@@ -24,8 +24,8 @@ sentences of the demo, before 200 held-out questions; means of three texts, in n
     the first 24                                         0.48                  0.99
     24 at even steps                                     0.31                  0.98
 
-So to a base with ALiBi the order is worth a sixth of the text, and the distances nothing. For RoPE, keys whose positions come
-after the row's are worse than no text at all.
+So to a base with ALiBi the order is worth a sixth of the text, and the distances nothing. With RoPE, keys whose positions
+come after the row's are worse than no text at all.
 """
 
 import hashlib
