@@ -17,6 +17,7 @@ from prefix_tuning.inference.settings import AskArguments, DecodingArguments, In
 from prefix_tuning.settings import SharedBaseArguments
 from prefix_tuning.training.settings import (
     DataArguments,
+    DistillationArguments,
     LoopArguments,
     ModelArguments,
     OutputArguments,
@@ -45,7 +46,14 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     """
     from prefix_tuning.parser import Parser
 
-    groups = (ModelArguments, DataArguments, PrefixArguments, LoopArguments, OutputArguments)
+    groups = (
+        ModelArguments,
+        DataArguments,
+        PrefixArguments,
+        DistillationArguments,
+        LoopArguments,
+        OutputArguments,
+    )
     parser = Parser(groups, MOST_USED_IN_TRAINING, prog="train.py", description=TRAIN_HELP)
     values, given = parser.parse(argv)
     if values["model_name_or_path"] in bundled.MODELS and values["dataset"] in bundled.DATASETS:

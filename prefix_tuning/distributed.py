@@ -11,6 +11,7 @@ ranks exchange:
     with a sharded base      weights, in every pass                              base_model/sharding.py
     for each checkpoint      a checksum of the weights, which must be equal      training/checkpoints.py
     at the start             the path of the checkpoint to resume from           training/checkpoints.py
+                             a teacher's answers to rows that have none          training/teacher.py
 """
 
 import datetime

@@ -20,7 +20,8 @@ from prefix_tuning.devices import prompt_tokens
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.generation.prefix_bloom import BASE, PrefixBloom
 from prefix_tuning.model.batch import EMPTY_BATCH, IGNORED, Batch, Example, count_labels, pack
-from prefix_tuning.model.bloom import PackedModel
+from prefix_tuning.model.bloom import Objective, PackedModel
+from prefix_tuning.model.distillation import Distillation
 from prefix_tuning.text import shorten
 
 SORTED_ROWS = 1024  # rows that are sorted by length together
@@ -34,9 +35,9 @@ LONGEST_SHOWN = 64
 
 @torch.no_grad()
 def row_losses(
-    model: PackedModel, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
+    model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
 ) -> Iterator[tuple[float, int]]:
-    """For every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number.
+    """For every row of a tokenised dataset, in order: the loss in nats, summed over its labels, and their number.
 
     All ranks call this together, each for its own rows. It ends early, in all of them, if one of them gets a signal.
     """
@@ -75,8 +76,8 @@ def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple
         yield following or ([], EMPTY_BATCH)
 
 
-def evaluate_loss(model: PackedModel, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> dict[str, float]:
-    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset. The ranks share its rows.
+def evaluate_loss(model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> dict[str, float]:
+    """Mean loss per label in nats, and its exponential, over a tokenised dataset. The ranks share its rows.
 
     Raises Interrupted in all ranks, after the current pass, if one of them gets a signal.
     """
@@ -125,9 +126,21 @@ def answer_turns(
     tokens of a training pass. The ranks share the turns, and all get all answers. Raises Interrupted in all ranks, after the
     current batch, if one of them gets a signal.
     """
-    own = distributed.share(turns)
     ends = ends_of(model.generation_config)
-    limits = [len(turn.answer) + SPARE_TOKENS * (turn.answer[-1] in ends) for turn in own]
+    limits = [len(turn.answer) + SPARE_TOKENS * (turn.answer[-1] in ends) for turn in turns]
+    return answer_prompts(model, tokenizer, [turn.history + turn.prompt for turn in turns], limits, prefix, max_tokens)
+
+
+def answer_prompts(
+    model: PrefixBloom,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    limits: list[int],
+    prefix: torch.Tensor | None,
+    max_tokens: int,
+    batch_size: int = 64,
+) -> list[str]:
+    """Greedy answers to prompts of token ids, each of at most so many tokens as its limit. See `answer_turns`."""
     name = BASE
     if prefix is not None:
         name = "prefix"
@@ -136,17 +149,30 @@ def answer_turns(
         replies = complete(
             model,
             tokenizer,
-            [turn.history + turn.prompt for turn in own],
+            distributed.share(prompts),
             prefix_name=name,
+            batch_size=batch_size,
             max_tokens=prompt_tokens(max_tokens),
-            limits=limits,
+            limits=distributed.share(limits),
             do_sample=False,
         )
     signals.stop_if_heard()
-    answers = [""] * len(turns)
+    answers = [""] * len(prompts)
     for process, part in enumerate(parts := distributed.gather(replies)):
         answers[process :: len(parts)] = part
     return answers
+
+
+def greedy(base: PackedModel, tokenizer: PreTrainedTokenizerBase) -> PrefixBloom:
+    """The base with room for prefixes. It ignores most of the base's own generation_config, because a repetition_penalty in
+    there, for example, would keep an answer from being the likeliest one.
+    """
+    model = PrefixBloom(base, tokenizer)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id, use_cache=True
+    )
+    return model
 
 
 def expected_answers(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> list[str]:
@@ -166,6 +192,7 @@ class Evaluator:
     tokenized: the held-out rows; None: no evaluation is ever due. template: in which they are written. every: steps between
     evaluations; None: one at the end of each epoch. wants_answers: also answer the questions. patience: the run ends after
     this many evaluations without a lower loss; None: it does not. keep_best: the weights with the lowest loss are kept.
+    distillation: its loss is measured, in place of the base's own.
     """
 
     base: PackedModel
@@ -178,6 +205,7 @@ class Evaluator:
     wants_answers: bool = False
     patience: int | None = None
     keep_best: bool = False
+    distillation: Distillation | None = None
 
     def due(self, state) -> bool:
         """Whether to evaluate the prefix now. state: the TrainingState of the run.
@@ -198,10 +226,16 @@ class Evaluator:
     def __call__(self, prefix: torch.Tensor | None, title: str) -> dict[str, float]:
         """Returns eval_loss, eval_perplexity and, if answers are wanted, eval_exact_match. All ranks call this together.
 
-        prefix: (layers, 2, heads, tokens, head_dim); None: the frozen base alone.
+        In a distillation, eval_loss is the divergence from the teacher, which has no perplexity. prefix: (layers, 2,
+        heads, tokens, head_dim); None: the frozen base alone.
         """
-        figures = evaluate_loss(self.base, self.tokenized, prefix, self.max_tokens)
-        line = f"{title}: eval loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}"
+        figures = evaluate_loss(self.distillation or self.base, self.tokenized, prefix, self.max_tokens)
+        line = f"{title}: eval loss {figures['eval_loss']:.4f}"
+        if self.distillation:
+            del figures["eval_perplexity"]
+            line += " (divergence from the teacher)"
+        else:
+            line += f", perplexity {figures['eval_perplexity']:.2f}"
         if self.wants_answers:
             turns = list(self._turns())
             answers = self._answers(turns, prefix)
@@ -219,15 +253,7 @@ class Evaluator:
 
     @functools.cached_property
     def _prefixed(self) -> PrefixBloom:
-        """The base with room for the prefix. It ignores most of the base's own generation_config, because a
-        repetition_penalty in there, for example, would keep an answer from being the likeliest one.
-        """
-        model = PrefixBloom(self.base, self.tokenizer)
-        own = model.generation_config
-        model.generation_config = GenerationConfig(
-            eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id, use_cache=True
-        )
-        return model
+        return greedy(self.base, self.tokenizer)
 
     def show_answers(self, prefix: torch.Tensor) -> None:
         """Prints the first held-out questions with short expected answers, and how the frozen base and the prefix answer

@@ -22,14 +22,16 @@ from prefix_tuning.evaluation import evaluate_loss
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.batch import pack
+from prefix_tuning.model.distillation import Distillation
 from prefix_tuning.model.encoder import PrefixEncoder
 from prefix_tuning.training import run
 from prefix_tuning.training.checkpoints import load_checkpoint, save_checkpoint
 from prefix_tuning.training.learning_rate import find_learning_rate
 from prefix_tuning.training.loop import optimizer_step
 from prefix_tuning.training.settings import TrainConfig
-from prefix_tuning.training.start import new_encoder, text_prefix
+from prefix_tuning.training.start import new_encoder, start_pairs, text_prefix
 from prefix_tuning.training.steps import Steps
+from prefix_tuning.training.teacher import read_pairs
 
 
 @pytest.fixture
@@ -37,16 +39,17 @@ def device():
     return pretended.device()
 
 
-def three_steps(where, dtype=torch.float32, loss_scaling=False):
-    """Losses and gradient norms of three steps, and the state after them."""
+def three_steps(where, dtype=torch.float32, loss_scaling=False, text=()):
+    """Losses and gradient norms of three steps, and the state after them. text: token ids that are distilled."""
     model = random_bloom(dtype=dtype).to(where)
+    objective = Distillation(model, read_pairs(model, text, 5)) if text else model
     torch.manual_seed(1)
     state = training_state(PrefixEncoder(prefix_config(model)).to(where), 1e-2, loss_scaling)
     assert {getattr(state, name).device for name in state.STATISTICS} == {torch.device(where)}
     figures = []
     for number in range(1, 4):
         step = step_of(examples_of([7, 12, 30], seed=number), max_tokens=30, number=number)
-        prefix, loss, norm = optimizer_step(model, state, step)
+        prefix, loss, norm = optimizer_step(objective, state, step)
         state.advance(step, prefix, loss, norm)
         figures += [loss.item(), norm.item()]
     return figures, state
@@ -59,6 +62,16 @@ def test_steps_give_the_same_figures_as_on_the_cpu(device, dtype, loss_scaling):
     assert {tensor.device for tensor in state.encoder.parameters()} == {device}
     # Attention adds up in another order in a GPU's padded grid than in a CPU's row by row.
     assert ours == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype, loss_scaling", [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
+def test_a_text_is_distilled_with_the_same_figures_as_on_the_cpu(device, dtype, loss_scaling):
+    text = torch.randint(4, 99, (13,), generator=torch.Generator().manual_seed(0)).tolist()
+    (ours, _), (expected, _) = (three_steps(where, dtype, loss_scaling, text) for where in (device, "cpu"))
+    # A divergence is a difference of logits. Each is off by up to 1/16 in bf16.
+    assert ours == pytest.approx(expected, **({"rel": 1e-3} if dtype == torch.float32 else {"rel": 0.1, "abs": 1e-3}))
+    model = random_bloom().to(device)
+    assert start_pairs(model, text, 4, "chunks", 5).device == device
 
 
 def test_a_checkpoint_is_resumed_on_the_device(device, tmp_path):

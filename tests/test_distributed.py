@@ -27,6 +27,7 @@ from transformers import BloomForCausalLM
 from prefix_tuning import bundled, distributed
 from prefix_tuning.cli import parse_infer_config, parse_train_config
 from prefix_tuning.errors import UserError
+from prefix_tuning.files.names import ANSWERS_FILE
 from prefix_tuning.inference.run import infer
 from prefix_tuning.training import run as training
 from prefix_tuning.training.checkpoints import find_checkpoints
@@ -226,6 +227,23 @@ def test_two_processes_that_share_a_llama_train_as_one_and_go_on_with_a_copy_eac
     earlier = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-4.safetensors"}
     train(2, flags | earlier | {"output_dir": tmp_path / "again"})
     assert_same_run(tmp_path / "again", tmp_path / "two")
+
+
+def test_two_processes_that_share_a_base_distil_a_text_as_one(tmp_path, rows_file, tokenizer):
+    """They read it in pieces, answer the rows that have no answer, and train and measure by the same divergence."""
+    base = save_decoder(tmp_path / "base", tokenizer, "qwen3", initializer_range=0.3)
+    (tmp_path / "handbook.md").write_text("法国的首都是巴黎。" * 5, "utf-8")
+    rows = [json.loads(line) for line in rows_file.read_text("utf-8").splitlines()[:6]]
+    rows = [{"instruction": row["instruction"]} if number % 3 else row for number, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    flags = FLAGS | {"model_name_or_path": base, "dataset": tmp_path / "rows.jsonl", "learning_rate": STANDSTILL}
+    flags |= {"distill_text": tmp_path / "handbook.md", "prefix_init": "text", "init_from": "chunks", "max_length": 28}
+    flags |= {"max_steps": 2, "max_tokens_per_batch": 40, "eval_steps": 2, "eval_exact_match": False}
+    train_here(flags | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 2})
+    train(2, flags | {"output_dir": tmp_path / "two", "gradient_accumulation_steps": 1, "shard_base": True})
+    assert_close(metrics_without_timings(tmp_path / "two"), metrics_without_timings(tmp_path / "one"))
+    one, two = ((tmp_path / name / ANSWERS_FILE).read_bytes() for name in ("one", "two"))
+    assert one == two and len(set(json.loads(one)["texts"])) == 4
 
 
 def test_processes_find_the_learning_rate_that_one_finds(alone, tmp_path):

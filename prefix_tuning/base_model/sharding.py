@@ -116,10 +116,10 @@ def shard(model: PackedModel, device: torch.device, parts: int) -> None:
     groups: list[Any] = [*layers_of(model), [model.get_input_embeddings(), model.get_output_embeddings()], model]
     for group in groups:
         fully_shard(group, mesh=mesh)
-    # fully_shard gathers a module's weights around its method `forward`. Instead of the model's, the packed forward calls
-    # `label_losses`, and instead of a layer's, Bloom's calls another method (loading.py); both are registered. `gathered`
+    # fully_shard gathers a module's weights around its method `forward`. The packed forward runs in the model's
+    # `packed_hidden` instead, and Bloom's in another method of each layer (loading.py); both are registered. `gathered`
     # gathers the embeddings and the head, which the packed forward does not call as modules.
-    register_fsdp_forward_method(model, "label_losses")
+    register_fsdp_forward_method(model, "packed_hidden")
     model.gathered = gathered
     model.to_empty(device=device)
     # Computes the buffers, which no file holds, such as the frequencies of rotation. Weights with this mark are left alone.

@@ -37,15 +37,17 @@ class Columns(NamedTuple):
     messages, or else instruction, with output if answers are read; and the names of OPTIONAL that rows may have. `context`
     is read as input in a row whose input is missing or empty.
     answered: whether every row needs an answer. If not, rows are questions, and answers in them are ignored.
+    may_lack: an answered row may lack its answer, which is then "".
     """
 
     sources: dict[str, str]
     answered: bool
+    may_lack: bool = False
 
     def read(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the source as ours. Raises UserError, which begins with `where`, for a missing column or a bad value."""
         for ours, theirs in self.sources.items():
-            if theirs not in row and ours not in OPTIONAL:
+            if theirs not in row and ours not in OPTIONAL and not (ours == "output" and self.may_lack):
                 raise UserError(f"{where}: has no column {theirs!r}; it has {_listed(row)}")
         system = self._optional(where, "system", row)
         if "messages" in self.sources:
@@ -54,11 +56,12 @@ class Columns(NamedTuple):
             if talk.system and system and talk.system != system:
                 both = f"one in {self.sources['system']!r} and another in {column!r}"
                 raise UserError(f"{where}: has two system texts, {both}; leave one of them out")
-            return _row_of_talk(where, column, talk._replace(system=talk.system or system), self.answered)
+            return _row_of_talk(where, column, talk._replace(system=talk.system or system), self.answered, self.may_lack)
         texts = dict.fromkeys(COLUMNS, "")
-        for ours in ("instruction", "output") if self.answered else ("instruction",):
+        has_answer = self.answered and not (self.may_lack and row.get(self.sources["output"]) in (None, ""))
+        for ours in ("instruction", "output") if has_answer else ("instruction",):
             texts[ours] = _text(where, repr(self.sources[ours]), row[self.sources[ours]])
-        if self.answered and not texts["output"].strip():
+        if has_answer and not texts["output"].strip():
             raise UserError(f"{where}: {self.sources['output']!r} is empty; every row needs an answer")
         texts["input"] = self._optional(where, "input" if self.has_input(row) else "context", row)
         history = _texts_of_history(where, self.sources["history"], row) if "history" in self.sources else []
@@ -153,15 +156,20 @@ def parse_columns(flag: str | None) -> dict[str, str]:
     return given
 
 
-def columns_of(where: str, found: Collection[str], given: Mapping[str, str], answered: bool) -> Columns:
+def columns_of(
+    where: str, found: Collection[str], given: Mapping[str, str], answered: bool, may_lack: bool = False
+) -> Columns:
     """How to read a source whose first row has the columns `found`. Raises UserError, which begins with `where`, if that is
     not clear.
 
-    where: the source and its first row, such as "rows.jsonl, line 1". given: the parsed --columns.
+    where: the source and its first row, such as "rows.jsonl, line 1". given: the parsed --columns. may_lack: if no column
+    holds answers, rows are questions.
     """
     if missing := [theirs for ours, theirs in given.items() if theirs not in found and ours not in OPTIONAL]:
         raise UserError(f"{where}: has no column {missing[0]!r}, which --columns names; it has {_listed(found)}")
     readings = _readings(found, given, answered)
+    if may_lack and not readings:
+        readings, answered = _readings(found, given, answered=False), False
     if len(readings) != 1:
         problem = "can be read in more than one way" if readings else "are not known as question and answer"
         hint = "instruction=NAME,output=NAME or messages=NAME" if answered else "instruction=NAME or messages=NAME"
@@ -175,7 +183,7 @@ def columns_of(where: str, found: Collection[str], given: Mapping[str, str], ans
         optional += ["prefix"]  # names the prefix that answers the question
     taken = {*sources.values(), *given.values()}
     sources |= {ours: given.get(ours, ours) for ours in optional if ours in given or ours not in taken}
-    return Columns({ours: theirs for ours, theirs in sources.items() if theirs}, answered)
+    return Columns({ours: theirs for ours, theirs in sources.items() if theirs}, answered, may_lack)
 
 
 def _readings(found: Collection[str], given: Mapping[str, str], answered: bool) -> list[dict[str, str]]:
@@ -247,9 +255,15 @@ def _weight(where: str, what: str, message: Mapping[str, Any]) -> int:
     return 1
 
 
-def _row_of_talk(where: str, column: str, talk: _Talk, answered: bool) -> dict[str, Any]:
-    """A talk as a row. It ends with the last answer that is learned or, if rows are questions, with the last question."""
-    if answered:
+def _row_of_talk(where: str, column: str, talk: _Talk, answered: bool, may_lack: bool) -> dict[str, Any]:
+    """A talk as a row. It ends with the last answer that is learned or, if rows are questions, with the last question.
+
+    may_lack: a talk that ends with a question is a row that lacks its answer.
+    """
+    if answered and may_lack and len(talk.texts) % 2:
+        *history, question = talk.texts
+        weights, output = [*talk.weights, 1], ""
+    elif answered:
         turns = max((number for number, weight in enumerate(talk.weights, start=1) if weight), default=0)
         texts, weights = talk.texts[: 2 * turns], talk.weights[:turns]
         if not texts:

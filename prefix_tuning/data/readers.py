@@ -48,14 +48,19 @@ T = TypeVar("T")
 
 
 def load_rows(
-    name: str, splits: tuple[str, ...], given: Mapping[str, str] | None = None, say: Callable[[str], object] = print
+    name: str,
+    splits: tuple[str, ...],
+    given: Mapping[str, str] | None = None,
+    say: Callable[[str], object] = print,
+    may_lack: bool = False,
 ) -> Dataset:
     """Reads a dataset: rows with the columns instruction, input and system (empty if the source has none), output, history
     and weights (columns.py).
 
     name: a bundled name; a .json, .jsonl, .csv, .tsv or .parquet file; a folder written by `save_to_disk`; or a hub name.
     splits: of a source with several splits, the first of these that it has is read. given: the parsed --columns.
-    say: is called with a line about the columns, if some are not read or have other names than ours.
+    say: is called with a line about the columns, if some are not read or have other names than ours. may_lack: a row may
+    lack its answer; its output is then empty.
 
     `datasets` caches the rows on disk. The key is the file's content, or its size and time if it is larger than
     HASHED_BYTES; for a folder, the fingerprint that `datasets` saved with it. Raises UserError, which names the file and the
@@ -73,8 +78,8 @@ def load_rows(
         else:
             reader, source = _read_dataset, _open(name, splits)
             version = source._fingerprint
-        columns = _columns_by(name, reader(name, source, ()), given, answered=True)
-        key = Hasher.hash([ROWS_VERSION, name, version, splits[0], columns.sources])
+        columns = _columns_by(name, reader(name, source, ()), given, answered=True, may_lack=may_lack)
+        key = Hasher.hash([ROWS_VERSION, name, version, splits[0], columns.sources, *["may lack answers"] * may_lack])
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "prefix_tuning" / key
         # Written before `datasets` finishes the rows, so it exists whenever they do.
         line_file = folder / "columns.json"
@@ -177,11 +182,25 @@ def read_whole_rows(
         say(line)
 
 
-def _columns_by(name: str, rows: Iterator[tuple[str, Any]], given: Mapping[str, str] | None, answered: bool) -> Columns:
+def read_text(name: str, path: str) -> str:
+    """The text of a UTF-8 file, without a byte order mark; each CR LF is a LF.
+
+    name: of the file, for messages. Raises UserError if it cannot be read, or is in another encoding.
+    """
+    return "".join(_lines(name, path)).replace("\r\n", "\n")
+
+
+def _columns_by(
+    name: str,
+    rows: Iterator[tuple[str, Any]],
+    given: Mapping[str, str] | None,
+    answered: bool,
+    may_lack: bool = False,
+) -> Columns:
     """How to read the rows of a source, judged by the first row that is an object."""
     for position, row in rows:
         if isinstance(row, dict):
-            return columns_of(f"{name}, {position}", row, given or {}, answered)
+            return columns_of(f"{name}, {position}", row, given or {}, answered, may_lack)
     return Columns({}, answered)  # `_checked` will say what is wrong with the rows
 
 

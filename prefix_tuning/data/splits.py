@@ -10,17 +10,24 @@ from prefix_tuning.settings import DEFAULT_HELD_OUT, FEWEST_TO_SPLIT, MOST_HELD_
 
 
 def load_splits(
-    dataset: str, eval_dataset: str | None, eval_fraction: float | None, columns: str | None, seed: int, needing: str = ""
+    dataset: str,
+    eval_dataset: str | None,
+    eval_fraction: float | None,
+    columns: str | None,
+    seed: int,
+    needing: str = "",
+    may_lack: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """The training rows, and the held-out rows or None: rows of eval_dataset, or else a share of `dataset`.
 
     The arguments are train.py's flags of the same names. seed: decides which rows are held out. needing: the given flags
-    that need held-out rows, for a message. Raises UserError for rows that cannot be read or divided.
+    that need held-out rows, for a message. may_lack: rows may lack their answers. Raises UserError for rows that cannot be
+    read or divided.
     """
     given = parse_columns(columns)
-    rows = load_rows(dataset, ("train",), given)
+    rows = load_rows(dataset, ("train",), given, may_lack=may_lack)
     if eval_dataset:
-        return rows, load_rows(eval_dataset, ("validation", "test", "train"), given)
+        return rows, load_rows(eval_dataset, ("validation", "test", "train"), given, may_lack=may_lack)
     held_out = number_held_out(dataset, len(rows), eval_fraction, needing)
     if not held_out:
         return rows, None

@@ -210,9 +210,14 @@ def _notebook_parts(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Talk]) -
     texts = [_with_system_in_front(talk, "\n").texts for talk in talks]
     parts = [text if index % 2 else prompt_of(text) for talk in texts for index, text in enumerate(talk)]
     ids = iter(tokenizer(parts, split_special_tokens=True, add_special_tokens=False).input_ids if parts else [])
-    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    start = bos if tokenizer("").input_ids[:1] == bos else []
+    start, eos = beginning_of_text(tokenizer), [tokenizer.eos_token_id]
     return [[start * (index == 0) + next(ids) + eos * (index % 2) for index in range(len(talk))] for talk in texts]
+
+
+def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS with which the tokenizer begins every text, as Llama's and Gemma's do; empty for Bloom's and Qwen's."""
+    bos = [tokenizer.bos_token_id]
+    return bos if tokenizer("").input_ids[:1] == bos else []
 
 
 def _with_system_in_front(talk: Talk, separator: str) -> Talk:

@@ -13,6 +13,7 @@ training.png                 the curves; for people
 learning_rate.png            the trials by which a learning rate was found; for people
 README.md                    the model card; for people and the hub
 tensorboard/                 the metrics once more, with --report_to tensorboard; read by TensorBoard
+teacher_answers.json         of a distillation, the teacher's answers to rows that have none; read by a resume (teacher.py)
 checkpoint-STEP.safetensors  everything that the next steps depend on; read by --resume_from_checkpoint (checkpoints.py)
 checkpoint-STEP.set-aside    a checkpoint later than the one that was resumed; nobody reads it, and a new run removes it
 .NAME.draft/                 holds NAME while it is written; if a killed run leaves one, the next run removes it (writing.py)
@@ -27,3 +28,4 @@ PLOT_FILE = "training.png"
 SEARCH_FILE = "learning_rate.png"
 CARD_FILE = "README.md"
 BOARD_FOLDER = "tensorboard"
+ANSWERS_FILE = "teacher_answers.json"

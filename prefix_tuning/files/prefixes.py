@@ -10,6 +10,7 @@ prefix_encoder.safetensors     the state_dict of PrefixEncoder
     transform.0.weight, .bias  (E, H * D), (E,)
     transform.2.weight, .bias  (L * 2 * H * D, E), (L * 2 * H * D,)
     text_prefix                (P, L * 2 * H * D), only if the training started from a text
+    first_token                (1, L * 2 * H * D), only if the first token is frozen
     metadata                   format: "pt"; as JSON, prefix_config: PrefixConfig, and base_model: `fingerprint` of the base
 
 adapter_model.safetensors      what `PeftModel.from_pretrained` reads
@@ -17,8 +18,9 @@ adapter_model.safetensors      what `PeftModel.from_pretrained` reads
                                H heads of D numbers: [p, ((2 * l + kv) * H + h) * D + d] is prefix[l, kv, h, p, d]
     metadata                   format: "pt"; base_model as above; history: JSON, whether rows of the training had history
                                (null: not known); template: JSON, the chat template of the training, an object with
-                               chat_template and enable_thinking (null: the notebook's). PEFT neither writes nor reads
-                               base_model, history and template
+                               chat_template and enable_thinking (null: the notebook's); distilled, only after a
+                               distillation: JSON, an object that describes the teacher (training/teacher.py). PEFT neither
+                               writes nor reads base_model, history, template and distilled
 
 adapter_config.json            PEFT's description: peft_type PREFIX_TUNING, the shape, the name of the base
 
@@ -47,11 +49,16 @@ _PEFT_FIELDS = {
 }  # fmt: skip
 
 
+# What the metadata of a baked prefix record about its training, beside the base.
+_RECORDS: dict[str, type] = {"history": bool, "template": dict, "distilled": dict}
+
+
 class SavedPrefix(NamedTuple):
     """A baked prefix, (L, 2, H, P, D) in float32 on the CPU, and what its files record about its training.
 
     recorded_base: the `fingerprint` of the base, or {"name_or_path": ...} if PEFT wrote the files. If it is known whether
     rows had history, the entry `history` says so. If rows were written in a chat template, the entry `template` has it.
+    After a distillation, the entry `distilled` describes the teacher.
     """
 
     tensor: torch.Tensor
@@ -71,13 +78,17 @@ def save_adapter(
     base: dict[str, Any],
     history: bool | None = None,
     template: dict[str, Any] | None = None,
+    distilled: dict[str, Any] | None = None,
 ) -> None:
     """Writes a baked prefix (L, 2, H, P, D) as PEFT stores it.
 
     base: the `fingerprint` of the base. history: whether training rows had history; None: not known. template: the chat
-    template of the training (data/templates.py) as a dict; None: the notebook's.
+    template of the training (data/templates.py) as a dict; None: the notebook's. distilled: describes the teacher of a
+    distillation.
     """
     metadata = {"base_model": json.dumps(base), "history": json.dumps(history), "template": json.dumps(template)}
+    if distilled:
+        metadata["distilled"] = json.dumps(distilled)
     write_tensors(folder / ADAPTER_FILE, {"prompt_embeddings": flatten(prefix)}, metadata)
     description = {
         "peft_type": "PREFIX_TUNING",
@@ -93,8 +104,8 @@ def save_adapter(
 def save_prefix(folder: Path, prefix: SavedPrefix) -> None:
     """Writes a baked prefix that has no encoder, as PEFT stores it."""
     base = dict(prefix.recorded_base)
-    history, template = base.pop("history", None), base.pop("template", None)
-    save_adapter(folder, prefix.tensor.float(), _config_of(prefix.tensor), base, history, template)
+    records = {name: base.pop(name, None) for name in _RECORDS}
+    save_adapter(folder, prefix.tensor.float(), _config_of(prefix.tensor), base, **records)
 
 
 def _config_of(prefix: torch.Tensor) -> PrefixConfig:
@@ -125,8 +136,9 @@ def load_encoder(name: str | Path) -> tuple[PrefixEncoder, dict[str, Any]]:
         with torch.device("meta"):
             encoder = PrefixEncoder(config)
         expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
-        if "text_prefix" in file.keys():  # noqa: SIM118 (safe_open has no __contains__)
-            expected["text_prefix"] = (config.num_virtual_tokens, config.num_layers * 2 * config.token_dim)
+        for constant, tokens in (("text_prefix", config.num_virtual_tokens), ("first_token", 1)):
+            if constant in file.keys():  # noqa: SIM118 (safe_open has no __contains__)
+                expected[constant] = (tokens, config.num_layers * 2 * config.token_dim)
         weights, base = read_tensors(path, file, expected), recorded(path, file, "base_model", dict) or {}
     return PrefixEncoder.from_weights(config, weights), base
 
@@ -168,7 +180,7 @@ def load_prefix(name: str | Path) -> SavedPrefix:
     with opened(path) as file:
         flat = read_tensors(path, file, {"prompt_embeddings": flat_shape})["prompt_embeddings"].float()
         base = recorded(path, file, "base_model", dict) or {}
-        records = {"history": recorded(path, file, "history", bool), "template": recorded(path, file, "template", dict)}
+        records = {name: recorded(path, file, name, kind) for name, kind in _RECORDS.items()}
     base |= {name: record for name, record in records.items() if record is not None}
     base["name_or_path"] = config.get("base_model_name_or_path")
     if config.get("revision"):  # of the base: PEFT alone writes one

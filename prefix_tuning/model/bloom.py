@@ -33,7 +33,7 @@ decoder.py does the same for other families of models, with the same encoder, lo
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,17 @@ class PackedBlock(BloomBlock):
         return mlp.dense_4h_to_h(inner) + residual
 
 
+class Objective(Protocol):
+    """What a prefix is trained and measured by: a PackedModel by its own loss, or a Distillation (distillation.py)."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
+        """The loss in nats at every label of the batch: (N,), at least float32. prefix: (L, 2, H, P, D), or None."""
+        ...
+
+
 class PackedModel(PreTrainedModel, GenerationMixin):
     """A frozen causal language model as the training loop knows it: Bloom below, or a Decoder (decoder.py)."""
 
@@ -86,13 +97,14 @@ class PackedModel(PreTrainedModel, GenerationMixin):
 
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
-        labels = len(batch.labels)
-        # oneDNN prepares and keeps a kernel for each shape of a bf16 matmul, so there should be few shapes.
-        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
-            batch = batch.filled(64)
+        labels, batch = len(batch.labels), self.filled(batch)
         losses = self.head_losses(self.packed_hidden(batch, prefix), batch.labels)
         # Filler labels come last. Without their losses, they have no gradient either.
         return losses[:labels]
+
+    def filled(self, batch: Batch) -> Batch:
+        """The batch, with filler where oneDNN prepares and keeps a kernel for each shape of a bf16 matmul."""
+        return batch.filled(64) if self.dtype == torch.bfloat16 and self.device.type == "cpu" else batch
 
     def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """The input of the head at the label positions: (N, E), in the model's dtype.
@@ -189,16 +201,20 @@ class FrozenHeadLoss(torch.autograd.Function):
             losses[part] = -log_probabilities.gather(1, label).squeeze(1)
             if grad is not None:
                 error = log_probabilities.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=losses.dtype))
-                if cap is not None:
-                    error *= 1 - (logits / cap) ** 2
-                if weight.dtype == torch.float16:
-                    error *= FrozenHeadLoss.FP16_SCALE
-                grad[part] = error.to(weight.dtype) @ weight
-        if grad is not None and weight.dtype == torch.float16:
-            grad /= FrozenHeadLoss.FP16_SCALE
+                grad[part] = FrozenHeadLoss.grad_hidden(error, logits, weight, cap)
         ctx.save_for_backward(grad)
         ctx.dtype = hidden.dtype
         return losses
+
+    @staticmethod
+    def grad_hidden(error: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor, cap: float | None) -> torch.Tensor:
+        """From the gradient in the logits without a cap, `error` (N, V), which it overwrites, to that in hidden: (N, E)."""
+        if cap is not None:
+            error *= 1 - (logits / cap) ** 2
+        if weight.dtype != torch.float16:
+            return error.to(weight.dtype) @ weight
+        error *= FrozenHeadLoss.FP16_SCALE
+        return (error.to(weight.dtype) @ weight).to(error.dtype) / FrozenHeadLoss.FP16_SCALE
 
     @staticmethod
     @once_differentiable

@@ -130,11 +130,14 @@ class PrefixEncoder(nn.Module):
 
     The flat axis L * 2 * E runs: layer 0 key, layer 0 value, layer 1 key, ...; each E is split into H heads of D numbers.
 
-    `text_prefix` (P, L * 2 * E), if given to `initialize`, is a constant that is added to the output of the projection.
-    It is saved with the weights but never trained.
+    Two constants may be set by `initialize`. They are saved with the weights but never trained:
+
+        text_prefix  (P, L * 2 * E)   is added to the output of the projection
+        first_token  (1, L * 2 * E)   stands in place of the first virtual token's pairs
     """
 
     text_prefix: torch.Tensor | None
+    first_token: torch.Tensor | None
 
     def __init__(self, config: PrefixConfig):
         super().__init__()
@@ -151,13 +154,14 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(config.num_virtual_tokens, flat)
         # A buffer that is None does not appear in the state_dict, so the keys equal PEFT's.
         self.register_buffer("text_prefix", None)
+        self.register_buffer("first_token", None)
 
     @classmethod
     def from_weights(cls, config: PrefixConfig, weights: dict[str, torch.Tensor]) -> "PrefixEncoder":
         """The encoder with these weights, a `state_dict`, which it does not copy. Raises RuntimeError if they do not fit."""
         with torch.device("meta"):  # nothing is allocated there
             encoder = cls(config)
-        encoder.text_prefix = weights.get("text_prefix")
+        encoder.text_prefix, encoder.first_token = weights.get("text_prefix"), weights.get("first_token")
         encoder.load_state_dict(weights, assign=True)
         return encoder.requires_grad_()
 
@@ -168,6 +172,8 @@ class PrefixEncoder(nn.Module):
             flat = self.transform(flat)
         if self.text_prefix is not None:
             flat = flat + self.text_prefix
+        if self.first_token is not None:
+            flat = torch.cat((self.first_token, flat[1:]))
         return unflatten(flat, self.config.num_layers, self.config.num_attention_heads)
 
     @torch.no_grad()
@@ -176,7 +182,9 @@ class PrefixEncoder(nn.Module):
         return self()
 
     @torch.no_grad()
-    def initialize(self, prefix_init: str, text_prefix: torch.Tensor | None = None) -> None:
+    def initialize(
+        self, prefix_init: str, text_prefix: torch.Tensor | None = None, freeze_first_token: bool = False
+    ) -> None:
         """Sets the starting point.
 
         random: torch's own initialisation of the layers above, as in PEFT.
@@ -185,14 +193,22 @@ class PrefixEncoder(nn.Module):
         text:   `text_prefix` (L, 2, H, P, D), the keys and values that the frozen model computes for a text. The model
                 starts as if it had read that text.
 
-        With the projection, zero and text start its last layer at zero, and `text_prefix` is added to its output. Raises
-        ValueError for any other name, for a `text_prefix` without `text`, and for `text` without a `text_prefix`.
+        With the projection, zero and text start its last layer at zero, and `text_prefix` is added to its output.
+        freeze_first_token: the first virtual token keeps the pairs that it starts with. Many models send the attention that
+        no token needs to the first one (Xiao et al. 2024, "attention sinks", arXiv 2309.17453).
+
+        Raises ValueError for any other name, for a `text_prefix` without `text`, and for `text` without a `text_prefix`.
         """
         if prefix_init not in ("random", "zero", "text") or (text_prefix is not None) != (prefix_init == "text"):
             given = "no text_prefix" if text_prefix is None else "a text_prefix"
             raise ValueError(f"prefix_init is random, zero, or text with a text_prefix; not {prefix_init!r} with {given}")
-        if prefix_init == "random":
-            return
+        if prefix_init != "random":
+            self._set_to(text_prefix)
+        if freeze_first_token:
+            self.first_token = flatten(self())[:1].clone()
+
+    def _set_to(self, text_prefix: torch.Tensor | None) -> None:
+        """Makes the encoder emit `text_prefix`, or zeros."""
         if self.config.prefix_projection:
             for parameter in self.transform[2].parameters():
                 nn.init.zeros_(parameter)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.model.bloom import PackedModel
+from prefix_tuning.model.bloom import Objective
 from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.text import duration
 from prefix_tuning.training.loop import optimizer_step
@@ -61,7 +61,7 @@ class Search:
         return f"{taken} (loss after {self.steps} steps: {tried})"
 
 
-def find_learning_rate(base: PackedModel, state: TrainingState, steps: Steps) -> Search | None:
+def find_learning_rate(objective: Objective, state: TrainingState, steps: Steps) -> Search | None:
     """Finds the peak learning rate of the run, prints it and sets it in `state`. Nothing else of the state changes.
 
     Returns None, and makes no trial, if the rate is known already or there is no step to train. All ranks call this together
@@ -79,7 +79,7 @@ def find_learning_rate(base: PackedModel, state: TrainingState, steps: Steps) ->
     begun = time.perf_counter()
     length = max(min(FEWEST_STEPS, steps.total), int(SHARE * steps.total / MOST_TRIALS))
     losses = walk_downhill(
-        lambda index: trial(base, state, steps, rate_at(index), length), first_guess(state.encoder.config)
+        lambda index: trial(objective, state, steps, rate_at(index), length), first_guess(state.encoder.config)
     )
     if min(losses.values()) == math.inf:
         tried = ", ".join(f"{rate_at(index):.1e}" for index in losses)
@@ -129,11 +129,11 @@ def valley(losses: dict[int, float]) -> float:
     return lowest + (left - right) / (2 * curvature)
 
 
-def trial(base: PackedModel, state: TrainingState, steps: Steps, rate: float, length: int) -> float:
+def trial(objective: Objective, state: TrainingState, steps: Steps, rate: float, length: int) -> float:
     """Trains a copy of the encoder for `length` steps. Returns the mean loss in nats of the last quarter of them."""
     copied = copy.deepcopy(state)
     copied.progress.peak_learning_rate, copied.schedule = rate, lambda updates: 1 - updates / length
-    losses = [optimizer_step(base, copied, step)[1] for step in replace(steps, total=length)]
+    losses = [optimizer_step(objective, copied, step)[1] for step in replace(steps, total=length)]
     last = losses[-math.ceil(length / 4) :]
     mean = sum(loss.item() for loss in last) / len(last)
     return mean if math.isfinite(mean) else math.inf

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from prefix_tuning import distributed
 from prefix_tuning.evaluation import Evaluator
-from prefix_tuning.model.bloom import PackedModel
+from prefix_tuning.model.bloom import Objective
 from prefix_tuning.training.checkpoints import Checkpoints
 from prefix_tuning.training.metrics import Metrics
 from prefix_tuning.training.state import TrainingState
@@ -32,14 +32,14 @@ from prefix_tuning.training.steps import Step, Steps
 
 
 def fit(
-    base: PackedModel,
+    objective: Objective,
     state: TrainingState,
     steps: "Steps | tqdm[Step]",
     metrics: Metrics,
     evaluator: Evaluator,
     checkpoints: Checkpoints,
 ) -> None:
-    """Trains `state.encoder` in place until `steps` end, from where `state` is. All ranks call this together.
+    """Trains `state.encoder` by `objective` in place until `steps` end, from where `state` is. All ranks call this together.
 
     Raises NotFinite if a loss, a gradient or a weight is not finite, Interrupted if a signal ends an evaluation.
     """
@@ -48,7 +48,7 @@ def fit(
         for step in steps:
             if evaluator.out_of_patience(state):
                 break
-            prefix, loss, grad_norm = optimizer_step(base, state, step)
+            prefix, loss, grad_norm = optimizer_step(objective, state, step)
             state.advance(step, prefix, loss, grad_norm)
             if not any(task.due(state) for task in (metrics, evaluator, checkpoints)):
                 continue
@@ -64,7 +64,9 @@ def fit(
                     checkpoints.save(state, metrics)
 
 
-def optimizer_step(base: PackedModel, state: TrainingState, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def optimizer_step(
+    objective: Objective, state: TrainingState, step: Step
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One update of the encoder, at the rate that `state` has for it. All ranks call this together.
 
     Returns, on the device: the prefix (layers, 2, heads, tokens, head_dim) that the step began with, the mean loss in nats
@@ -76,7 +78,7 @@ def optimizer_step(base: PackedModel, state: TrainingState, step: Step) -> tuple
     leaf = prefix.detach().requires_grad_()
     leaf.grad, loss = torch.zeros_like(leaf), leaf.new_zeros(())
     for batch in step.batches:
-        part = base.label_losses(batch.to(leaf.device), leaf).sum() / step.labels
+        part = objective.label_losses(batch.to(leaf.device), leaf).sum() / step.labels
         # fp16: times the loss scale, so that small gradients do not become zero.
         scaler.scale(part).backward()
         loss += part.detach()

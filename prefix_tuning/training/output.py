@@ -19,6 +19,7 @@ from prefix_tuning.errors import UserError, reason_of
 from prefix_tuning.files.names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    ANSWERS_FILE,
     BOARD_FOLDER,
     CARD_FILE,
     CONFIG_FILE,
@@ -33,6 +34,7 @@ from prefix_tuning.model.encoder import PrefixConfig
 from prefix_tuning.training.checkpoints import Resumed, clear_checkpoints, metrics_so_far
 from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.state import TrainingState
+from prefix_tuning.training.teacher import Answers
 
 PATH_SETTINGS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.metadata["rules"].is_path)
 # A loss that falls by less than this share does not count as learnt.
@@ -59,7 +61,9 @@ Questions are asked in the chat template of the base's tokenizer, as in training
 """
 
 
-def describe_run(settings: dict, prefix_config: PrefixConfig, dtype: torch.dtype, device: torch.device) -> dict:
+def describe_run(
+    settings: dict, prefix_config: PrefixConfig, dtype: torch.dtype, device: torch.device, distilled: dict | None
+) -> dict:
     """All that is needed to repeat a run, without any path of this machine.
 
     settings: by name, the command's settings and what the run derived from them.
@@ -72,6 +76,7 @@ def describe_run(settings: dict, prefix_config: PrefixConfig, dtype: torch.dtype
     return {
         **settings,
         "prefix_config": dataclasses.asdict(prefix_config),
+        "distilled": distilled,
         "ran_with": {
             "processes": distributed.world_size(),
             "job": distributed.torchrun_job(),
@@ -84,16 +89,20 @@ def describe_run(settings: dict, prefix_config: PrefixConfig, dtype: torch.dtype
     }
 
 
-def prepare_output(output_dir: Path, description: dict, resumed: Resumed | None) -> None:
+def prepare_output(output_dir: Path, description: dict, resumed: Resumed | None, answers: Answers | None = None) -> None:
     """Removes from the folder what a killed or replaced run left, and writes what is known before the first step.
 
-    An earlier prefix stays in place until the new one is whole.
+    An earlier prefix stays in place until the new one is whole. answers: of a teacher.
     """
     remove_drafts(output_dir)
     clear_checkpoints(output_dir, resumed)
     write_json(output_dir / CONFIG_FILE, description)
     with atomic_write(output_dir / METRICS_FILE) as draft:
         draft.write_bytes(metrics_so_far(resumed))
+    if answers and answers.texts:
+        write_json(output_dir / ANSWERS_FILE, answers._asdict())
+    else:
+        (output_dir / ANSWERS_FILE).unlink(missing_ok=True)
 
 
 def save_output(output_dir: Path, state: TrainingState, fingerprint: dict) -> None:
@@ -101,7 +110,7 @@ def save_output(output_dir: Path, state: TrainingState, fingerprint: dict) -> No
     encoder = state.encoder
     distributed.check_equal(list(encoder.parameters()), "weights")
     if distributed.is_main():
-        adapter = encoder.bake(), encoder.config, fingerprint, state.history, state.template
+        adapter = encoder.bake(), encoder.config, fingerprint, state.history, state.template, state.distilled
         try:
             save_encoder(output_dir, encoder, fingerprint)
         except UserError as error:
@@ -116,7 +125,8 @@ def save_output(output_dir: Path, state: TrainingState, fingerprint: dict) -> No
 def save_good_prefix(output_dir: Path, prefix: torch.Tensor, state: TrainingState, fingerprint: dict) -> None:
     """Writes the last good prefix of a run whose loss is no longer finite. All ranks call this together."""
     if distributed.is_main():
-        save_adapter(output_dir, prefix, state.encoder.config, fingerprint, state.history, state.template)
+        records = state.history, state.template, state.distilled
+        save_adapter(output_dir, prefix, state.encoder.config, fingerprint, *records)
         # An earlier run's weights must not stay beside it, and this run's are not finite.
         (output_dir / ENCODER_FILE).unlink(missing_ok=True)
     # All wait until it is saved: torchrun stops all processes when the first one ends.
@@ -174,6 +184,7 @@ valid on one machine only. Write the path of the base there, as `base_model_name
         numbers=shape["num_virtual_tokens"] * shape["num_layers"] * 2 * shape["token_dim"],
         data=f"{settings['dataset'].removeprefix(LOCAL)}, {settings['train_rows']:,} rows"
         + (f"; held out: {held_out.removeprefix(LOCAL)}" if held_out else ""),
+        distilled=_distilled(settings["distilled"], settings["distill_alpha"]),
         steps=summary["steps"],
         rows_per_step=settings["rows_per_step"],
         learning_rate=settings["learning_rate"],
@@ -189,6 +200,17 @@ valid on one machine only. Write the path of the base there, as `base_model_name
     )
     with atomic_write(folder / CARD_FILE) as draft:
         draft.write_text(text, "utf-8")
+
+
+def _distilled(record: dict | None, alpha: float) -> str:
+    """The card's line about the teacher, if there was one."""
+    if record is None:
+        return ""
+    what = {"text": "the text", "prefix": "the prefix"}[record["kind"]]
+    size = f"{record['tokens']:,} tokens, sha256 {record['sha256']}"
+    mixed = f"; {alpha:g} of the training loss is the rows' own cross-entropy" if alpha else ""
+    teacher = f"the base with {what} {record['name'].removeprefix(LOCAL)} in front of each row ({size})"
+    return f"- **Teacher**: {teacher}; losses are KL(teacher || student) in nats per label{mixed}\n"
 
 
 def _figures(records: list[dict], save_best: bool) -> str:

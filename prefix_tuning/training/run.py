@@ -31,8 +31,9 @@ from prefix_tuning.evaluation import Evaluator
 from prefix_tuning.files.names import CARD_FILE, METRICS_FILE, PLOT_FILE, SEARCH_FILE
 from prefix_tuning.files.prefixes import recorded_history, recorded_template
 from prefix_tuning.files.writing import locked
-from prefix_tuning.model.bloom import PackedModel
+from prefix_tuning.model.bloom import Objective, PackedModel
 from prefix_tuning.model.decoder import sliding_window
+from prefix_tuning.model.distillation import Distillation
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
 from prefix_tuning.screen import Screen
 from prefix_tuning.text import duration
@@ -58,6 +59,7 @@ from prefix_tuning.training.settings import TrainConfig
 from prefix_tuning.training.start import earlier_encoder, new_encoder
 from prefix_tuning.training.state import NotFinite, Progress, TrainingState, make_optimizer, make_schedule
 from prefix_tuning.training.steps import Steps
+from prefix_tuning.training.teacher import Answers, answer_rows, find_teacher
 
 
 def train(config: TrainConfig) -> dict:
@@ -100,7 +102,12 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             config.columns,
             config.seed,
             needing=config.need_held_out(),
+            # A teacher answers them.
+            may_lack=bool(config.distill_text or config.distill_prefix),
         )
+    if config.distill_alpha and (lacking := sum(not output for output in train_rows["output"])):
+        mixed = f"--distill_alpha {config.distill_alpha} mixes in the cross-entropy of their outputs; leave that flag out"
+        raise UserError(f"{config.dataset}: {lacking:,} of {len(train_rows):,} rows have no output, and {mixed}")
     base, tokenizer = load_base(
         config.model_name_or_path, dtype, device, parts, config.gradient_checkpointing, config.torch_compile
     )
@@ -109,6 +116,15 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
     sets = [rows for rows in (train_rows, eval_rows) if rows]
     template = choose_template(config.template, config.model_name_or_path, tokenizer, sets)
     add_end(base.generation_config, end_of(tokenizer, template), "the chat template")
+    record, base_fingerprint = template and template._asdict(), fingerprint(base, tokenizer)
+    answers: Answers | None = None
+    less_memory = f"lower --max_tokens_per_batch (it was {max_tokens}) or shorten the teacher"
+    with out_of_memory_explained(device, lambda: less_memory):
+        teacher = find_teacher(config, base, tokenizer, base_fingerprint, record, max_tokens)
+        if teacher:
+            kept = Answers.kept_in(resumed and resumed.path.parent)
+            sets, answers = answer_rows(sets, teacher, base, tokenizer, template, config.max_length, max_tokens, kept)
+            train_rows, eval_rows = sets[0], sets[1] if eval_rows else None
     with distributed.local_main_first():
         encoded = encode(train_rows, tokenizer, config.max_length, template, config.dataset)
         train_set, eval_set = usable_rows(config.dataset, encoded, config.max_length), None
@@ -118,13 +134,13 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             eval_set = usable_rows(held_out, encoded_held_out, config.max_length)
 
     # What a resumed run must have in common with the one that wrote the checkpoint.
-    base_fingerprint = fingerprint(base, tokenizer)
     contents = {
         "model_name_or_path": {key: value for key, value in base_fingerprint.items() if key != "name_or_path"},
         "dataset": digest(train_set),
         "eval_dataset": eval_set and digest(eval_set),
+        "distill_text": teacher and config.distill_text and teacher.record["sha256"],
+        "distill_prefix": teacher and config.distill_prefix and teacher.record["sha256"],
     }
-    record = template and template._asdict()
     settings = dataclasses.asdict(config) | {"template": "chat" if template else "notebook"}
     run = identity(settings, dtype, contents)
     if resumed:
@@ -147,7 +163,18 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
                 print(f"{config.prefix_from} was trained in another template than this run, which --template decides")
         else:
             shape = prefix_config_of(config, base)
-            encoder, progress = new_encoder(shape, base, tokenizer, config.prefix_init, config.init_text), Progress()
+            encoder = new_encoder(
+                shape,
+                base,
+                tokenizer,
+                config.prefix_init,
+                config.init_text,
+                init_from=config.init_from,
+                freeze_first_token=config.freeze_first_token,
+                distilled=teacher and teacher.text_ids,
+                max_tokens=max_tokens,
+            )
+            progress = Progress()
         encoder.to(base.device)
         rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * distributed.world_size()
         steps = Steps(
@@ -169,7 +196,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             loss_scaling=base.dtype == torch.float16,
         )
         state.history = has_history(encoded) or earlier
-        state.template = record
+        state.template, state.distilled = record, teacher and teacher.record
         state.progress.peak_learning_rate = config.learning_rate
         if resumed:
             restore(state, resumed)
@@ -188,7 +215,9 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             print("compiling the layers, which may take minutes", flush=True)
             state.compile_seconds = compile_now(base, first.batches, encoder.bake())
             print(f"compiled in {state.compile_seconds:.1f} s, which train_seconds does not include")
-        search = find_learning_rate(base, state, steps)
+        distillation = teacher and Distillation(base, teacher.pairs)
+        objective = dataclasses.replace(distillation, alpha=config.distill_alpha) if distillation else base
+        search = find_learning_rate(objective, state, steps)
 
         if distributed.is_main():
             settings |= {
@@ -197,7 +226,8 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
                 "eval_rows": len(eval_set or ()),
                 "rows_per_step": rows_per_step,
             }
-            prepare_output(folder, describe_run(settings, encoder.config, dtype, device), resumed)
+            description = describe_run(settings, encoder.config, dtype, device, state.distilled)
+            prepare_output(folder, description, resumed, answers)
         del resumed  # else the tensors of the checkpoint would stay in memory for the whole run
         metrics = Metrics(folder, config.logging_steps, steps, config.report_to == "tensorboard")
         if search:
@@ -213,8 +243,9 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             wants_answers=config.eval_exact_match,
             patience=config.early_stopping_patience,
             keep_best=config.save_best,
+            distillation=distillation,
         )
-        summary = fit_and_save(base, base_fingerprint, state, steps, metrics, evaluator, checkpoints)
+        summary = fit_and_save(objective, base_fingerprint, state, steps, metrics, evaluator, checkpoints)
 
     print(f"{summary['steps']} steps in {duration(summary['train_seconds'])}; the prefix is saved in {folder}")
     if repository:
@@ -229,7 +260,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
 
 
 def fit_and_save(
-    base: PackedModel,
+    objective: Objective,
     base_fingerprint: dict,
     state: TrainingState,
     steps: Steps,
@@ -252,7 +283,7 @@ def fit_and_save(
             if evaluator.due(state):  # the run that is resumed was stopped during this evaluation
                 evaluate(state, evaluator, metrics, checkpoints)
             with TrainingBar(steps, state.clock) as metrics.bar:
-                fit(base, state, metrics.bar, metrics, evaluator, checkpoints)
+                fit(objective, state, metrics.bar, metrics, evaluator, checkpoints)
             state.check_finite()
             # If a signal ended the steps, this saves and raises.
             with checkpoints.checkpoint_on_error(state, metrics):

@@ -92,13 +92,43 @@ class PrefixArguments:
         None, "Width of the MLP's hidden layer. Default: the width of the model's keys.", at_least=1, needs=_PROJECTION
     )
     prefix_init: Literal["random", "zero", "text"] = same_flag(
-        "random", "Start from random numbers as PEFT does, from zeros, or from the keys and values of --init_text."
+        "random",
+        "Start from random numbers as PEFT does, from zeros, or from the keys and values of a text: --init_text, or else "
+        "--distill_text.",
     )
     init_text: str | None = same_flag(None, "The text for --prefix_init text; best an instruction that fits the task.")
+    init_from: Literal["first", "chunks"] = same_flag(
+        "first", "With --prefix_init text: start from the text's first tokens, or from tokens at even steps of all of it."
+    )
+    freeze_first_token: bool = same_flag(
+        False, "With --prefix_init text: do not train the first token, to which many models send spare attention."
+    )
     prefix_from: str | None = same_flag(
         None,
         "Start from the trainable weights of an earlier run: its output folder. Fixes all other prefix flags.",
         is_path=True,
+    )
+
+
+@dataclass
+class DistillationArguments:
+    _argument_group_name = "distillation"
+
+    distill_text: str | None = content_flag(
+        None,
+        "Train the prefix to predict what the base predicts with the text of this file in front of each row. A row may lack "
+        "its output: then the base answers first, with the text in front.",
+        is_path=True,
+    )
+    distill_prefix: str | None = content_flag(
+        None, "The same with another prefix of this base in front, usually a longer one: an output folder.", is_path=True
+    )
+    distill_alpha: float = same_flag(
+        0.0,
+        "The share of the rows' own cross-entropy in the loss; the rest is the divergence from the teacher.",
+        at_least=0,
+        at_most=1,
+        needs=Needs(("distill_text", "distill_prefix"), "needs a teacher: --distill_text or --distill_prefix"),
     )
 
 
@@ -174,7 +204,7 @@ class OutputArguments:
 
 
 @dataclass
-class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments, ModelArguments):
+class TrainConfig(OutputArguments, LoopArguments, DistillationArguments, PrefixArguments, DataArguments, ModelArguments):
     """All settings of one training run. Raises UserError for values that make no sense."""
 
     def __post_init__(self) -> None:
@@ -188,10 +218,20 @@ class TrainConfig(OutputArguments, LoopArguments, PrefixArguments, DataArguments
         self.columns = self.columns and as_text(self.columns, "--columns")
         parse_columns(self.columns)
         self.init_text = self.init_text and as_text(self.init_text, "--init_text")
-        if self.prefix_init == "text" and not self.init_text:
-            raise UserError("--prefix_init text needs a text: --init_text '...'")
+        if self.distill_text and self.distill_prefix:
+            raise UserError("--distill_text and --distill_prefix exclude each other; choose one")
+        if self.distill_text and not Path(bundled.resolve(self.distill_text)).is_file():
+            raise UserError(f"--distill_text {self.distill_text}: no such file")
+        if self.prefix_init == "text" and not (self.init_text or self.distill_text):
+            raise UserError("--prefix_init text needs a text: --init_text '...', or --distill_text FILE")
         if self.init_text and self.prefix_init != "text":
             raise UserError("--init_text is used by --prefix_init text only; add that flag or leave the text out")
+        if self.prefix_init != "text":
+            for name in ("init_from", "freeze_first_token"):
+                if getattr(self, name) not in ("first", False):
+                    raise UserError(f"--{name} is used by --prefix_init text only; add that flag or leave this one out")
+        if self.freeze_first_token and self.num_virtual_tokens == 1:
+            raise UserError("--freeze_first_token leaves nothing to train of one token; raise --num_virtual_tokens")
         if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--report_to tensorboard needs a package that is not here: pip install tensorboard")
         _check_output_dir(self.output_dir)

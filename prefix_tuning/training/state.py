@@ -69,7 +69,8 @@ class TrainingState:
 
     schedule: the share of the peak learning rate, by the number of updates. loss_scaling: for fp16, where small gradients
     would become zero. history: whether any row that the weights were trained on, also before this run, had history; None:
-    not known. template: the chat template of the rows, as a dict; None: the notebook's.
+    not known. template: the chat template of the rows, as a dict; None: the notebook's. distilled: the record of the teacher
+    (teacher.py); None: there is none.
 
     Tensors on the device, so that the loop need not wait for it: `losses`, the sum of the losses since the last line of
     metrics.jsonl; `grad_norm`, of the last step before clipping; `bad_step`, the first step whose loss or gradient was not
@@ -100,6 +101,7 @@ class TrainingState:
         self.compile_seconds = 0.0
         self.history: bool | None = None
         self.template: dict[str, Any] | None = None
+        self.distilled: dict[str, Any] | None = None
 
     def learning_rate(self) -> float:
         """The learning rate of the next update."""

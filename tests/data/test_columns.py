@@ -345,6 +345,32 @@ def test_columns_beside_the_question_are_named_in_a_file_of_questions(tmp_path):
     assert said == [f"{tmp_path / 'a.jsonl'}: {line}"]
 
 
+def test_rows_may_lack_their_answers_where_a_teacher_gives_them(tmp_path):
+    """A source of questions alone, one whose rows have an answer or not, and talks that end with a question or not."""
+
+    def lenient(*rows):
+        return load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN, may_lack=True).to_list()
+
+    assert lenient({"instruction": "a"}, {"instruction": "b", "input": "c"}) == [ours("a", ""), ours("b", "", "c")]
+    assert lenient({"question": "a"}) == [ours("a", "")]
+    rows = [{"question": "a", "answer": "b"}, {"question": "c"}, {"question": "d", "answer": None}, {"question": "e"}]
+    rows[3]["answer"] = ""
+    assert lenient(*rows) == [ours("a", "b"), ours("c", ""), ours("d", ""), ours("e", "")]
+    history = {"history": ["a", "b"]}
+    talks = [talk("a")[0], talk("a", "b")[0], talk("a", "b", "c")[0], talk("a", "b", "c", "d", system="s")[1]]
+    assert lenient(*talks[:3]) == [ours("a", ""), ours("a", "b"), ours("c", "", **history)]
+    assert lenient(talks[3]) == [ours("c", "d", **history, system="s")]
+    weighted = {"messages": [*talks[1]["messages"], {"role": "user", "content": "c"}]}
+    weighted["messages"][1]["weight"] = 0
+    assert lenient(weighted) == [ours("c", "", **history, weights=[0, 1])]
+    with pytest.raises(UserError, match="line 1: 'answer' is empty"):
+        lenient({"question": "a", "answer": " "})
+    # The same file, read strictly, is not taken from the cache of the lenient reading.
+    lenient(*rows)
+    with pytest.raises(UserError, match="3 bad rows: line 2: has no column 'answer'"):
+        load_rows(str(tmp_path / "a.jsonl"), TRAIN)
+
+
 def test_many_rows_without_history_may_come_before_one_with(tmp_path):
     rows = [talk("a", "b")[0]] * 2500 + [talk("a", "b", "c", "d")[0]]
     assert load_rows(write_jsonl(tmp_path / "a.jsonl", *rows), TRAIN)[-1] == ours("c", "d", history=["a", "b"])

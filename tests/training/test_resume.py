@@ -37,7 +37,13 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(small_pass_setti
         ({"prefix_from": small_pass_settings["output_dir"]}, "--prefix_from unset"),
     ]
     changes += [({"eval_dataset": str(rows), "eval_fraction": 0.0}, "another --eval_dataset")]
-    assert {name for change, _ in changes for name in change} - {"eval_dataset"} == set(SAME) - {"template"}
+    teacher = {"distill_text": str(rows), "distill_alpha": 0.5}
+    changes += [
+        (teacher, "--distill_alpha 0.0, not 0.5; no --distill_text"),
+        (text | {"init_from": "chunks"}, "--init_from first, not chunks"),
+        (text | {"freeze_first_token": True}, "--freeze_first_token False, not True"),
+    ]
+    assert {name for change, _ in changes for name in change} - {"eval_dataset", "distill_text"} == set(SAME) - {"template"}
     for change, said in changes:
         with pytest.raises(UserError, match=f"was made with .*{said}.*; resume with the same"):
             train(TrainConfig(**small_pass_settings | LATEST | change))

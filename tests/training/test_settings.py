@@ -53,6 +53,16 @@ BAD_FLAGS = {
     "--shard_degree 1": "--shard_degree goes with --shard_base; add that flag",
     "--save_steps -1": "--save_steps must be at least 0",
     "--save_total_limit 0": "--save_total_limit must be at least 1",
+    "--distill_text gone.md": "--distill_text gone.md: no such file",
+    "--distill_text tests": "--distill_text tests: no such file",
+    "--distill_text README.md --distill_prefix out": "--distill_text and --distill_prefix exclude each other",
+    "--distill_text README.md --distill_alpha 1.5": "--distill_alpha must be at least 0 and at most 1, not 1.5",
+    "--distill_alpha 0.5": "--distill_alpha needs a teacher: --distill_text or --distill_prefix",
+    "--distill_prefix out --prefix_init text": "--prefix_init text needs a text: .* or --distill_text FILE",
+    "--init_from chunks": "--init_from is used by --prefix_init text only",
+    "--prefix_init zero --freeze_first_token": "--freeze_first_token is used by --prefix_init text only",
+    "--prefix_init text --init_text a --num_virtual_tokens 1 --freeze_first_token": "leaves nothing to train of one token",
+    "--prefix_from out --init_from chunks": "leave out --init_from",
     "--push_to_hub me/base --model_name_or_path me/base": "--push_to_hub me/base is the base; name another repository",
 }
 
@@ -70,6 +80,7 @@ BOUNDS = {
     "--learning_rate": ("0", "-0.1"),
     "--warmup_steps": ("0", "-1"),
     "--weight_decay": ("0", "-0.1"),
+    "--distill_prefix out --distill_alpha": ("1", "1.1"),
     "--max_grad_norm": ("0", "-0.1"),
     "--seed": (str(2**62), str(2**62 + 1)),
     "--logging_steps": ("1", "0"),
@@ -90,7 +101,9 @@ def test_a_value_at_a_bound_is_taken_and_one_beyond_it_refused(flags, bounds):
 def test_flags_that_are_not_given_have_their_defaults():
     defaults = {"eval_dataset": None, "columns": None, "eval_fraction": None, "eval_exact_match": False, "max_length": 256}
     defaults |= {"num_virtual_tokens": 10, "prefix_projection": True, "encoder_hidden_size": None, "prefix_init": "random"}
-    defaults |= {"init_text": None, "prefix_from": None, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    defaults |= {"distill_text": None, "distill_prefix": None, "distill_alpha": 0.0, "init_from": "first"}
+    defaults |= {"freeze_first_token": False, "init_text": None, "prefix_from": None}
+    defaults |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     defaults |= {"num_train_epochs": 1.0, "max_tokens_per_batch": None, "gradient_checkpointing": False, "max_steps": -1}
     defaults |= {"torch_compile": False, "learning_rate": None, "lr_scheduler_type": "linear", "warmup_steps": 0}
     defaults |= {"weight_decay": 0.0, "max_grad_norm": 1.0, "shuffle": True, "seed": 42, "output_dir": "./chatbot"}
@@ -162,9 +175,10 @@ def test_a_number_at_its_extremes_is_used_or_ends_in_one_line(quick_settings, na
 
 
 def test_no_number_and_no_path_is_left_out_of_these_tests():
-    assert {"learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "eval_fraction"} == set(FLOATS)
+    numbers = {"learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "eval_fraction", "distill_alpha"}
+    assert numbers == set(FLOATS)
     paths = {"model_name_or_path", "dataset", "eval_dataset", "prefix_from", "output_dir", "resume_from_checkpoint"}
-    assert set(PATH_SETTINGS) == paths
+    assert set(PATH_SETTINGS) == paths | {"distill_text", "distill_prefix"}
 
 
 @pytest.mark.parametrize("name", PATH_SETTINGS)
