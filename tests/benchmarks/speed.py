@@ -34,6 +34,10 @@ SHAPES = {
         "model_type": "llama", "num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 704,
         "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 4096,
     },
+    "llama-mini-152k": {
+        "model_type": "llama", "num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 704,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 151_936,
+    },
     "llama-24x1024": {
         "model_type": "llama", "num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 2816,
         "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32_000,
