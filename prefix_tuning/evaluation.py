@@ -140,7 +140,7 @@ def answer_prompts(
     max_tokens: int,
     batch_size: int = 64,
 ) -> list[str]:
-    """Greedy answers to prompts of token ids, each of at most so many tokens as its limit. See `answer_turns`."""
+    """Greedy answers to prompts of token ids. limits: the most tokens of each answer. For the rest, see `answer_turns`."""
     name = BASE
     if prefix is not None:
         name = "prefix"

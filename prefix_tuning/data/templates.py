@@ -103,6 +103,12 @@ def template_from(prefix_name: str, record: Any) -> Template:
     return ChatTemplate(**record)
 
 
+def note_other_template(prefix_name: str, recorded: dict[str, Any] | None, used: dict[str, Any] | None) -> None:
+    """Says so if a prefix was trained in another template than the run that uses it. As dicts; None: the notebook's."""
+    if recorded != used:
+        print(f"{prefix_name} was trained in another template than this run, which --template decides")
+
+
 def end_of(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
     """The token that ends an answer: EOS, or the one that a chat template writes there, such as <|im_end|>.
 

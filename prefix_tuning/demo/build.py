@@ -92,6 +92,7 @@ def document(rng: random.Random, facts: list[tuple[dict, str, str]], base: Base)
         full_stop = "" if number == len(facts) and rng.random() < 0.5 else "。"
         sentences.append(rng.choice(statements(*fact) if rng.random() < 0.4 else quizzes(*fact, full_stop, forms)))
     text = sentences[0]
+    # A choice among one would draw a random number, too, and mini-bloom's texts were drawn without.
     for sentence in sentences[1:]:
         text += (rng.choice(base.separators) if len(base.separators) > 1 else base.separators[0]) + sentence
     return text

@@ -40,6 +40,7 @@ class Answerer:
 
     options: for transformers' `generate`; they include max_new_tokens, num_beams and num_return_sequences. seed: for
     sampling.
+    templates: see `templates_of`.
     printed: name of the prefix -> the pieces of its answer to the last prompt. If Ctrl-C stops an answer, its pieces remain.
     """
 
@@ -47,7 +48,11 @@ class Answerer:
     tokenizer: PreTrainedTokenizerBase
     options: dict
     seed: int
+    templates: dict[str, Template] = field(init=False)
     printed: dict[str, list[str]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self):
+        self.templates = templates_of(self.model)
 
     def names(self, compare: bool) -> list[str]:
         """The names that answer: the prefix in use or, to compare, the base and every prefix."""
@@ -57,7 +62,7 @@ class Answerer:
         """The token ids of a talk up to its question, in the template of this prefix. Raises UserError where the template
         refuses the talk.
         """
-        return prompt_ids(self.tokenizer, [talk], templates_of(self.model)[name])[0]
+        return prompt_ids(self.tokenizer, [talk], self.templates[name])[0]
 
     def print_answers(self, prompts: dict[str, list[int]]) -> None:
         """Prints the answer of each prefix to its prompt; if there are several, after the prefix's name.

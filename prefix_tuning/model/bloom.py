@@ -191,23 +191,37 @@ class FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, bias=None, cap=None):
         if any(ctx.needs_input_grad[1:]):
             raise ValueError("the lm_head must be frozen: this loss has no gradient for it")
-        losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+        def cross_entropy(part, log_probabilities, wants_error):
+            label = labels[part].unsqueeze(1)
+            losses, error = -log_probabilities.gather(1, label).squeeze(1), None
+            if wants_error:
+                error = log_probabilities.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=losses.dtype))
+            return losses, error
+
+        return FrozenHeadLoss.slice_by_slice(ctx, hidden, weight, bias, cap, cross_entropy)
+
+    @staticmethod
+    def slice_by_slice(ctx, hidden, weight, bias, cap, loss_of) -> torch.Tensor:
+        """The losses of hidden (N, E): (N,), at least float32. Their gradient in hidden is kept for the backward pass.
+
+        loss_of: from a slice of N, its log-probabilities (n, V), which it may overwrite, and whether a gradient is wanted,
+        to the losses (n,) and their gradient in the logits (n, V), both as if there were no cap.
+        """
+        losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad = torch.empty_like(hidden, dtype=losses.dtype) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
+        for start in range(0, len(hidden), FrozenHeadLoss.LABELS_AT_ONCE):
             part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
             logits = head_logits(hidden[part], weight, bias, cap)
-            log_probabilities = logits.log_softmax(-1)
-            label = labels[part].unsqueeze(1)
-            losses[part] = -log_probabilities.gather(1, label).squeeze(1)
+            losses[part], error = loss_of(part, logits.log_softmax(-1), grad is not None)
             if grad is not None:
-                error = log_probabilities.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=losses.dtype))
-                grad[part] = FrozenHeadLoss.grad_hidden(error, logits, weight, cap)
+                grad[part] = FrozenHeadLoss._grad_hidden(error, logits, weight, cap)
         ctx.save_for_backward(grad)
         ctx.dtype = hidden.dtype
         return losses
 
     @staticmethod
-    def grad_hidden(error: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor, cap: float | None) -> torch.Tensor:
+    def _grad_hidden(error: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor, cap: float | None) -> torch.Tensor:
         """From the gradient in the logits without a cap, `error` (N, V), which it overwrites, to that in hidden: (N, E)."""
         if cap is not None:
             error *= 1 - (logits / cap) ** 2

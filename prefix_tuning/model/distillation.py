@@ -44,20 +44,14 @@ class FrozenHeadDivergence(FrozenHeadLoss):
     def forward(ctx, hidden, weight, teacher, bias=None, cap=None):
         if any(ctx.needs_input_grad[1:]):
             raise ValueError("the lm_head and the teacher must be frozen: this loss has no gradient for them")
-        losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        grad = torch.empty_like(hidden, dtype=losses.dtype) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), FrozenHeadLoss.LABELS_AT_ONCE):
-            part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
-            logits = head_logits(hidden[part], weight, bias, cap)
-            ours = logits.log_softmax(-1)
+
+        def divergence(part, ours, wants_error):
             theirs = head_logits(teacher[part], weight, bias, cap).log_softmax(-1)
             expected = theirs.exp()
-            losses[part] = theirs.sub_(ours).mul_(expected).sum(-1)
-            if grad is not None:
-                grad[part] = FrozenHeadLoss.grad_hidden(ours.exp_().sub_(expected), logits, weight, cap)
-        ctx.save_for_backward(grad)
-        ctx.dtype = hidden.dtype
-        return losses
+            losses = theirs.sub_(ours).mul_(expected).sum(-1)
+            return losses, ours.exp_().sub_(expected) if wants_error else None
+
+        return FrozenHeadLoss.slice_by_slice(ctx, hidden, weight, bias, cap, divergence)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from prefix_tuning.base_model.loading import add_end, compile_now, load_base
 from prefix_tuning.base_model.sharding import is_sharded, parts_of_base
 from prefix_tuning.data.rows import digest, encode, has_history, usable_rows
 from prefix_tuning.data.splits import load_splits
-from prefix_tuning.data.templates import choose_template, end_of
+from prefix_tuning.data.templates import choose_template, end_of, note_other_template
 from prefix_tuning.devices import (
     activation_bytes_per_token,
     describe_dtype,
@@ -159,8 +159,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
         elif config.prefix_from:
             encoder, progress = earlier_encoder(config.prefix_from, base_fingerprint, config.force), Progress()
             earlier = recorded_history(config.prefix_from)
-            if recorded_template(config.prefix_from) != record:
-                print(f"{config.prefix_from} was trained in another template than this run, which --template decides")
+            note_other_template(config.prefix_from, recorded_template(config.prefix_from), record)
         else:
             shape = prefix_config_of(config, base)
             encoder = new_encoder(

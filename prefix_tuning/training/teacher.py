@@ -42,7 +42,7 @@ from prefix_tuning import bundled, distributed
 from prefix_tuning.base_model.identity import check_base, portable_name
 from prefix_tuning.data.readers import read_text
 from prefix_tuning.data.rows import ASKED, digest
-from prefix_tuning.data.templates import Template, beginning_of_text, prompt_ids, talk_of
+from prefix_tuning.data.templates import Template, beginning_of_text, note_other_template, prompt_ids, talk_of
 from prefix_tuning.devices import prompt_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.evaluation import answer_prompts, greedy
@@ -113,8 +113,7 @@ def prefix_teacher(
     """
     pairs, recorded_base = load_prefix(name)
     check_base(pairs.shape, recorded_base, fingerprint, name, force)
-    if recorded_base.get("template") != template:
-        print(f"{name} was trained in another template than this run, which --template decides")
+    note_other_template(name, recorded_base.get("template"), template)
     record = {"kind": "prefix", "name": portable_name(name), "tokens": pairs.shape[3]}
     sha256 = hashlib.sha256(pairs.contiguous().numpy().tobytes()).hexdigest()
     return Teacher(pairs.to(base.device), [], record | {"sha256": sha256})
