@@ -111,10 +111,11 @@ def activation_bytes_per_token(model: PreTrainedModel, longest: int = 0) -> int:
     """Bytes per token that a forward pass keeps for its backward pass.
 
     A layer of Bloom keeps about 10 numbers per token and hidden unit: 4 for the input of the GELU, 2 for the inputs of the
-    layer norms, and in the dtype of attention 4 for query, key, value and result. A gated MLP of another family keeps its
-    gate, its input and their product, and so does each expert that a token goes to. Its heads together may be wider than its
-    hidden size. Where scores have a soft cap or a sink, attention keeps them twice (model/decoder.py): for each head and
-    token, as many as there are tokens in front of it. Not counted: the bias and a slice of logits, once per pass.
+    layer norms, and in the dtype of attention 4 for query, key, value and result (fewer where heads share keys and values).
+    A gated MLP of another family keeps its gate, its input and their product, and so does each expert that a token goes to.
+    Its heads together may be wider than its hidden size. Where scores have a soft cap or a sink, attention keeps them twice
+    (model/decoder.py): for each head and token, as many as there are tokens in front of it. Not counted: the bias and a
+    slice of logits, once per pass.
 
     longest: tokens of prefix and row, for the longest row.
     """

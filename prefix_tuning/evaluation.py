@@ -57,7 +57,8 @@ def _passes(tokenized: Dataset, max_tokens: int) -> Iterator[tuple[list[tuple[in
     """The rows, packed: the index and the number of labels of each row of a batch, and the batch."""
     for start in range(0, len(tokenized), SORTED_ROWS):
         examples = take(tokenized, list(range(start, min(start + SORTED_ROWS, len(tokenized)))))
-        order = iter(sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids)))  # as `pack` sorts them
+        # As `pack` sorts them.
+        order = iter(sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids), reverse=True))
         for batch in pack(examples, max_tokens):
             rows = list(itertools.islice(order, batch.rows))
             yield [(start + row, count_labels([examples[row]])) for row in rows], batch

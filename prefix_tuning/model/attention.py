@@ -1,6 +1,7 @@
 """Attention of every row over [prefix; row], with ALiBi and the causal mask as one additive bias.
 
-Legend: R rows, T tokens of all rows (packed, batch.py), S tokens of the longest row, H heads, P prefix tokens, D head_dim.
+Legend: R rows, T tokens of all rows (packed, batch.py), S tokens of the longest row, H heads of queries, G heads of keys and
+values (in Bloom G = H), P prefix tokens, D head_dim.
 
 Prefix and text meet in the `torch.cat` of two functions, `as_grid` and `_query_chunks`. For token i of a row, in each head:
 
@@ -90,9 +91,10 @@ def attend(
 ) -> torch.Tensor:
     """Attention of every row over [prefix; row]: (T, H, D).
 
-    qkv: (T, H, 3, D), as Bloom's query_key_value returns it, in the dtype of bias. prefix: (2, H, P, D), key and value, in
-    any dtype. bias: `attention_bias`. label_positions_only: the caller reads the result at label positions only; elsewhere
-    it may hold any finite number.
+    qkv: (T, G, H / G + 2, D), in the dtype of bias: of each group the queries, then the key and the value that they share.
+    Bloom's query_key_value returns it so, with one query. prefix: (2, G, P, D), key and value, in any dtype. bias: (1, H or
+    1, S, P + S), `attention_bias`. label_positions_only: the caller reads the result at label positions only; elsewhere it
+    may hold any finite number.
     """
     if qkv.device.type == "cpu" and len(qkv) >= SHORT_ROW * batch.rows:
         return attend_rows(qkv, prefix, batch, bias, label_positions_only)
@@ -107,9 +109,16 @@ def attend_padded(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: t
 
 def as_grid(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries (R, H, S, D), keys and values (R, H, P + S, D) of all rows, the prefix's keys and values in front."""
-    query, key, value = batch.to_grid(qkv).permute(3, 0, 2, 1, 4)  # each (R, H, S, D)
-    prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1).expand(-1, batch.rows, -1, -1, -1)
-    return query, torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
+    query, key, value = _split(batch.to_grid(qkv).permute(0, 2, 3, 1, 4))  # each (R, G, H / G or 1, S, D)
+    prefix_key, prefix_value = prefix.to(qkv.dtype)[:, None, :, None].expand(-1, batch.rows, -1, -1, -1, -1)
+    key, value = torch.cat((prefix_key, key), dim=3), torch.cat((prefix_value, value), dim=3)
+    queries = query.shape[2]
+    return query.flatten(1, 2), *(x.expand(-1, -1, queries, -1, -1).flatten(1, 2) for x in (key, value))
+
+
+def _split(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value: views of qkv (..., H / G + 2, S, D)."""
+    return qkv.split((qkv.shape[-3] - 2, 1, 1), dim=-3)
 
 
 def attend_rows(
@@ -129,15 +138,15 @@ class AttendRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, prefix, bias, lengths, first_queries):
-        context = torch.zeros_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
+        context = torch.zeros_like(qkv[:, :, :-2], memory_format=torch.contiguous_format)
         log_sums = []
         for queries, _, query, key, value, visible in _query_chunks(qkv, prefix, bias, lengths, first_queries):
             result, log_sum = _flash(query, key, value, attn_mask=visible)
-            context[queries] = result[0].transpose(0, 1)
+            context[queries] = result.permute(2, 0, 1, 3)
             log_sums.append(log_sum)
         ctx.save_for_backward(qkv, prefix, bias, context, *log_sums)
         ctx.rows = lengths, first_queries
-        return context
+        return context.flatten(1, 2)
 
     @staticmethod
     @once_differentiable
@@ -148,18 +157,19 @@ class AttendRows(torch.autograd.Function):
         # The first layer's qkv depends on nothing that is trained. There, only the prefix needs gradients.
         into_rows = ctx.needs_input_grad[0]
         chunks = _query_chunks(qkv, prefix, bias, *ctx.rows)
+        grad_context = grad_context.view_as(context)
         for (queries, keys, query, key, value, visible), log_sum in zip(chunks, log_sums, strict=True):
             if not into_rows:
                 key, value, visible = key[:, :, :prefix_length], value[:, :, :prefix_length], visible[..., :prefix_length]
-            grad, result = (x[queries].transpose(0, 1).unsqueeze(0) for x in (grad_context, context))
-            grads = _flash_backward(grad, query, key, value, result, log_sum, 0.0, False, attn_mask=visible)
-            grad_query, grad_key, grad_value = (x[0].transpose(0, 1) for x in grads)
-            grad_prefix[0] += grad_key[:prefix_length].transpose(0, 1)
-            grad_prefix[1] += grad_value[:prefix_length].transpose(0, 1)
+            grad, result = (x[queries].permute(1, 2, 0, 3) for x in (grad_context, context))
+            grad_query, *grads = _flash_backward(grad, query, key, value, result, log_sum, 0.0, False, attn_mask=visible)
+            grad_key, grad_value = (x.sum(1) for x in grads)  # over the queries of a group
+            grad_prefix[0] += grad_key[:, :prefix_length]
+            grad_prefix[1] += grad_value[:, :prefix_length]
             if into_rows:
-                grad_qkv[queries, :, 0] = grad_query
-                grad_qkv[keys, :, 1] += grad_key[prefix_length:]
-                grad_qkv[keys, :, 2] += grad_value[prefix_length:]
+                grad_qkv[queries, :, :-2] = grad_query.permute(2, 0, 1, 3)
+                grad_qkv[keys, :, -2] += grad_key[:, prefix_length:].transpose(0, 1)
+                grad_qkv[keys, :, -1] += grad_value[:, prefix_length:].transpose(0, 1)
         return grad_qkv if into_rows else None, grad_prefix, None, None, None
 
 
@@ -169,16 +179,20 @@ def _query_chunks(
     """Cuts packed rows into chunks of neighbouring queries. Yields for each chunk:
 
     - two slices of the packed axis: its queries, and the tokens of their row up to the last of them;
-    - query, key and value, each (1, H, queries or visible keys, D), the prefix's keys and values in front;
+    - query, key and value, each (G, H / G, queries or visible keys, D), the prefix's keys and values in front;
     - their bias.
+
+    To the kernels, a group is a row of the batch. Its keys are expanded to all its queries, which copies nothing.
 
     first_queries: for each row, the index of the first query in it that is needed.
     """
-    prefix_length, start = prefix.shape[2], 0
-    prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(1)
+    (_, groups, prefix_length, _), queries, start = prefix.shape, qkv.shape[2] - 2, 0
+    prefix_key, prefix_value = prefix.to(qkv.dtype).unsqueeze(2)
+    bias = bias[0].expand(groups * queries, -1, -1).unflatten(0, (groups, queries))
     for length, first in zip(lengths, first_queries, strict=True):
-        query, key, value = qkv[start : start + length].unsqueeze(0).permute(3, 0, 2, 1, 4)
+        query, key, value = _split(qkv[start : start + length].permute(1, 2, 0, 3))
         key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
+        key, value = (x.expand(-1, queries, -1, -1) for x in (key, value))
         for begin in range(first, length, QUERY_CHUNK):
             end = min(begin + QUERY_CHUNK, length)
             visible = prefix_length + end  # the keys of the whole prefix, and of the row up to the last query

@@ -9,6 +9,7 @@ Only the answer is to be learned, not the prompt. So prompt positions get the la
 transformers ignore.
 """
 
+import bisect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,20 +137,28 @@ class Gather(torch.autograd.Function):
 
 
 def pack(examples: list[Example], max_tokens: int) -> Iterator[Batch]:
-    """Packs the examples into batches of up to `max_tokens` tokens, rows of similar length together.
+    """Packs the examples into batches of up to `max_tokens` tokens, rows of similar length together, the longest first.
 
-    A longer row is a batch of its own.
+    A longer row is a batch of its own. The batches are about equally large: each has as few tokens as their number allows,
+    so the largest takes no more memory than it must.
     """
-    rows: list[Example] = []
+    rows = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
+    fewest = len(_runs(rows, max_tokens))
+    limit = bisect.bisect_left(range(max_tokens), -fewest, key=lambda limit: -len(_runs(rows, limit)))
+    yield from map(_batch, _runs(rows, limit))
+
+
+def _runs(rows: list[Example], max_tokens: int) -> list[list[Example]]:
+    """Cuts rows into runs of up to `max_tokens` tokens, or of one longer row."""
+    runs: list[list[Example]] = []
     tokens = 0
-    for example in sorted(examples, key=lambda example: len(example.input_ids)):
-        if rows and tokens + len(example.input_ids) > max_tokens:
-            yield _batch(rows)
-            rows, tokens = [], 0
-        rows.append(example)
-        tokens += len(example.input_ids)
-    if rows:
-        yield _batch(rows)
+    for row in rows:
+        tokens += len(row.input_ids)
+        if not runs or tokens > max_tokens:
+            runs.append([])
+            tokens = len(row.input_ids)
+        runs[-1].append(row)
+    return runs
 
 
 def _batch(rows: list[Example]) -> Batch:

@@ -160,15 +160,13 @@ def attend_packed(
     window in a dtype; the module gives the others.
     """
     layer, dtype = cast(int, module.layer_idx), attention_dtype(query.dtype, query.device)
-    own_dtype, head_dim, groups = query.dtype, query.shape[3], query.shape[1] // key.shape[1]
+    own_dtype, head_dim, groups = query.dtype, query.shape[3], key.shape[1]
     scale = head_dim**-0.5 if scaling is None else scaling
-    # Each group once for each of its heads: as in Bloom, H heads of keys and values then meet H of queries.
-    key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
-    pairs = prefix[layer].repeat_interleave(groups, dim=1)
-    query = query.to(dtype) * (scale * head_dim**0.5)  # `attend` divides by the root
-    qkv = torch.stack((query, key, value), dim=3)[0].transpose(0, 1)  # (T, H, 3, D)
+    query = query * (scale * head_dim**0.5)  # `attend` divides by the root
+    parts = query.unflatten(1, (groups, -1)), key.unsqueeze(2), value.unsqueeze(2)
+    qkv = torch.cat([x.to(dtype) for x in parts], dim=2)[0].permute(2, 0, 1, 3)  # (T, G, H / G + 2, D)
     mask, last = mask_of(sliding_window, dtype), layer == len(prefix) - 1
-    context = attend_in(layer)(qkv, pairs, batch, mask, label_positions_only=last, cap=softcap, sinks=s_aux)
+    context = attend_in(layer)(qkv, prefix[layer], batch, mask, label_positions_only=last, cap=softcap, sinks=s_aux)
     return context.to(own_dtype).unsqueeze(0), None
 
 

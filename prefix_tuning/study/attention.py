@@ -5,7 +5,7 @@ tokens, D head_dim.
 
 model/attention.py runs softmax and sum in one kernel, which returns no weights. `attending` replaces the base's attention
 for a while by a function with the same arguments. The rest is the forward pass that trains a prefix (model/bloom.py,
-model/decoder.py). In every family, that function gets keys and values of H heads: grouped heads are repeated before it.
+model/decoder.py).
 """
 
 from collections.abc import Callable, Iterator

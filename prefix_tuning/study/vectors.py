@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning.model.batch import IGNORED, Batch, Example, pack
 from prefix_tuning.model.bloom import Bloom, PackedBlock, PackedModel
-from prefix_tuning.model.encoder import key_value_shape
 from prefix_tuning.study.attention import attending, running
 from prefix_tuning.study.question import token_text
 from prefix_tuning.study.scoring import Score, score_prefix
@@ -34,7 +33,7 @@ def score_base(base: PackedModel, batches: list[Batch]) -> tuple[Score, list[lis
 
     def attend_in(layer: int):
         def attend_and_keep_norms(qkv, *others, **scores):
-            norms[layer].append(pairs_of(base, qkv).float().norm(dim=-1).flatten(0, 1))  # (T * G, 2)
+            norms[layer].append(qkv[:, :, -2:].float().norm(dim=-1).flatten(0, 1))  # (T * G, 2)
             return own(layer)(qkv, *others, **scores)
 
         return attend_and_keep_norms
@@ -42,12 +41,6 @@ def score_base(base: PackedModel, batches: list[Batch]) -> tuple[Score, list[lis
     with attending(base, attend_in):
         scored = score_prefix(base, batches, None)
     return scored, [_quantiles(torch.cat(parts).T) for parts in norms]
-
-
-def pairs_of(base: PackedModel, qkv: torch.Tensor) -> torch.Tensor:
-    """The keys and values among what `attend` gets (T, H, 3, D), each once: (T, G, 2, D)."""
-    _, groups, _ = key_value_shape(base.config)
-    return qkv[:, :: qkv.shape[1] // groups, 1:]
 
 
 def prefix_norms(prefix: torch.Tensor) -> list[list[list[float]]]:
@@ -130,8 +123,8 @@ def _first_pairs(base: PackedModel, words: torch.Tensor, prefix: torch.Tensor) -
     found = []
 
     def attend_and_keep(qkv, *others, **scores):
-        found.append(pairs_of(base, qkv).float().transpose(1, 2).flatten(1))
-        return qkv[:, :, 2]  # what comes after the first pairs does not matter
+        found.append(qkv[:, :, -2:].float().transpose(1, 2).flatten(1))
+        return qkv[:, :, :-2].flatten(1, 2)  # what comes after the first pairs does not matter
 
     def first_alone(layer: int, forward: Callable) -> Callable:
         return forward if layer == 0 else lambda hidden, *others, **options: hidden

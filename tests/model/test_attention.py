@@ -19,15 +19,18 @@ def test_on_a_cpu_rows_that_are_long_on_average_go_one_by_one(monkeypatch, lengt
     assert called == [form]
 
 
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("label_positions_only", [False, True])
-def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, label_positions_only):
-    """Numerically, in float64: of all rows, long ones in chunks, in queries, keys, values and the prefix."""
+def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, label_positions_only, queries):
+    """Numerically, in float64: of all rows, long ones in chunks, in queries, keys, values and the prefix. queries: those that
+    share a key and a value.
+    """
     monkeypatch.setattr(attention, "QUERY_CHUNK", 2)
     torch.manual_seed(0)
     (batch,) = pack(examples_of([5, 1, 3]), 100)
-    qkv = torch.randn(9, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(9, 2, queries + 2, 4, dtype=torch.float64, requires_grad=True)
     prefix = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    bias = attention.attention_bias(2, 3, 5, qkv)
+    bias = attention.attention_bias(2 * queries, 3, 5, qkv)
 
     def attended(qkv, prefix):
         context = attention.attend_rows(qkv, prefix, batch, bias, label_positions_only)
@@ -35,6 +38,10 @@ def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, lab
 
     assert torch.autograd.gradcheck(attended, (qkv, prefix))
     assert torch.autograd.gradcheck(lambda prefix: attended(qkv.detach(), prefix), (prefix,))  # as in the first layer
+    padded = attention.attend_padded(qkv, prefix, batch, bias)
+    if label_positions_only:
+        padded = padded[batch.label_positions]
+    torch.testing.assert_close(attended(qkv, prefix), padded, rtol=1e-12, atol=1e-12)
 
 
 def test_a_longer_prefix_leaves_the_distances_between_tokens(monkeypatch):

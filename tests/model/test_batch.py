@@ -75,7 +75,9 @@ def test_the_gradient_of_the_grid_is_that_of_plain_indexing(lengths):
 
 
 def test_a_batch_is_filled_as_far_as_it_may_be():
-    assert [batch.lengths for batch in pack(examples_of([3, 4, 3, 10, 2, 11]), 10)] == [[2, 3, 3], [4], [10], [11]]
+    assert [batch.lengths for batch in pack(examples_of([3, 4, 3, 10, 2, 11]), 10)] == [[11], [10], [4, 3], [3, 2]]
     assert [batch.lengths for batch in pack(examples_of([5] * 5), 10)] == [[5, 5], [5, 5], [5]]
+    # As large as they must be for two batches, though nine would fit.
+    assert [batch.lengths for batch in pack(examples_of([3] * 4), 11)] == [[3, 3], [3, 3]]
     assert (EMPTY_BATCH.input_ids.tolist(), EMPTY_BATCH.lengths, EMPTY_BATCH.first_labels) == ([0], [1], [1])
     assert len(EMPTY_BATCH.labels) == 0 and EMPTY_BATCH.grid is None

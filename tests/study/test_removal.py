@@ -86,11 +86,13 @@ def test_removed_pairs_against_attention_whose_keys_never_had_them(found, studie
 
     def attend_in(layer):
         def attend_left(qkv, pairs, batch, bias, label_positions_only, **scores):
-            context, bias = torch.zeros_like(qkv[:, :, 0]), bias.expand(-1, len(removed[layer]), -1, -1)
+            queries = qkv[:, :, :-2].flatten(1, 2)
+            context, bias = torch.zeros_like(queries), bias.expand(-1, len(removed[layer]), -1, -1)
             for head, gone in enumerate(removed[layer]):
-                own = bias[:, head : head + 1]
+                own, group = bias[:, head : head + 1], head * qkv.shape[1] // queries.shape[1]
                 left = torch.cat((own[..., : len(gone)][..., ~gone], own[..., len(gone) :]), dim=-1)
-                one = qkv[:, head : head + 1], pairs[:, head : head + 1, ~gone]
+                alone = torch.cat((queries[:, head : head + 1], qkv[:, group, -2:]), dim=1).unsqueeze(1)
+                one = alone, pairs[:, group : group + 1, ~gone]
                 context[:, head : head + 1] = attend_with_weights(*one, batch, left, lambda weights: None)
             return context
 

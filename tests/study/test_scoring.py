@@ -49,7 +49,7 @@ def test_labels_know_their_rows():
     examples = examples_of([9, 4, 6], prompt_share=0.5)
     batch = next(pack(examples, 100))
     counts = [
-        sum(label != -100 for label in example.labels[1:]) for example in sorted(examples, key=lambda e: len(e.labels))
+        sum(label != -100 for label in example.labels[1:]) for example in sorted(examples, key=lambda e: -len(e.labels))
     ]
     assert torch.bincount(label_rows(batch), minlength=3).tolist() == counts
 

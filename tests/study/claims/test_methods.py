@@ -136,6 +136,6 @@ def test_an_infix_is_a_cache_that_grew_between_prompt_and_answer(in_float64):
     with attending(model, lambda layer: attend_infix):
         found = label_logits(model, batch, pairs)
     rows = label_rows(batch)
-    for row, example in enumerate(sorted(examples, key=lambda example: len(example.input_ids))):
+    for row, example in enumerate(sorted(examples, key=lambda example: -len(example.input_ids))):
         torch.testing.assert_close(found[rows == row], infix_logits(model, example, pairs), atol=1e-6, rtol=0)
     assert not torch.allclose(found, label_logits(model, batch, pairs), atol=1e-3)
