@@ -32,21 +32,31 @@ SHOWN_ANSWERS = 5
 LONGEST_SHOWN = 64
 
 
-@torch.no_grad()
-def row_losses(
-    model: PackedModel, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
-) -> Iterator[tuple[float, int]]:
-    """For every row of a tokenised dataset, in order: cross-entropy in nats, summed over its labels, and their number.
+class RowScore(NamedTuple):
+    """loss: cross-entropy in nats, summed over the labels of a row. labels: their number.
+
+    repeated: whether each label is the likeliest token after those before it. Greedy generation then repeats the answer, so
+    nobody needs to generate it.
+    """
+
+    loss: float
+    labels: int
+    repeated: bool
+
+
+def score_rows(model: PackedModel, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> Iterator[RowScore]:
+    """The score of every row of a tokenised dataset, in order.
 
     All ranks call this together, each for its own rows. It ends early, in all of them, if one of them gets a signal.
     """
-    found: dict[int, tuple[float, int]] = {}
+    found: dict[int, RowScore] = {}
     following = 0  # the row to yield next
     for rows, batch in _passes_of_all_ranks(_passes(tokenized, max_tokens)):
-        losses = model.label_losses(batch.to(model.device), prefix).double().cpu()
+        losses, likeliest = (x.cpu() for x in model.label_scores(batch.to(model.device), prefix))
         counts = [count for _, count in rows]
-        for (row, count), part in zip(rows, losses.split(counts), strict=True):
-            found[row] = part.sum().item(), count
+        parts = zip(losses.double().split(counts), likeliest.split(counts), strict=True)
+        for (row, count), (loss, right) in zip(rows, parts, strict=True):
+            found[row] = RowScore(loss.sum().item(), count, bool(right.all()))
         while following in found:
             yield found.pop(following)
             following += 1
@@ -75,18 +85,25 @@ def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple
         yield following or ([], EMPTY_BATCH)
 
 
-def evaluate_loss(model: PackedModel, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> dict[str, float]:
-    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset. The ranks share its rows.
+def evaluate_rows(
+    model: PackedModel, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
+) -> tuple[dict[str, float], list[int]]:
+    """Mean cross-entropy per label in nats, and its exponential, over a tokenised dataset; and the indices of the rows that
+    are not `RowScore.repeated`. The ranks share the rows, and all get the same.
 
     Raises Interrupted in all ranks, after the current pass, if one of them gets a signal.
     """
-    own = tokenized.select(distributed.share(range(len(tokenized))))
-    losses, labels = 0.0, 0
-    for loss, count in row_losses(model, own, prefix, max_tokens):
-        losses, labels = losses + loss, labels + count
+    indices = distributed.share(range(len(tokenized)))
+    losses, labels, missed = 0.0, 0, []
+    for row, score in zip(indices, score_rows(model, tokenized.select(indices), prefix, max_tokens), strict=False):
+        losses, labels = losses + score.loss, labels + score.labels
+        if not score.repeated:
+            missed.append(row)
     signals.stop_if_heard()
     all_losses, all_labels = distributed.sum_over_ranks([losses, labels])
-    return {"eval_loss": all_losses / all_labels, "eval_perplexity": perplexity(all_losses / all_labels)}
+    loss = all_losses / all_labels
+    all_missed = sorted(itertools.chain(*distributed.gather(missed)))
+    return {"eval_loss": loss, "eval_perplexity": perplexity(loss)}, all_missed
 
 
 def perplexity(loss: float) -> float:
@@ -154,9 +171,13 @@ def expected_answers(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> l
     return tokenizer.batch_decode([turn.answer for turn in turns], skip_special_tokens=True)
 
 
-def exact_match(answers: list[str], expected: list[str]) -> float:
-    """Share of answers that equal the expected ones, apart from surrounding white space."""
-    return sum(answer.strip() == other.strip() for answer, other in zip(answers, expected, strict=True)) / len(expected)
+def exact_match(answers: list[str], expected: list[str], repeated: int = 0) -> float:
+    """Share of answers that equal the expected ones, apart from surrounding white space.
+
+    repeated: the number of further answers, which are known to do so.
+    """
+    equal = sum(answer.strip() == other.strip() for answer, other in zip(answers, expected, strict=True))
+    return (equal + repeated) / (len(expected) + repeated)
 
 
 @dataclass
@@ -200,13 +221,16 @@ class Evaluator:
 
         prefix: (layers, 2, heads, tokens, head_dim); None: the frozen base alone.
         """
-        figures = evaluate_loss(self.base, self.tokenized, prefix, self.max_tokens)
+        assert self.tokenized is not None
+        figures, missed = evaluate_rows(self.base, self.tokenized, prefix, self.max_tokens)
         line = f"{title}: eval loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}"
         if self.wants_answers:
-            turns = list(self._turns())
-            answers = self._answers(turns, prefix)
-            figures["eval_exact_match"] = exact_match(answers, expected_answers(self.tokenizer, turns))
-            line += f", exact match {figures['eval_exact_match']:.1%} of {len(answers)} held-out questions"
+            # An answer may have the same text as the expected one in other tokens, so the others are generated.
+            turns = [last_turn(example) for example in take(self.tokenized, missed)]
+            answers, expected = self._answers(turns, prefix), expected_answers(self.tokenizer, turns)
+            repeated = len(self.tokenized) - len(missed)
+            figures["eval_exact_match"] = exact_match(answers, expected, repeated)
+            line += f", exact match {figures['eval_exact_match']:.1%} of {len(self.tokenized)} held-out questions"
         tqdm.write(line)
         return figures
 
@@ -215,6 +239,8 @@ class Evaluator:
         return (last_turn(take(self.tokenized, [row])[0]) for row in range(len(self.tokenized or ())))
 
     def _answers(self, turns: list[Turn], prefix: torch.Tensor | None) -> list[str]:
+        if not turns:
+            return []
         return answer_turns(self._prefixed, self.tokenizer, turns, prefix, self.max_tokens)
 
     @functools.cached_property

@@ -116,10 +116,11 @@ def shard(model: PackedModel, device: torch.device, parts: int) -> None:
     groups: list[Any] = [*layers_of(model), [model.get_input_embeddings(), model.get_output_embeddings()], model]
     for group in groups:
         fully_shard(group, mesh=mesh)
-    # fully_shard gathers a module's weights around its method `forward`. Instead of the model's, the packed forward calls
-    # `label_losses`, and instead of a layer's, Bloom's calls another method (loading.py); both are registered. `gathered`
-    # gathers the embeddings and the head, which the packed forward does not call as modules.
-    register_fsdp_forward_method(model, "label_losses")
+    # fully_shard gathers a module's weights around its method `forward`. The packed forward calls others, so these are
+    # registered: the model's `label_losses` and `label_scores`, and Bloom's for a layer (loading.py). `gathered` gathers the
+    # embeddings and the head, which the packed forward does not call as modules.
+    for name in ("label_losses", "label_scores"):
+        register_fsdp_forward_method(model, name)
     model.gathered = gathered
     model.to_empty(device=device)
     # Computes the buffers, which no file holds, such as the frequencies of rotation. Weights with this mark are left alone.

@@ -86,13 +86,21 @@ class PackedModel(PreTrainedModel, GenerationMixin):
 
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """Cross-entropy in nats of every label of the batch: (N,), at least float32. prefix: see `packed_hidden`."""
-        labels = len(batch.labels)
-        # oneDNN prepares and keeps a kernel for each shape of a bf16 matmul, so there should be few shapes.
-        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
-            batch = batch.filled(64)
-        losses = self.head_losses(self.packed_hidden(batch, prefix), batch.labels)
+        filled = self._filled(batch)
+        losses = self.head_losses(self.packed_hidden(filled, prefix), filled.labels)
         # Filler labels come last. Without their losses, they have no gradient either.
-        return losses[:labels]
+        return losses[: len(batch.labels)]
+
+    @torch.no_grad()
+    def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`label_losses`, without gradients, and whether each label is the likeliest token: (N,) and (N,), bool."""
+        filled = self._filled(batch)
+        losses, likeliest = self.head_scores(self.packed_hidden(filled, prefix), filled.labels)
+        return losses[: len(batch.labels)], likeliest[: len(batch.labels)]
+
+    def _filled(self, batch: Batch) -> Batch:
+        # oneDNN prepares and keeps a kernel for each shape of a bf16 matmul, so there should be few shapes.
+        return batch.filled(64) if self.dtype == torch.bfloat16 and self.device.type == "cpu" else batch
 
     def packed_hidden(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """The input of the head at the label positions: (N, E), in the model's dtype.
@@ -106,6 +114,18 @@ class PackedModel(PreTrainedModel, GenerationMixin):
         """Cross-entropy of the head's logits for hidden (N, E) against labels (N,): (N,), at least float32."""
         hidden, weight, bias, cap = self.head_inputs(hidden)
         return FrozenHeadLoss.apply(hidden, weight, labels, bias, cap)
+
+    def head_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`head_losses`, and whether each label is the likeliest token: (N,) and (N,), bool."""
+        hidden, weight, bias, cap = self.head_inputs(hidden)
+        losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        likeliest = torch.empty_like(labels, dtype=torch.bool)
+        for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
+            part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
+            logits = head_logits(hidden[part], weight, bias, cap)
+            losses[part] = F.cross_entropy(logits, labels[part], reduction="none")
+            likeliest[part] = logits.argmax(dim=-1) == labels[part]
+        return losses, likeliest
 
     def head_inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
         """The arguments with which `head_logits` returns this model's logits for the output of `packed_hidden`."""
