@@ -65,7 +65,7 @@ def test_evaluation_agrees_with_the_plain_forward(quick_settings, tokenizer):
 
 @pytest.mark.parametrize("name", ["short", "sentence"])
 def test_exact_match_is_that_of_generated_answers_although_few_are_generated(tuned_model, tokenizer, name, monkeypatch):
-    """A row is not asked if its labels are all the likeliest tokens. `sentence` answers hardly any of these rows like that."""
+    """A row is asked unless its labels are all the likeliest tokens, which `sentence` finds for hardly any of these rows."""
     tokenized = tokenize(load_rows("bundled:short-eval", ("train",)).select(range(60)), tokenizer, 256)
     turns = [last_turn(example) for example in take(tokenized, range(60))]
     prefix = tuned_model.prefixes[name]
