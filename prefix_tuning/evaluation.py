@@ -95,10 +95,10 @@ def evaluate_rows(
     """
     indices = distributed.share(range(len(tokenized)))
     losses, labels, missed = 0.0, 0, []
-    for row, score in zip(indices, score_rows(model, tokenized.select(indices), prefix, max_tokens), strict=False):
+    for index, score in enumerate(score_rows(model, tokenized.select(indices), prefix, max_tokens)):
         losses, labels = losses + score.loss, labels + score.labels
         if not score.repeated:
-            missed.append(row)
+            missed.append(indices[index])
     signals.stop_if_heard()
     all_losses, all_labels = distributed.sum_over_ranks([losses, labels])
     loss = all_losses / all_labels
