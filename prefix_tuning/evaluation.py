@@ -35,8 +35,8 @@ LONGEST_SHOWN = 64
 class RowScore(NamedTuple):
     """loss: cross-entropy in nats, summed over the labels of a row. labels: their number.
 
-    repeated: whether each label is the likeliest token after those before it. Greedy generation then repeats the answer, so
-    nobody needs to generate it.
+    repeated: whether each label is likelier than any other token after those before it. Greedy generation then repeats the
+    answer, so nobody needs to generate it.
     """
 
     loss: float

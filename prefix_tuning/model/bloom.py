@@ -93,7 +93,7 @@ class PackedModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`label_losses`, without gradients, and whether each label is the likeliest token: (N,) and (N,), bool."""
+        """`label_losses`, without gradients, and whether each label is likelier than any other token: (N,), bool."""
         filled = self._filled(batch)
         losses, likeliest = self.head_scores(self.packed_hidden(filled, prefix), filled.labels)
         return losses[: len(batch.labels)], likeliest[: len(batch.labels)]
@@ -116,7 +116,7 @@ class PackedModel(PreTrainedModel, GenerationMixin):
         return FrozenHeadLoss.apply(hidden, weight, labels, bias, cap)
 
     def head_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`head_losses`, and whether each label is the likeliest token: (N,) and (N,), bool."""
+        """`head_losses`, and whether each label is likelier than any other token: (N,) and (N,), bool."""
         hidden, weight, bias, cap = self.head_inputs(hidden)
         losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
         likeliest = torch.empty_like(labels, dtype=torch.bool)
@@ -124,7 +124,10 @@ class PackedModel(PreTrainedModel, GenerationMixin):
             part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
             logits = head_logits(hidden[part], weight, bias, cap)
             losses[part] = F.cross_entropy(logits, labels[part], reduction="none")
-            likeliest[part] = logits.argmax(dim=-1) == labels[part]
+            label = labels[part].unsqueeze(1)
+            own = logits.gather(1, label).squeeze(1)
+            # On a CPU, argmax would take as long as cross_entropy, and this takes a tenth of it.
+            likeliest[part] = own > logits.scatter_(1, label, -torch.inf).amax(dim=1)
         return losses, likeliest
 
     def head_inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
