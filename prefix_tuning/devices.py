@@ -132,7 +132,8 @@ def activation_bytes_per_token(model: PreTrainedModel, longest: int = 0) -> int:
 def suggested_max_tokens(model: PreTrainedModel, gathers: bool, longest: int = 0) -> int:
     """Number of tokens per forward pass that suits device and model (tests/benchmarks/README.md).
 
-    The activations that a pass keeps stay within 512 MiB on a CPU, where more than 640 tokens gain little; elsewhere within
+    The activations that a pass keeps stay within 512 MiB on a CPU, where more than 640 tokens gain little. A small model,
+    of which more fit into 32 MiB, gets up to 1024, so that a step of the demo is one pass and not two. Elsewhere, within
     2 GiB, or 8 GiB if every pass `gathers` the weights of the base from other processes, or a sixteenth of a large GPU's
     memory: launching the kernels of a small pass takes such a GPU longer than running them. longest: see
     `activation_bytes_per_token`; 0 where there is no backward pass.
@@ -141,8 +142,9 @@ def suggested_max_tokens(model: PreTrainedModel, gathers: bool, longest: int = 0
     budget = 2**29 if on_cpu else 2**33 if gathers else 2**31
     if model.device.type == "cuda":
         budget = max(budget, torch.cuda.get_device_properties(model.device).total_memory // 16)
-    fitting = max(1, budget // activation_bytes_per_token(model, longest))
-    return min(640, fitting) if on_cpu else fitting
+    per_token = activation_bytes_per_token(model, longest)
+    fitting = max(1, budget // per_token)
+    return min(fitting, max(640, min(1024, 2**25 // per_token))) if on_cpu else fitting
 
 
 def prompt_tokens(max_tokens: int) -> int:

@@ -33,21 +33,33 @@ SHOWN_ANSWERS = 5
 LONGEST_SHOWN = 64
 
 
-@torch.no_grad()
-def row_losses(
+class RowScore(NamedTuple):
+    """loss: of a row in nats, summed over its labels. labels: their number.
+
+    repeated: whether each label is likelier than any other token after those before it. Greedy generation then repeats the
+    answer, so nobody needs to generate it.
+    """
+
+    loss: float
+    labels: int
+    repeated: bool
+
+
+def score_rows(
     model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
-) -> Iterator[tuple[float, int]]:
-    """For every row of a tokenised dataset, in order: the loss in nats, summed over its labels, and their number.
+) -> Iterator[RowScore]:
+    """The score of every row of a tokenised dataset, in order.
 
     All ranks call this together, each for its own rows. It ends early, in all of them, if one of them gets a signal.
     """
-    found: dict[int, tuple[float, int]] = {}
+    found: dict[int, RowScore] = {}
     following = 0  # the row to yield next
     for rows, batch in _passes_of_all_ranks(_passes(tokenized, max_tokens)):
-        losses = model.label_losses(batch.to(model.device), prefix).double().cpu()
+        losses, likeliest = (x.cpu() for x in model.label_scores(batch.to(model.device), prefix))
         counts = [count for _, count in rows]
-        for (row, count), part in zip(rows, losses.split(counts), strict=True):
-            found[row] = part.sum().item(), count
+        parts = zip(losses.double().split(counts), likeliest.split(counts), strict=True)
+        for (row, count), (loss, right) in zip(rows, parts, strict=True):
+            found[row] = RowScore(loss.sum().item(), count, bool(right.all()))
         while following in found:
             yield found.pop(following)
             following += 1
@@ -77,18 +89,23 @@ def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple
         yield following or ([], EMPTY_BATCH)
 
 
-def evaluate_loss(model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> dict[str, float]:
-    """Mean loss per label in nats, and its exponential, over a tokenised dataset. The ranks share its rows.
+def evaluate_rows(
+    model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
+) -> tuple[float, list[int]]:
+    """The mean loss per label in nats over a tokenised dataset, and the indices of the rows that are not
+    `RowScore.repeated`. The ranks share the rows, and all get the same.
 
     Raises Interrupted in all ranks, after the current pass, if one of them gets a signal.
     """
-    own = tokenized.select(distributed.share(range(len(tokenized))))
-    losses, labels = 0.0, 0
-    for loss, count in row_losses(model, own, prefix, max_tokens):
-        losses, labels = losses + loss, labels + count
+    indices = distributed.share(range(len(tokenized)))
+    losses, labels, missed = 0.0, 0, []
+    for index, score in enumerate(score_rows(model, tokenized.select(indices), prefix, max_tokens)):
+        losses, labels = losses + score.loss, labels + score.labels
+        if not score.repeated:
+            missed.append(indices[index])
     signals.stop_if_heard()
     all_losses, all_labels = distributed.sum_over_ranks([losses, labels])
-    return {"eval_loss": all_losses / all_labels, "eval_perplexity": perplexity(all_losses / all_labels)}
+    return all_losses / all_labels, sorted(itertools.chain(*distributed.gather(missed)))
 
 
 def perplexity(loss: float) -> float:
@@ -181,9 +198,13 @@ def expected_answers(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> l
     return tokenizer.batch_decode([turn.answer for turn in turns], skip_special_tokens=True)
 
 
-def exact_match(answers: list[str], expected: list[str]) -> float:
-    """Share of answers that equal the expected ones, apart from surrounding white space."""
-    return sum(answer.strip() == other.strip() for answer, other in zip(answers, expected, strict=True)) / len(expected)
+def exact_match(answers: list[str], expected: list[str], repeated: int = 0) -> float:
+    """Share of answers that equal the expected ones, apart from surrounding white space.
+
+    repeated: the number of further answers, which are known to do so.
+    """
+    equal = sum(answer.strip() == other.strip() for answer, other in zip(answers, expected, strict=True))
+    return (equal + repeated) / (len(expected) + repeated)
 
 
 @dataclass
@@ -230,18 +251,21 @@ class Evaluator:
         In a distillation, eval_loss is the divergence from the teacher, which has no perplexity. prefix: (layers, 2,
         heads, tokens, head_dim); None: the frozen base alone.
         """
-        figures = evaluate_loss(self.distillation or self.base, self.tokenized, prefix, self.max_tokens)
-        line = f"{title}: eval loss {figures['eval_loss']:.4f}"
+        assert self.tokenized is not None
+        loss, missed = evaluate_rows(self.distillation or self.base, self.tokenized, prefix, self.max_tokens)
+        figures, line = {"eval_loss": loss}, f"{title}: eval loss {loss:.4f}"
         if self.distillation:
-            del figures["eval_perplexity"]
             line += " (divergence from the teacher)"
         else:
+            figures["eval_perplexity"] = perplexity(loss)
             line += f", perplexity {figures['eval_perplexity']:.2f}"
         if self.wants_answers:
-            turns = list(self._turns())
-            answers = self._answers(turns, prefix)
-            figures["eval_exact_match"] = exact_match(answers, expected_answers(self.tokenizer, turns))
-            line += f", exact match {figures['eval_exact_match']:.1%} of {len(answers)} held-out questions"
+            # An answer may have the same text as the expected one in other tokens, so the others are generated.
+            turns = [last_turn(example) for example in take(self.tokenized, missed)]
+            answers, rows = self._answers(turns, prefix), len(self.tokenized)
+            expected = expected_answers(self.tokenizer, turns)
+            figures["eval_exact_match"] = exact_match(answers, expected, repeated=rows - len(missed))
+            line += f", exact match {figures['eval_exact_match']:.1%} of {rows} held-out questions"
         tqdm.write(line)
         return figures
 
@@ -250,6 +274,8 @@ class Evaluator:
         return (last_turn(take(self.tokenized, [row])[0]) for row in range(len(self.tokenized or ())))
 
     def _answers(self, turns: list[Turn], prefix: torch.Tensor | None) -> list[str]:
+        if not turns:
+            return []
         return answer_turns(self._prefixed, self.tokenizer, turns, prefix, self.max_tokens)
 
     @functools.cached_property

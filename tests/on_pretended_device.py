@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from prefix_tuning import bundled, plain
 from prefix_tuning.base_model.loading import compile_now, load_base
-from prefix_tuning.evaluation import evaluate_loss
+from prefix_tuning.evaluation import evaluate_rows
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.model.batch import pack
@@ -98,8 +98,9 @@ def test_losses_of_rows_and_of_the_base_alone(device):
     examples = examples_of([7, 12, 30])
     rows = Dataset.from_list([vars(example) for example in examples])
     for prefix in (None, random_prefix(plain_model)):
-        ours = evaluate_loss(model, rows, None if prefix is None else prefix.to(device), 30)
-        assert ours == pytest.approx(evaluate_loss(plain_model, rows, prefix, 30), rel=1e-5)
+        ours, missed = evaluate_rows(model, rows, None if prefix is None else prefix.to(device), 30)
+        figures, plain_missed = evaluate_rows(plain_model, rows, prefix, 30)
+        assert ours == pytest.approx(figures, rel=1e-5) and missed == plain_missed
     # The passes that make wrapped layers compile; the result is their seconds.
     assert compile_now(model, pack(examples, 30), random_prefix(plain_model).to(device)) > 0
 

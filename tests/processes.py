@@ -16,7 +16,7 @@ from prefix_tuning.base_model.identity import fingerprint
 from prefix_tuning.base_model.loading import wrap_layers
 from prefix_tuning.base_model.sharding import load_sharded
 from prefix_tuning.data.templates import prompt_ids, talk_of
-from prefix_tuning.evaluation import Turn, answer_turns
+from prefix_tuning.evaluation import Turn, answer_turns, evaluate_rows
 from prefix_tuning.generation.batches import complete
 from prefix_tuning.model.batch import count_labels, pack
 from prefix_tuning.model.bloom import Bloom
@@ -59,6 +59,13 @@ with distributed.processes(CPU):
     shape = plain.config
     torch.manual_seed(0)
     prefix = torch.randn(shape.n_layer, 2, shape.n_head, 4, shape.hidden_size // shape.n_head)
+    # Six rows for four processes: whoever has no pass left takes part in those of the others. All get the same rows to ask.
+    rows = Dataset.from_list([vars(example) for example in examples[:6]])
+    for model, _ in models:
+        figures, missed = evaluate_rows(model, rows, prefix, 40)
+        losses = [plain.label_losses(batch, prefix) for batch in pack(examples[:6], 1000)]
+        assert abs(figures["eval_loss"] - torch.cat(losses).mean().item()) < 1e-4
+        assert distributed.gather(missed) == [missed] * 4 and missed == sorted(missed) and len(missed) >= 5
     # One process may need more passes for its rows than another, or none at all.
     for used in (examples, examples[:1]):
         rows = Dataset.from_list([vars(example) for example in used])

@@ -73,16 +73,16 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (Bloom, "label_losses")) -> None:
+def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (Bloom, "label_scores")) -> None:
     """Runs a training that gets SIGINT in the second forward pass of an evaluation, and must make no pass after that.
 
     evaluations: in which evaluation, counted from 1. call, watched: sends the signal at this call of another function.
     """
-    calls, evaluate_loss, real = [], evaluation.evaluate_loss, getattr(*watched)
+    calls, evaluate_rows, real = [], evaluation.evaluate_rows, getattr(*watched)
 
     def begin(*arguments):
         calls.append(0)
-        return evaluate_loss(*arguments)
+        return evaluate_rows(*arguments)
 
     def count(*arguments, **options):
         # The steps before the first evaluation of a resumed run do not count.
@@ -93,7 +93,7 @@ def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = 
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="SIGINT: stopped after step") as stop:
-        patch.setattr(evaluation, "evaluate_loss", begin)
+        patch.setattr(evaluation, "evaluate_rows", begin)
         patch.setattr(*watched, count)
         train(TrainConfig(**settings))
     assert stop.value.signal == signal.SIGINT and len(calls) == evaluations and calls[-1] == call

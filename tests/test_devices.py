@@ -97,8 +97,10 @@ def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
     model = random_bloom()
     assert activation_bytes_per_token(model) == 10 * 48 * 3 * 4
     assert activation_bytes_per_token(model.bfloat16()) == (6 * 2 + 4 * 4) * 48 * 3  # attention is float32 there
-    assert suggested_max_tokens(model, gathers=False) == 640
+    assert suggested_max_tokens(model, gathers=False) == 1024  # a small model
     model = random_bloom()
+    model.config.n_layer = 100
+    assert suggested_max_tokens(model, gathers=False) == 640
     # Only the configuration is asked for the number of layers.
     model.config.n_layer = 1000
     held = 10 * 48 * 1000 * 4

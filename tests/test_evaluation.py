@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from answers import FRANCE, complete
@@ -6,11 +8,19 @@ from models import plain_loss, random_bloom, random_prefix, training_state
 from rows import write_jsonl
 from runs import metrics_of
 
-from prefix_tuning import PrefixBloom
+from prefix_tuning import PrefixBloom, evaluation
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
 from prefix_tuning.data.templates import prompt_of
-from prefix_tuning.evaluation import SPARE_TOKENS, Evaluator, answer_turns, exact_match, expected_answers, last_turn
+from prefix_tuning.evaluation import (
+    SPARE_TOKENS,
+    Evaluator,
+    answer_turns,
+    evaluate_rows,
+    exact_match,
+    expected_answers,
+    last_turn,
+)
 from prefix_tuning.files.prefixes import load_prefix
 from prefix_tuning.model.batch import IGNORED
 from prefix_tuning.model.encoder import PrefixConfig, PrefixEncoder
@@ -51,6 +61,40 @@ def test_evaluation_agrees_with_the_plain_forward(quick_settings, tokenizer):
     for line, used in ((first, None), (last, prefix)):
         expected = plain_loss(random_bloom(), examples, used).item() / labels
         assert line["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["short", "sentence"])
+def test_exact_match_is_that_of_generated_answers_although_few_are_generated(tuned_model, tokenizer, name, monkeypatch):
+    """A row is asked unless its labels are all the likeliest tokens, which `sentence` finds for hardly any of these rows."""
+    tokenized = tokenize(load_rows("bundled:short-eval", ("train",)).select(range(60)), tokenizer, 256)
+    turns = [last_turn(example) for example in take(tokenized, range(60))]
+    prefix = tuned_model.prefixes[name]
+    answers = answer_turns(PrefixBloom(tuned_model), tokenizer, turns, prefix, 1000)
+    equal = [ours == theirs for ours, theirs in zip(answers, expected_answers(tokenizer, turns), strict=True)]
+
+    asked, real = [], evaluation.answer_turns
+    monkeypatch.setattr(evaluation, "answer_turns", lambda *x: asked.extend(x[2]) or real(*x))
+    evaluator = Evaluator(tuned_model, tokenizer, tokenized, 300, total_steps=1, wants_answers=True)
+    assert evaluator(prefix, "")["eval_exact_match"] == sum(equal) / 60
+    assert asked == [turn for turn, right in zip(turns, equal, strict=True) if not right]
+    # With nothing left to ask, too.
+    right = tokenized.select([row for row, found in enumerate(equal) if found])
+    if len(right):
+        evaluator = Evaluator(tuned_model, tokenizer, right, 300, total_steps=1, wants_answers=True)
+        assert evaluator(prefix, "")["eval_exact_match"] == 1
+
+
+def test_an_answer_of_the_same_text_in_other_tokens_is_right(tuned_model, tokenizer):
+    """So a row with an unlikely label is asked all the same."""
+    prompt = tokenizer(prompt_of(FRANCE)).input_ids
+    (answer,) = complete(tuned_model, tokenizer, [prompt_of(FRANCE)], prefix_name="short", max_new_tokens=9, do_sample=False)
+    ids = [*itertools.chain(*(tokenizer(letter).input_ids for letter in answer + " ")), tokenizer.eos_token_id]
+    labels = [IGNORED] * len(prompt) + ids
+    tokenized = Dataset.from_list([{"input_ids": prompt + ids, "labels": labels}])
+    prefix = tuned_model.prefixes["short"]
+    assert evaluate_rows(tuned_model, tokenized, prefix, 300)[1] == [0]
+    evaluator = Evaluator(tuned_model, tokenizer, tokenized, 300, total_steps=1, wants_answers=True)
+    assert evaluator(prefix, "")["eval_exact_match"] == 1
 
 
 def test_a_talk_is_asked_with_its_history_in_front(tuned_model, tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import tokenize
 from prefix_tuning.data.templates import has_system
 from prefix_tuning.devices import suggested_max_tokens
-from prefix_tuning.evaluation import perplexity, row_losses
+from prefix_tuning.evaluation import perplexity, score_rows
 from prefix_tuning.files.writing import write_json
 from prefix_tuning.generation.prefix_bloom import PrefixBloom
 from prefix_tuning.inference.ask import common_template, note_system_texts
@@ -41,8 +41,9 @@ def score(
     names, max_tokens = model.names, suggested_max_tokens(model, is_sharded(model))
     columns = []  # one per name: (summed loss in nats, number of labels) of each row, and then of all rows
     for name in names:
-        losses = row_losses(model, tokenized, model.prefixes.get(name), max_tokens)
-        column = list(tqdm(losses, total=len(rows), unit="row", desc=name, disable=not distributed.is_main()))
+        scores = score_rows(model, tokenized, model.prefixes.get(name), max_tokens)
+        shown = tqdm(scores, total=len(rows), unit="row", desc=name, disable=not distributed.is_main())
+        column = [(score.loss, score.labels) for score in shown]
         columns.append([*column, tuple(map(sum, zip(*column, strict=True)))])
     figures = []
     for pairs in zip(*columns, strict=True):

@@ -85,6 +85,10 @@ class Objective(Protocol):
         """The loss in nats at every label of the batch: (N,), at least float32. prefix: (L, 2, H, P, D), or None."""
         ...
 
+    def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`label_losses`, without gradients, and whether each label is likelier than any other token: (N,), bool."""
+        ...
+
 
 class PackedModel(PreTrainedModel, GenerationMixin):
     """A frozen causal language model as the training loop knows it: Bloom below, or a Decoder (decoder.py)."""
@@ -102,6 +106,13 @@ class PackedModel(PreTrainedModel, GenerationMixin):
         # Filler labels come last. Without their losses, they have no gradient either.
         return losses[:labels]
 
+    @torch.no_grad()
+    def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`label_losses`, without gradients, and whether each label is likelier than any other token: (N,), bool."""
+        labels, batch = len(batch.labels), self.filled(batch)
+        losses, likeliest = self.head_scores(self.packed_hidden(batch, prefix), batch.labels)
+        return losses[:labels], likeliest[:labels]
+
     def filled(self, batch: Batch) -> Batch:
         """The batch, with filler where oneDNN prepares and keeps a kernel for each shape of a bf16 matmul."""
         return batch.filled(64) if self.dtype == torch.bfloat16 and self.device.type == "cpu" else batch
@@ -118,6 +129,21 @@ class PackedModel(PreTrainedModel, GenerationMixin):
         """Cross-entropy of the head's logits for hidden (N, E) against labels (N,): (N,), at least float32."""
         hidden, weight, bias, cap = self.head_inputs(hidden)
         return FrozenHeadLoss.apply(hidden, weight, labels, bias, cap)
+
+    def head_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`head_losses`, and whether each label is likelier than any other token: (N,) and (N,), bool."""
+        hidden, weight, bias, cap = self.head_inputs(hidden)
+        losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        likeliest = torch.empty_like(labels, dtype=torch.bool)
+        for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
+            part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
+            logits = head_logits(hidden[part], weight, bias, cap)
+            losses[part] = F.cross_entropy(logits, labels[part], reduction="none")
+            label = labels[part].unsqueeze(1)
+            own = logits.gather(1, label).squeeze(1)
+            # On a CPU, argmax would take as long as cross_entropy, and this takes a tenth of it.
+            likeliest[part] = own > logits.scatter_(1, label, -torch.inf).amax(dim=1)
+        return losses, likeliest
 
     def head_inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
         """The arguments with which `head_logits` returns this model's logits for the output of `packed_hidden`."""

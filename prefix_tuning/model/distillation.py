@@ -85,3 +85,8 @@ class Distillation:
             own = FrozenHeadLoss.apply(ours, weight, batch.labels, bias, cap)
             losses = (1 - self.alpha) * losses + self.alpha * own
         return losses[:labels]
+
+    def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`label_losses`, without gradients, and whether each label is likelier than any other token after the prefix."""
+        with torch.no_grad():
+            return self.label_losses(batch, prefix), self.base.label_scores(batch, prefix)[1]

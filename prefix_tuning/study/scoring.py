@@ -4,14 +4,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 
 from prefix_tuning.data.rows import take
 from prefix_tuning.model.batch import Batch, pack
 from prefix_tuning.model.bloom import PackedModel, head_logits
-
-LABELS_AT_ONCE = 256  # rows of logits that exist at one time
 
 
 class Score(NamedTuple):
@@ -72,13 +69,10 @@ class Tally:
 
     def add(self, base: PackedModel, batch: Batch, hidden: torch.Tensor) -> None:
         """hidden: (N, E), the input of the head at the labels of the batch."""
-        hidden, weight, bias, cap = base.head_inputs(hidden)
+        losses, likeliest = base.head_scores(hidden, batch.labels)
         wrong = torch.zeros(batch.rows, dtype=torch.bool, device=base.device)
-        parts = zip(*(x.split(LABELS_AT_ONCE) for x in (hidden, batch.labels, label_rows(batch))), strict=True)
-        for part, expected, row in parts:
-            logits = head_logits(part, weight, bias, cap)
-            self.loss += F.cross_entropy(logits, expected, reduction="sum").item()
-            wrong[row[logits.argmax(dim=-1) != expected]] = True
+        wrong[label_rows(batch)[~likeliest]] = True
+        self.loss += losses.sum().item()
         self.labels += len(batch.labels)
         self.right += int((~wrong).sum())
         self.rows += batch.rows

@@ -5,7 +5,7 @@ from models import examples_of, random_decoder, random_prefix
 
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
-from prefix_tuning.evaluation import answer_turns, evaluate_loss, exact_match, expected_answers, last_turn
+from prefix_tuning.evaluation import answer_turns, evaluate_rows, exact_match, expected_answers, last_turn
 from prefix_tuning.generation.cache import CACHE
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.bloom import prefix_cache
@@ -14,7 +14,7 @@ from prefix_tuning.study.scoring import interval, label_logits, label_rows, pack
 
 @pytest.mark.parametrize("name", ["short", "sentence"])
 def test_a_score_is_what_evaluation_finds_by_generating(tuned_model, tokenizer, name):
-    """Exact match without a generated token equals exact match of greedy answers; the loss is evaluate_loss's to 1e-5."""
+    """Exact match without a generated token equals exact match of greedy answers; the loss is evaluate_rows's to 1e-5."""
     rows = load_rows(f"bundled:{name}-eval", ("train",)).select(range(60))
     tokenized = tokenize(rows, tokenizer, 256)
     prefix = tuned_model.prefixes[name]
@@ -23,13 +23,13 @@ def test_a_score_is_what_evaluation_finds_by_generating(tuned_model, tokenizer, 
     answers = answer_turns(tuned_model, tokenizer, turns, prefix, 1000)
     assert found.exact_match == exact_match(answers, expected_answers(tokenizer, turns))
     assert 0 < found.exact_match < 1
-    assert found.loss == pytest.approx(evaluate_loss(tuned_model, tokenized, prefix, 1000)["eval_loss"], abs=1e-5)
+    assert found.loss == pytest.approx(evaluate_rows(tuned_model, tokenized, prefix, 1000)[0]["eval_loss"], abs=1e-5)
 
 
 def test_the_base_alone_is_scored_too(base, tokenizer):
     tokenized = tokenize(load_rows("bundled:short-eval", ("train",)).select(range(20)), tokenizer, 256)
     found = score_prefix(base, pack_rows(tokenized, 1000), None)
-    assert found.exact_match == 0 and found.loss == pytest.approx(evaluate_loss(base, tokenized, None, 1000)["eval_loss"])
+    assert found.exact_match == 0 and found.loss == pytest.approx(evaluate_rows(base, tokenized, None, 1000)[0]["eval_loss"])
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def test_memory_that_runs_out_during_an_evaluation_loses_nothing(small_pass_sett
     train(TrainConfig(**small_pass_settings))
     stopped, real, evaluations = (
         small_pass_settings | {"output_dir": str(tmp_path / "stopped")},
-        evaluation.evaluate_loss,
+        evaluation.evaluate_rows,
         [],
     )
 
@@ -112,7 +112,7 @@ def test_memory_that_runs_out_during_an_evaluation_loses_nothing(small_pass_sett
             raise MemoryError
         return real(*arguments)
 
-    monkeypatch.setattr(evaluation, "evaluate_loss", run_out)
+    monkeypatch.setattr(evaluation, "evaluate_rows", run_out)
     with pytest.raises(UserError, match=r"ran out of memory; .*checkpoint-12\.safetensors is intact, resume with"):
         train(TrainConfig(**stopped))
     # The prefix of the last step is saved before it is evaluated.
