@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from prefix_tuning.cpu import bf16_units
 from prefix_tuning.errors import UserError
-from prefix_tuning.model.attention import attention_dtype
+from prefix_tuning.model.attention import row_dtype
 from prefix_tuning.model.encoder import key_value_shape
 
 if sys.platform != "win32":
@@ -56,20 +57,11 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-# oneDNN multiplies torch's matrices on x86 CPUs. If an environment variable limits it to one of these instruction sets, it
-# does not use bf16 units.
-OLDER_THAN_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
-
-
 def has_bf16_units(device: torch.device) -> bool:
     """Whether torch multiplies bfloat16 matrices in hardware, and so faster than float32. Known for CUDA and x86 CPUs."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).major >= 8  # Ampere or later
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    if device.type != "cpu" or limit.upper() in OLDER_THAN_BF16:
-        return False
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cpu" and bf16_units() is not None
 
 
 def describe_dtype(dtype: torch.dtype, precision: str, device: torch.device) -> str:
@@ -125,7 +117,7 @@ def activation_bytes_per_token(model: PreTrainedModel, longest: int = 0) -> int:
     heads = config.num_attention_heads
     keeps_scores = getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss"
     attended = heads * (4 * head_dim + (2 * longest if keeps_scores else 0))
-    in_attention = attention_dtype(model.dtype, model.device)
+    in_attention = row_dtype(model.dtype, head_dim) if model.device.type == "cpu" else model.dtype
     return layers * ((inner + 2 * config.hidden_size) * model.dtype.itemsize + attended * in_attention.itemsize)
 
 

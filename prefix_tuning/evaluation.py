@@ -45,9 +45,7 @@ class RowScore(NamedTuple):
     repeated: bool
 
 
-def score_rows(
-    model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
-) -> Iterator[RowScore]:
+def score_rows(model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> Iterator[RowScore]:
     """The score of every row of a tokenised dataset, in order.
 
     All ranks call this together, each for its own rows. It ends early, in all of them, if one of them gets a signal.

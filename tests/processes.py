@@ -62,9 +62,9 @@ with distributed.processes(CPU):
     # Six rows for four processes: whoever has no pass left takes part in those of the others. All get the same rows to ask.
     rows = Dataset.from_list([vars(example) for example in examples[:6]])
     for model, _ in models:
-        figures, missed = evaluate_rows(model, rows, prefix, 40)
+        loss, missed = evaluate_rows(model, rows, prefix, 40)
         losses = [plain.label_losses(batch, prefix) for batch in pack(examples[:6], 1000)]
-        assert abs(figures["eval_loss"] - torch.cat(losses).mean().item()) < 1e-4
+        assert abs(loss - torch.cat(losses).mean().item()) < 1e-4
         assert distributed.gather(missed) == [missed] * 4 and missed == sorted(missed) and len(missed) >= 5
     # One process may need more passes for its rows than another, or none at all.
     for used in (examples, examples[:1]):

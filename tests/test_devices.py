@@ -81,18 +81,6 @@ def test_on_a_cpu_bfloat16_is_chosen_where_there_are_units_for_it(monkeypatch, u
     assert describe_dtype(torch.float32, "fp32", cpu) == "torch.float32 on cpu"
 
 
-@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
-@pytest.mark.parametrize(
-    "limit, used", [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_BF16", True), ("DEFAULT", True)]
-)
-def test_units_that_onednn_is_told_not_to_use_do_not_count(monkeypatch, variable, limit, used):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, limit)
-    assert resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if used else torch.float32)
-
-
 def test_tokens_of_a_pass_stay_within_the_memory_meant_for_it():
     model = random_bloom()
     assert activation_bytes_per_token(model) == 10 * 48 * 3 * 4

@@ -31,8 +31,8 @@ There is one slope for each head: 2 ** (-8 * h / H) for h = 1 .. H where H is a 
 kernels, as suits a GPU and short rows. `attend_rows` loops over the rows, as suits a CPU and long rows: no padding, few
 masked keys are computed, and only inputs and outputs are kept for the backward pass.
 
-All of it runs in `attention_dtype`: for a base in bf16, bfloat16 on CUDA and float32 on a CPU. The prefix arrives in float32
-and is cast here, before `torch.cat`.
+For a base in bf16, all of it runs in bfloat16 on CUDA. On a CPU it runs in float32, and row by row in whichever of the two
+is faster (`row_dtype`). The prefix arrives in float32 and is cast here, before `torch.cat`.
 """
 
 from collections.abc import Iterator
@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from prefix_tuning.cpu import attends_in_bf16
 from prefix_tuning.model.batch import Batch
 
 # The kernels behind scaled_dot_product_attention on a CPU. AttendRows calls them on a part of the queries at a time.
@@ -57,6 +58,12 @@ def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     backward pass of torch's kernel is 2 to 5 times slower in bfloat16.
     """
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+
+
+def row_dtype(dtype: torch.dtype, head_dim: int) -> torch.dtype:
+    """The same for `attend_rows`, whose backward pass in bfloat16 is our own: bfloat16 where the CPU is faster in it."""
+    in_bf16 = dtype == torch.bfloat16 and attends_in_bf16(head_dim)
+    return dtype if in_bf16 else torch.promote_types(dtype, torch.float32)
 
 
 def attention_bias(num_heads: int, prefix_length: int, max_length: int, like: torch.Tensor) -> torch.Tensor:
@@ -91,7 +98,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention of every row over [prefix; row]: (T, H, D).
 
-    qkv: (T, G, H / G + 2, D), in the dtype of bias: of each group the queries, then the key and the value that they share.
+    qkv: (T, G, H / G + 2, D), in the model's dtype: of each group the queries, then the key and the value that they share.
     Bloom's query_key_value returns it so, with one query. prefix: (2, G, P, D), key and value, in any dtype. bias: (1, H or
     1, S, P + S), `attention_bias`. label_positions_only: the caller reads the result at label positions only; elsewhere it
     may hold any finite number.
@@ -108,7 +115,10 @@ def attend_padded(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch, bias: t
 
 
 def as_grid(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries (R, H, S, D), keys and values (R, H, P + S, D) of all rows, the prefix's keys and values in front."""
+    """Queries (R, H, S, D), keys and values (R, H, P + S, D) of all rows, the prefix's keys and values in front, in their
+    `attention_dtype`.
+    """
+    qkv = qkv.to(attention_dtype(qkv.dtype, qkv.device))
     query, key, value = _split(batch.to_grid(qkv).permute(0, 2, 3, 1, 4))  # each (R, G, H / G or 1, S, D)
     prefix_key, prefix_value = prefix.to(qkv.dtype)[:, None, :, None].expand(-1, batch.rows, -1, -1, -1, -1)
     key, value = torch.cat((prefix_key, key), dim=3), torch.cat((prefix_value, value), dim=3)
@@ -126,6 +136,7 @@ def attend_rows(
 ) -> torch.Tensor:
     """`attend` row by row, long rows in chunks of queries. CPU only."""
     first_queries = batch.first_labels if label_positions_only else [0] * batch.rows
+    qkv = qkv.to(row_dtype(qkv.dtype, qkv.shape[3]))
     return AttendRows.apply(qkv, prefix, bias, batch.lengths, first_queries)
 
 
@@ -162,8 +173,8 @@ class AttendRows(torch.autograd.Function):
             if not into_rows:
                 key, value, visible = key[:, :, :prefix_length], value[:, :, :prefix_length], visible[..., :prefix_length]
             grad, result = (x[queries].permute(1, 2, 0, 3) for x in (grad_context, context))
-            grad_query, *grads = _flash_backward(grad, query, key, value, result, log_sum, 0.0, False, attn_mask=visible)
-            grad_key, grad_value = (x.sum(1) for x in grads)  # over the queries of a group
+            backward = _matmul_backward if qkv.dtype == torch.bfloat16 else _flash_backward_of_groups
+            grad_query, grad_key, grad_value = backward(grad, query, key, value, result, log_sum, visible)
             grad_prefix[0] += grad_key[:, :prefix_length]
             grad_prefix[1] += grad_value[:, :prefix_length]
             if into_rows:
@@ -171,6 +182,31 @@ class AttendRows(torch.autograd.Function):
                 grad_qkv[keys, :, -2] += grad_key[:, prefix_length:].transpose(0, 1)
                 grad_qkv[keys, :, -1] += grad_value[:, prefix_length:].transpose(0, 1)
         return grad_qkv if into_rows else None, grad_prefix, None, None, None
+
+
+def _flash_backward_of_groups(grad, query, key, value, result, log_sum, bias) -> tuple[torch.Tensor, ...]:
+    """The gradients of queries (G, H / G, q, D), and of keys and values (G, k, D), summed over the queries of a group."""
+    grad_query, *grads = _flash_backward(grad, query, key, value, result, log_sum, 0.0, False, attn_mask=bias)
+    return grad_query, *(x.sum(1) for x in grads)
+
+
+def _matmul_backward(grad, query, key, value, result, log_sum, bias) -> tuple[torch.Tensor, ...]:
+    """The same by four matmuls in bfloat16, which are faster than torch's kernel (prefix_tuning/cpu.py).
+
+        weights = exp(scores - log_sum)         d value = weights^T @ grad
+        d scores = weights * (grad @ value^T - sum(grad * result))
+        d query = d scores @ key / sqrt(D)      d key = d scores^T @ query / sqrt(D)
+
+    A reader who does not care about CPUs may skip it.
+    """
+    key, value, scale = key[:, 0], value[:, 0], key.shape[3] ** -0.5
+    query, grad, result = (x.flatten(1, 2) for x in (query, grad, result))  # the queries of a group, one after the other
+    weights = (query @ key.mT).float().mul_(scale).unflatten(1, bias.shape[1:3]).add_(bias).sub_(log_sum.unsqueeze(3)).exp_()
+    weights = weights.flatten(1, 2)
+    shift = (grad.float() * result.float()).sum(2, keepdim=True)
+    grad_scores = (grad @ value.mT).float().sub_(shift).mul_(weights).mul_(scale).to(query.dtype)
+    grad_query = (grad_scores @ key).unflatten(1, bias.shape[1:3])
+    return grad_query, grad_scores.mT @ query, weights.to(grad.dtype).mT @ grad
 
 
 def _query_chunks(

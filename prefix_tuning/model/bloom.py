@@ -22,7 +22,7 @@ Nothing runs under autocast. With a base in bf16:
                                               on CUDA     on a CPU
     encoder, prefix, optimizer                float32     float32      encoder.py says why
     hidden states, linear layers, norms       bfloat16    bfloat16     the dtype of the base
-    attention, and the prefix in it           bfloat16    float32      `attention_dtype`
+    attention, and the prefix in it           bfloat16    either       `attention_dtype`, `row_dtype`
     the matmuls of the head, and back         bfloat16    bfloat16     FrozenHeadLoss
     softmax of the logits, losses             float32     float32      FrozenHeadLoss
     gradient of the prefix, over all passes   float32     float32      training/loop.py
@@ -63,7 +63,7 @@ class PackedBlock(BloomBlock):
         attention, mlp = self.self_attention, self.mlp
         normed = self.input_layernorm(hidden)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden
-        qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim).to(bias.dtype)
+        qkv = attention.query_key_value(normed).view(-1, attention.num_heads, 3, attention.head_dim)
         context = attend(qkv, prefix, batch, bias, label_positions_only).flatten(1).to(hidden.dtype)
         if label_positions_only:
             context, residual = (x.index_select(0, batch.label_positions) for x in (context, residual))

@@ -164,7 +164,7 @@ def attend_packed(
     scale = head_dim**-0.5 if scaling is None else scaling
     query = query * (scale * head_dim**0.5)  # `attend` divides by the root
     parts = query.unflatten(1, (groups, -1)), key.unsqueeze(2), value.unsqueeze(2)
-    qkv = torch.cat([x.to(dtype) for x in parts], dim=2)[0].permute(2, 0, 1, 3)  # (T, G, H / G + 2, D)
+    qkv = torch.cat(parts, dim=2)[0].permute(2, 0, 1, 3)  # (T, G, H / G + 2, D)
     mask, last = mask_of(sliding_window, dtype), layer == len(prefix) - 1
     context = attend_in(layer)(qkv, prefix[layer], batch, mask, label_positions_only=last, cap=softcap, sinks=s_aux)
     return context.to(own_dtype).unsqueeze(0), None

@@ -12,7 +12,7 @@ from prefix_tuning import bundled
 from prefix_tuning.base_model.loading import load_base
 from prefix_tuning.data.readers import load_rows
 from prefix_tuning.data.rows import take, tokenize
-from prefix_tuning.evaluation import evaluate_rows
+from prefix_tuning.evaluation import evaluate_rows, perplexity
 from prefix_tuning.files.prefixes import load_prefix
 
 
@@ -43,11 +43,11 @@ def test_scores_are_the_evaluations(tmp_path, tuned, prefixes, tokenizer, capsys
     for name, folder in {"base": None, **tuned}.items():
         prefix = load_prefix(str(folder)).tensor if folder else None
         mean, _ = evaluate_rows(base, tokenize(all_rows, tokenizer, 10**6), prefix, 100)
-        assert scores["all"]["loss"][name] == pytest.approx(mean["eval_loss"], rel=1e-5)
-        assert scores["all"]["perplexity"][name] == pytest.approx(mean["eval_perplexity"], rel=1e-5)
+        assert scores["all"]["loss"][name] == pytest.approx(mean, rel=1e-5)
+        assert scores["all"]["perplexity"][name] == pytest.approx(perplexity(mean), rel=1e-5)
         for index, row in enumerate(scores["rows"]):
             alone, _ = evaluate_rows(base, tokenize(all_rows.select([index]), tokenizer, 10**6), prefix, 100)
-            assert row["loss"][name] == pytest.approx(alone["eval_loss"], rel=1e-4)
+            assert row["loss"][name] == pytest.approx(alone, rel=1e-4)
             assert f"{row['loss'][name]:.4f}" in lines[index].split()
         assert f"{scores['all']['loss'][name]:.4f}" in total.split()
     refuses("scores.json is there already; name another", "--score", source, *prefixes, "--output", output)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import examples_of, random_bloom
+from models import examples_of, random_bloom, relative
 
 from prefix_tuning.model import attention
 from prefix_tuning.model.batch import pack
@@ -22,8 +22,9 @@ def test_on_a_cpu_rows_that_are_long_on_average_go_one_by_one(monkeypatch, lengt
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("label_positions_only", [False, True])
 def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, label_positions_only, queries):
-    """Numerically, in float64: of all rows, long ones in chunks, in queries, keys, values and the prefix. queries: those that
-    share a key and a value.
+    """Numerically, in float64: of all rows, long ones in chunks, in queries, keys, values and the prefix.
+
+    queries: those that share a key and a value.
     """
     monkeypatch.setattr(attention, "QUERY_CHUNK", 2)
     torch.manual_seed(0)
@@ -42,6 +43,26 @@ def test_the_gradient_of_attention_row_by_row_is_its_derivative(monkeypatch, lab
     if label_positions_only:
         padded = padded[batch.label_positions]
     torch.testing.assert_close(attended(qkv, prefix), padded, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prefix_length", [1, 2, 10, 64])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_in_bf16_gradients_stay_within_two_percent_of_float64s(monkeypatch, prefix_length, queries):
+    """Of rows from 1 to 300 tokens, from the same numbers. bf16 keeps 8 bits, and a number passes about four roundings."""
+    monkeypatch.setattr(attention, "attends_in_bf16", lambda head_dim: True)
+    torch.manual_seed(0)
+    for length in (1, 2, 3, 10, 63, 127, 128, 129, 200, 256, 257, 300):
+        (batch,) = pack(examples_of([length]), 1000)
+        inputs = torch.randn(length, 2, queries + 2, 64).bfloat16(), torch.randn(2, 2, prefix_length, 64).bfloat16()
+        factors, found = torch.randn(length, 2 * queries, 64).bfloat16(), []
+        for dtype in (torch.bfloat16, torch.float64):
+            qkv, prefix = (x.to(dtype).requires_grad_() for x in inputs)
+            bias = attention.attention_bias(2 * queries, prefix_length, length, qkv)
+            context = attention.attend_rows(qkv, prefix.float() if dtype == torch.bfloat16 else prefix, batch, bias, False)
+            assert context.dtype == dtype
+            found.append([context, *torch.autograd.grad((context * factors.to(dtype)).sum(), (qkv, prefix))])
+        for low, exact in zip(*found, strict=True):
+            assert relative(low.double(), exact) < 0.02
 
 
 def test_a_longer_prefix_leaves_the_distances_between_tokens(monkeypatch):

@@ -91,11 +91,14 @@ def plain_float64_loss(model, examples, prefix):
     return total
 
 
-@pytest.fixture(params=["rows", "rows in pieces", "grid"])
+@pytest.fixture(params=["rows", "rows in pieces", "rows in bf16", "grid"])
 def attention_form(request, monkeypatch):
-    """Each form of attention: row by row, row by row with the queries in chunks of 4, and as a padded grid."""
-    if request.param == "rows in pieces":
+    """Each form of attention: row by row, the same with the queries in chunks of 4, and as a padded grid. A base in bf16
+    attends in bf16 in one of them, and in float32 in the others.
+    """
+    if request.param in ("rows in pieces", "rows in bf16"):
         monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(attention, "attends_in_bf16", lambda head_dim: request.param == "rows in bf16")
     grid = request.param == "grid"
     monkeypatch.setattr(bloom, "attend", (lambda *x: attention.attend_padded(*x[:-1])) if grid else attention.attend_rows)
 
@@ -203,25 +206,31 @@ def test_in_bfloat16_every_form_of_attention_stays_close_to_float32(attention_fo
     assert relative(our_gradient, their_gradient) < 2e-2
 
 
-def test_in_bfloat16_on_a_cpu_attention_alone_is_float32():
-    """The table at the head of model/bloom.py."""
+@pytest.mark.parametrize(
+    "in_bf16, lengths, expected",
+    [(False, [90, 80], torch.float32), (True, [90, 80], torch.bfloat16), (True, [7, 12], torch.float32)],
+)
+def test_in_bfloat16_on_a_cpu_attention_alone_is_float32(monkeypatch, in_bf16, lengths, expected):
+    """The table at the head of model/bloom.py. Short rows form a grid, whose kernel is always in float32."""
+    monkeypatch.setattr(attention, "attends_in_bf16", lambda head_dim: in_bf16)
     model, of_modules, of_attention = random_bloom(dtype=torch.bfloat16), set(), set()
 
     def attend(qkv, prefix, batch, bias, label_positions_only):
         context = attention.attend(qkv, prefix, batch, bias, label_positions_only)
-        of_attention.update(tensor.dtype for tensor in (qkv, bias, context))
+        assert bias.dtype == torch.float32
+        of_attention.add(context.dtype)
         return context
 
     model.attend_in = lambda layer: attend
     for block in model.transformer.h:
         for module in block.modules():
             module.register_forward_hook(lambda module, inputs, output: of_modules.add(output.dtype))
-    (batch,) = pack(examples_of([7, 12]), 100)
+    (batch,) = pack(examples_of(lengths), 200)
     prefix = PrefixEncoder(prefix_config(model))()
     leaf = prefix.detach().requires_grad_()
     losses = model.label_losses(batch, leaf)
     losses.sum().backward()
-    assert of_modules == {torch.bfloat16} and of_attention == {torch.float32}
+    assert of_modules == {torch.bfloat16} and of_attention == {expected}
     assert prefix.dtype == losses.dtype == leaf.grad.dtype == torch.float32
     assert attention.attention_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
 

@@ -90,6 +90,9 @@ def test_the_teachers_own_pairs_leave_nothing_to_learn(dtype):
     other, gradient = loss_and_gradient(lambda leaf: objective.label_losses(batch, leaf).sum(), 3 * teacher)
     assert other > 0 and gradient.isfinite().all() and gradient.any()
     assert (objective.label_losses(batch, None) > 0).all()
+    scores, likeliest = objective.label_scores(batch, 3 * teacher)
+    assert torch.equal(scores, objective.label_losses(batch, 3 * teacher))
+    assert torch.equal(likeliest, model.label_scores(batch, 3 * teacher)[1])
     assert objective.label_losses(EMPTY_BATCH, teacher).shape == (0,)
 
 

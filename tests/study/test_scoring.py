@@ -23,13 +23,13 @@ def test_a_score_is_what_evaluation_finds_by_generating(tuned_model, tokenizer, 
     answers = answer_turns(tuned_model, tokenizer, turns, prefix, 1000)
     assert found.exact_match == exact_match(answers, expected_answers(tokenizer, turns))
     assert 0 < found.exact_match < 1
-    assert found.loss == pytest.approx(evaluate_rows(tuned_model, tokenized, prefix, 1000)[0]["eval_loss"], abs=1e-5)
+    assert found.loss == pytest.approx(evaluate_rows(tuned_model, tokenized, prefix, 1000)[0], abs=1e-5)
 
 
 def test_the_base_alone_is_scored_too(base, tokenizer):
     tokenized = tokenize(load_rows("bundled:short-eval", ("train",)).select(range(20)), tokenizer, 256)
     found = score_prefix(base, pack_rows(tokenized, 1000), None)
-    assert found.exact_match == 0 and found.loss == pytest.approx(evaluate_rows(base, tokenized, None, 1000)[0]["eval_loss"])
+    assert found.exact_match == 0 and found.loss == pytest.approx(evaluate_rows(base, tokenized, None, 1000)[0])
 
 
 @torch.no_grad()
