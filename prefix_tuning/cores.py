@@ -20,8 +20,8 @@ import torch
 
 LOOK = 0.2  # seconds for which threads spin while it is measured whether other programs need the cores
 REST = 5.0  # seconds without spinning where they do
-# The seconds that this program's threads wait for a core, in a second on a machine that counts as busy. One busy program
-# beside two threads makes it about 0.5.
+# A machine counts as busy if this program's threads wait longer than that for a core, in seconds per second, all together.
+# Two threads beside three busy programs, on 2 cores, waited 1.2.
 BUSY = 0.1
 
 
@@ -63,7 +63,8 @@ def _watch(over: threading.Event, threads: int) -> None:
 
 
 def _sleep(over: threading.Event, threads: int) -> None:
-    # A kernel that is large enough for all threads. libgomp keeps a team of its own for each thread that starts kernels.
+    # A kernel that is large enough for all threads. Each thread that starts kernels gets a team of its own from libgomp,
+    # which ends with it.
     torch.zeros(threads * 2**15)
     over.wait(REST)
 

@@ -2,7 +2,6 @@
 
     python -m prefix_tuning.plain                          tunes a prefix on the bundled demo, about a minute on a CPU
     python -m prefix_tuning.plain ROWS.jsonl BASE          on your rows and your Bloom, by folder or by hub name
-    OMP_WAIT_POLICY=PASSIVE python -m prefix_tuning.plain  where other programs need the cores, too; see cores.py
 
 Everything is here, in the order in which it happens, except the network that emits the prefix: model/encoder.py explains
 it, so read that next. train.py does the same, faster and safer; tests hold both to the same losses, gradient norms and
