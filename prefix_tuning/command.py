@@ -35,9 +35,12 @@ def run_command(prepare: Callable[[list[str]], Callable[[], object]], stdout_is_
                 command = prepare(sys.argv[1:])
                 from transformers.utils.logging import disable_progress_bar
 
+                from prefix_tuning.cores import giving_way
+
                 # transformers shows one for each file of weights.
                 disable_progress_bar()
-            command()
+            with giving_way():
+                command()
         finally:
             # Here, and not at exit, so that the handlers below see its errors.
             sys.stdout.flush()

@@ -21,7 +21,7 @@ FLOORS = [
     ["files.names"],
     ["settings", "distributed", "signals"],
     ["model"],
-    ["devices"],
+    ["devices", "cores"],
     ["files", "data"],
     ["base_model"],
     ["generation"],

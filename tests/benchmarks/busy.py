@@ -6,7 +6,7 @@
 Each kernel of torch ends with its threads waiting for the slowest one. Where a thread waits by spinning, it keeps its core
 busy; where another program needs a core too, the thread that is waited for may be the one without. The loop of train.py runs
 on the rows of speed.py, in turns for each setting, first alone, then beside processes that only count. Run it on a machine
-that is otherwise quiet.
+that is otherwise quiet. giving-way is what the commands do (prefix_tuning/cores.py).
 """
 
 import argparse
@@ -16,12 +16,14 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 from speed import ROWS_PER_STEP, SHAPES, make_encoder, make_model, make_rows, train_ours
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 SETTINGS = {
     "default": {},
+    "giving-way": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     **{f"spin-{count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 3000, 10_000, 30_000, 100_000)},
     "one-thread": {"OMP_NUM_THREADS": "1"},
@@ -33,6 +35,7 @@ def worker(args) -> None:
     import torch
     from datasets import Dataset
 
+    from prefix_tuning.cores import giving_way
     from prefix_tuning.devices import PRECISIONS
 
     rows = make_rows(args.rows, SHAPES[args.shape]["vocab_size"])
@@ -42,10 +45,11 @@ def worker(args) -> None:
 
     def tokens_per_second() -> float:
         start = time.perf_counter()
-        train_ours(model, encoder, data, ROWS_PER_STEP, steps)
+        with giving_way() if args.give_way else nullcontext():
+            train_ours(model, encoder, data, ROWS_PER_STEP, steps)
         return tokens / (time.perf_counter() - start)
 
-    train_ours(model, encoder, data, ROWS_PER_STEP, 2)
+    tokens_per_second()  # the first time, oneDNN prepares its kernels
     alone = tokens_per_second()
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.others)]
     try:
@@ -66,6 +70,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=1, help="busy processes beside the loop")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--give_way", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
@@ -74,7 +79,7 @@ def main() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     for number in range(args.repeats):
         for name in args.settings:
-            command = [sys.executable, __file__, "--worker"]
+            command = [sys.executable, __file__, "--worker", *(["--give_way"] if name == "giving-way" else [])]
             for flag in ("shape", "precision", "rows", "others"):
                 command += [f"--{flag}", str(getattr(args, flag))]
             result = subprocess.run(command, env=environment | SETTINGS[name], capture_output=True, text=True)
