@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prefix_tuning.cpu import bf16_units
 from prefix_tuning.errors import UserError
 from prefix_tuning.model.attention import row_dtype
+from prefix_tuning.model.cpu import bf16_units
 from prefix_tuning.model.encoder import key_value_shape
 
 if sys.platform != "win32":

@@ -175,6 +175,15 @@ def gather(value) -> list:
     return [json.loads(bytes(text.tolist())) for text in joined.to(torch.uint8).split(lengths)]
 
 
+def gather_shares(values: list) -> list:
+    """The values of all ranks in one order, the inverse of `share`: anything that JSON knows."""
+    parts = gather(values)
+    together = [None] * sum(map(len, parts))
+    for process, part in enumerate(parts):
+        together[process :: len(parts)] = part
+    return together
+
+
 def broadcast_object(value):
     """Main's value, in all ranks: anything that JSON knows."""
     return gather(value if is_main() else None)[0]

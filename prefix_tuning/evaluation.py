@@ -34,15 +34,11 @@ LONGEST_SHOWN = 64
 
 
 class RowScore(NamedTuple):
-    """loss: of a row in nats, summed over its labels. labels: their number.
-
-    repeated: whether each label is likelier than any other token after those before it. Greedy generation then repeats the
-    answer, so nobody needs to generate it.
-    """
+    """loss: of a row in nats, summed over its labels. labels: their number. likeliest: the likeliest token at each label."""
 
     loss: float
     labels: int
-    repeated: bool
+    likeliest: list[int]
 
 
 def score_rows(model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> Iterator[RowScore]:
@@ -56,8 +52,8 @@ def score_rows(model: Objective, tokenized: Dataset, prefix: torch.Tensor | None
         losses, likeliest = (x.cpu() for x in model.label_scores(batch.to(model.device), prefix))
         counts = [count for _, count in rows]
         parts = zip(losses.double().split(counts), likeliest.split(counts), strict=True)
-        for (row, count), (loss, right) in zip(rows, parts, strict=True):
-            found[row] = RowScore(loss.sum().item(), count, bool(right.all()))
+        for (row, count), (loss, tokens) in zip(rows, parts, strict=True):
+            found[row] = RowScore(loss.sum().item(), count, tokens.tolist())
         while following in found:
             yield found.pop(following)
             following += 1
@@ -89,21 +85,21 @@ def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple
 
 def evaluate_rows(
     model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
-) -> tuple[float, list[int]]:
-    """The mean loss per label in nats over a tokenised dataset, and the indices of the rows that are not
-    `RowScore.repeated`. The ranks share the rows, and all get the same.
+) -> tuple[float, list[list[int]]]:
+    """The mean loss per label in nats over a tokenised dataset, and the likeliest tokens at the labels of each row.
+
+    The ranks share the rows, and all get the same.
 
     Raises Interrupted in all ranks, after the current pass, if one of them gets a signal.
     """
-    indices = distributed.share(range(len(tokenized)))
-    losses, labels, missed = 0.0, 0, []
-    for index, score in enumerate(score_rows(model, tokenized.select(indices), prefix, max_tokens)):
+    own = tokenized.select(distributed.share(range(len(tokenized))))
+    losses, labels, likeliest = 0.0, 0, []
+    for score in score_rows(model, own, prefix, max_tokens):
         losses, labels = losses + score.loss, labels + score.labels
-        if not score.repeated:
-            missed.append(indices[index])
+        likeliest.append(score.likeliest)
     signals.stop_if_heard()
     all_losses, all_labels = distributed.sum_over_ranks([losses, labels])
-    return all_losses / all_labels, sorted(itertools.chain(*distributed.gather(missed)))
+    return all_losses / all_labels, distributed.gather_shares(likeliest)
 
 
 def perplexity(loss: float) -> float:
@@ -173,10 +169,7 @@ def answer_prompts(
             do_sample=False,
         )
     signals.stop_if_heard()
-    answers = [""] * len(prompts)
-    for process, part in enumerate(parts := distributed.gather(replies)):
-        answers[process :: len(parts)] = part
-    return answers
+    return distributed.gather_shares(replies)
 
 
 def greedy(base: PackedModel, tokenizer: PreTrainedTokenizerBase) -> PrefixBloom:
@@ -196,13 +189,25 @@ def expected_answers(tokenizer: PreTrainedTokenizerBase, turns: list[Turn]) -> l
     return tokenizer.batch_decode([turn.answer for turn in turns], skip_special_tokens=True)
 
 
-def exact_match(answers: list[str], expected: list[str], repeated: int = 0) -> float:
-    """Share of answers that equal the expected ones, apart from surrounding white space.
+def matching(answers: list[str], expected: list[str]) -> int:
+    """How many answers equal the expected ones, apart from surrounding white space."""
+    return sum(answer.strip() == other.strip() for answer, other in zip(answers, expected, strict=True))
 
-    repeated: the number of further answers, which are known to do so.
+
+def foreseen_match(tokenizer: PreTrainedTokenizerBase, turn: Turn, likeliest: list[int]) -> bool | None:
+    """Whether greedy generation gives a turn's answer, or None where nobody can tell without generating it.
+
+    likeliest: the likeliest token at each label of the row. Up to the first that is not the label, these are the tokens that
+    are generated. The same text may have other tokens, so only one that no longer begins the answer's text is wrong.
     """
-    equal = sum(answer.strip() == other.strip() for answer, other in zip(answers, expected, strict=True))
-    return (equal + repeated) / (len(expected) + repeated)
+    likeliest = likeliest[-len(turn.answer) :]
+    if likeliest == turn.answer:
+        return True
+    right = [ours == label for ours, label in zip(likeliest, turn.answer, strict=True)].index(False)
+    begun, answer = tokenizer.batch_decode([likeliest[: right + 1], turn.answer], skip_special_tokens=True)
+    # A token may end within a character, or before white space.
+    begun, answer = ("".join(text.split()).rstrip("\ufffd") for text in (begun, answer))
+    return None if answer.startswith(begun) else False
 
 
 @dataclass
@@ -250,7 +255,7 @@ class Evaluator:
         heads, tokens, head_dim); None: the frozen base alone.
         """
         assert self.tokenized is not None
-        loss, missed = evaluate_rows(self.distillation or self.base, self.tokenized, prefix, self.max_tokens)
+        loss, likeliest = evaluate_rows(self.distillation or self.base, self.tokenized, prefix, self.max_tokens)
         figures, line = {"eval_loss": loss}, f"{title}: eval loss {loss:.4f}"
         if self.distillation:
             line += " (divergence from the teacher)"
@@ -258,12 +263,12 @@ class Evaluator:
             figures["eval_perplexity"] = perplexity(loss)
             line += f", perplexity {figures['eval_perplexity']:.2f}"
         if self.wants_answers:
-            # An answer may have the same text as the expected one in other tokens, so the others are generated.
-            turns = [last_turn(example) for example in take(self.tokenized, missed)]
-            answers, rows = self._answers(turns, prefix), len(self.tokenized)
-            expected = expected_answers(self.tokenizer, turns)
-            figures["eval_exact_match"] = exact_match(answers, expected, repeated=rows - len(missed))
-            line += f", exact match {figures['eval_exact_match']:.1%} of {rows} held-out questions"
+            turns = list(self._turns())
+            known = [foreseen_match(self.tokenizer, turn, tokens) for turn, tokens in zip(turns, likeliest, strict=True)]
+            unsure = [turn for turn, match in zip(turns, known, strict=True) if match is None]
+            right = known.count(True) + matching(self._answers(unsure, prefix), expected_answers(self.tokenizer, unsure))
+            figures["eval_exact_match"] = right / len(turns)
+            line += f", exact match {figures['eval_exact_match']:.1%} of {len(turns)} held-out questions"
         tqdm.write(line)
         return figures
 
@@ -272,8 +277,6 @@ class Evaluator:
         return (last_turn(take(self.tokenized, [row])[0]) for row in range(len(self.tokenized or ())))
 
     def _answers(self, turns: list[Turn], prefix: torch.Tensor | None) -> list[str]:
-        if not turns:
-            return []
         return answer_turns(self._prefixed, self.tokenizer, turns, prefix, self.max_tokens)
 
     @functools.cached_property

@@ -98,9 +98,9 @@ def test_losses_of_rows_and_of_the_base_alone(device):
     examples = examples_of([7, 12, 30])
     rows = Dataset.from_list([vars(example) for example in examples])
     for prefix in (None, random_prefix(plain_model)):
-        ours, missed = evaluate_rows(model, rows, None if prefix is None else prefix.to(device), 30)
-        plain, plain_missed = evaluate_rows(plain_model, rows, prefix, 30)
-        assert ours == pytest.approx(plain, rel=1e-5) and missed == plain_missed
+        ours, likeliest = evaluate_rows(model, rows, None if prefix is None else prefix.to(device), 30)
+        plain, plain_likeliest = evaluate_rows(plain_model, rows, prefix, 30)
+        assert ours == pytest.approx(plain, rel=1e-5) and likeliest == plain_likeliest
     # The passes that make wrapped layers compile; the result is their seconds.
     assert compile_now(model, pack(examples, 30), random_prefix(plain_model).to(device)) > 0
 

@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from prefix_tuning.cpu import attends_in_bf16
 from prefix_tuning.model.batch import Batch
+from prefix_tuning.model.cpu import attends_in_bf16
 
 # The kernels behind scaled_dot_product_attention on a CPU. AttendRows calls them on a part of the queries at a time.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -191,7 +191,7 @@ def _flash_backward_of_groups(grad, query, key, value, result, log_sum, bias) ->
 
 
 def _matmul_backward(grad, query, key, value, result, log_sum, bias) -> tuple[torch.Tensor, ...]:
-    """The same by four matmuls in bfloat16, which are faster than torch's kernel (prefix_tuning/cpu.py).
+    """The same by four matmuls in bfloat16, which are faster than torch's kernel (cpu.py).
 
         weights = exp(scores - log_sum)         d value = weights^T @ grad
         d scores = weights * (grad @ value^T - sum(grad * result))

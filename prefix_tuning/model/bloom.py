@@ -86,7 +86,7 @@ class Objective(Protocol):
         ...
 
     def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`label_losses`, without gradients, and whether each label is likelier than any other token: (N,), bool."""
+        """`label_losses`, without gradients, and the likeliest token at each label: (N,), int64."""
         ...
 
 
@@ -108,7 +108,7 @@ class PackedModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`label_losses`, without gradients, and whether each label is likelier than any other token: (N,), bool."""
+        """`label_losses`, without gradients, and the likeliest token at each label: (N,), int64."""
         labels, batch = len(batch.labels), self.filled(batch)
         losses, likeliest = self.head_scores(self.packed_hidden(batch, prefix), batch.labels)
         return losses[:labels], likeliest[:labels]
@@ -131,18 +131,18 @@ class PackedModel(PreTrainedModel, GenerationMixin):
         return FrozenHeadLoss.apply(hidden, weight, labels, bias, cap)
 
     def head_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`head_losses`, and whether each label is likelier than any other token: (N,) and (N,), bool."""
+        """`head_losses`, and the likeliest token at each label: (N,) and (N,), int64."""
         hidden, weight, bias, cap = self.head_inputs(hidden)
         losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        likeliest = torch.empty_like(labels, dtype=torch.bool)
+        likeliest = labels.clone()
         for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
             part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
             logits = head_logits(hidden[part], weight, bias, cap)
             losses[part] = F.cross_entropy(logits, labels[part], reduction="none")
-            label = labels[part].unsqueeze(1)
-            own = logits.gather(1, label).squeeze(1)
-            # On a CPU, argmax would take as long as cross_entropy, and this takes a tenth of it.
-            likeliest[part] = own > logits.scatter_(1, label, -torch.inf).amax(dim=1)
+            own = logits.gather(1, labels[part].unsqueeze(1)).squeeze(1)
+            # On a CPU, argmax takes as long as cross_entropy, and amax a tenth of it.
+            others = (own < logits.amax(dim=1)).nonzero().flatten()
+            likeliest[others + start] = logits[others].argmax(dim=1)
         return losses, likeliest
 
     def head_inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:

@@ -87,6 +87,6 @@ class Distillation:
         return losses[:labels]
 
     def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`label_losses`, without gradients, and whether each label is likelier than any other token after the prefix."""
+        """`label_losses`, without gradients, and the likeliest token at each label, after the prefix."""
         with torch.no_grad():
             return self.label_losses(batch, prefix), self.base.label_scores(batch, prefix)[1]

@@ -71,7 +71,7 @@ class Tally:
         """hidden: (N, E), the input of the head at the labels of the batch."""
         losses, likeliest = base.head_scores(hidden, batch.labels)
         wrong = torch.zeros(batch.rows, dtype=torch.bool, device=base.device)
-        wrong[label_rows(batch)[~likeliest]] = True
+        wrong[label_rows(batch)[likeliest != batch.labels]] = True
         self.loss += losses.sum().item()
         self.labels += len(batch.labels)
         self.right += int((~wrong).sum())

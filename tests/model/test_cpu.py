@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from prefix_tuning.cpu import attends_in_bf16, bf16_units
 from prefix_tuning.devices import resolve_dtype
+from prefix_tuning.model.cpu import attends_in_bf16, bf16_units
 
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
