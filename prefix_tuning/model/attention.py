@@ -45,7 +45,8 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from prefix_tuning.model.batch import Batch
 from prefix_tuning.model.cpu import attends_in_bf16
 
-# The kernels behind scaled_dot_product_attention on a CPU. AttendRows calls them on a part of the queries at a time.
+# The kernels behind scaled_dot_product_attention on a CPU. AttendRows calls them on a part of the queries at a time. The
+# public function returns no log of the softmax's sum, and would keep its own copy of the keys of each part for the way back.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 

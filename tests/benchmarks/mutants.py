@@ -45,6 +45,8 @@ TESTS = {
         "tests/inference/test_run.py tests/inference/test_chat.py tests/test_faults.py tests/test_distributed.py"
         " -k pipe|stops_an_answer|lets_the_step|error_that_one|refused_once",
     ],
+    "command": ["tests/test_cli.py", "tests/test_faults.py"],
+    "cores": ["tests/test_cores.py"],
     "devices": ["tests/test_devices.py", "tests/training/test_run.py -k what_takes_most"],
     "distributed": [
         "tests/test_distributed.py -k forks|single_process|logs|store",
@@ -65,6 +67,8 @@ TESTS = {
     "text": ["tests/test_text.py", "tests/inference/test_ask.py -k wide"],
     "model.encoder": ["tests/model/test_encoder.py", "tests/model/test_bloom.py tests/files/test_prefixes.py"],
     "model.batch": ["tests/model/test_batch.py", "tests/model/test_bloom.py", DEVICE],
+    "model.cpu": ["tests/model/test_cpu.py"],
+    "model.distillation": ["tests/model/test_distillation.py", DEVICE],
     "model.attention": ["tests/model/test_attention.py tests/model/test_bloom.py", DEVICE],
     "model.bloom": [
         "tests/model/test_bloom.py tests/model/test_attention.py",
@@ -84,6 +88,7 @@ TESTS = {
         DEVICE,
     ],
     "base_model.sharding": ["tests/base_model/test_sharding.py", "tests/test_distributed.py -k gradients|alone_is_told"],
+    "data.templates": ["tests/data/test_templates.py"],
     "data.columns": ["tests/data/test_columns.py", "tests/data/test_readers.py tests/data/test_rows.py"],
     "data.readers": ["tests/data/test_readers.py", "tests/data/test_rows.py"],
     "data.splits": ["tests/data/test_splits.py"],
@@ -140,6 +145,7 @@ TESTS = {
         "tests/training/test_run.py tests/data/test_splits.py -k what_takes_most|without_memory|talks",
         DEVICE,
     ],
+    "training.teacher": ["tests/training/test_teacher.py"],
     "training.settings": [
         "tests/training/test_settings.py tests/test_settings.py",
         "tests/data/test_splits.py tests/training/test_report.py -k flag|not_installed",
