@@ -37,4 +37,4 @@ def attends_in_bf16(head_dim: int) -> bool:
     bf16 also saves the way to float32 and back, and keeps half as much for the backward pass.
     """
     units = bf16_units()
-    return units == "amx" or (units == "avx512" and head_dim >= 64)
+    return units == "amx" or (units == "avx512" and head_dim >= 128)

@@ -72,7 +72,7 @@ def worker(name: str) -> None:
             eval_set,
             steps.max_tokens,
             steps.total,
-            EVAL_STEPS,
+            every=EVAL_STEPS,
             wants_answers=True,
         )
     )
