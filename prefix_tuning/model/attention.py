@@ -123,8 +123,8 @@ def as_grid(qkv: torch.Tensor, prefix: torch.Tensor, batch: Batch) -> tuple[torc
     query, key, value = _split(batch.to_grid(qkv).permute(0, 2, 3, 1, 4))  # each (R, G, H / G or 1, S, D)
     prefix_key, prefix_value = prefix.to(qkv.dtype)[:, None, :, None].expand(-1, batch.rows, -1, -1, -1, -1)
     key, value = torch.cat((prefix_key, key), dim=3), torch.cat((prefix_value, value), dim=3)
-    queries = query.shape[2]
-    return query.flatten(1, 2), *(x.expand(-1, -1, queries, -1, -1).flatten(1, 2) for x in (key, value))
+    key, value = (x.expand(-1, -1, query.shape[2], -1, -1).flatten(1, 2) for x in (key, value))
+    return query.flatten(1, 2), key, value
 
 
 def _split(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
