@@ -2,7 +2,8 @@
 
 A kernel of torch ends when its slowest thread does. Until then the other threads spin: on an idle machine they go on sooner
 than threads that sleep and have to be woken. On a busy machine they take the cores from the very thread that they wait for,
-so one other program makes a training six times slower, not twice. `giving_way` makes them spin only where nobody waits.
+so one other program makes a training three to six times slower, not twice. `giving_way` makes them spin only where nobody
+waits.
 
 libgomp reads the environment's OMP_WAIT_POLICY and GOMP_SPINCOUNT once, when torch is imported. But by its manual, threads
 spin 300,000 times as a rule and 100 times while there are more OpenMP threads than cores. So a few more threads, which only
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-LOOK = 0.2  # seconds for which threads spin while it is measured whether other programs need the cores
+LOOK = 0.5  # seconds for which threads spin while it is measured whether other programs need the cores
+MOST_SLEEPERS = 4
 REST = 5.0  # seconds without spinning where they do
 # A machine counts as busy if this program's threads wait longer than that for a core, in seconds per second, all together.
 # Two threads beside three busy programs, on 2 cores, waited 1.2.
@@ -29,8 +31,8 @@ BUSY = 0.1
 def giving_way() -> Iterator[None]:
     """A context in which torch's threads do not spin while other programs need the cores.
 
-    A no-op where the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT, and on other systems than Linux, where torch comes
-    without libgomp.
+    A no-op where the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT, and on other systems than Linux, whose torch has
+    another library for its threads.
     """
     if sys.platform != "linux" or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         yield
@@ -51,15 +53,18 @@ def _watch(over: threading.Event, threads: int) -> None:
         return
     # With the thread that starts the kernels, 1 + (threads - 1) * (sleepers + 1) threads are more than the cores.
     sleepers = (len(os.sched_getaffinity(0)) - 1) // (threads - 1)
-    while not over.is_set():
-        before = seconds_in_queue()
-        over.wait(LOOK)
+    # With many more cores than threads, another program finds a free one.
+    if sleepers > MOST_SLEEPERS:
+        return
+    before = seconds_in_queue()
+    while not over.wait(LOOK):
         if seconds_in_queue() - before > BUSY * LOOK:
             crowd = [threading.Thread(target=_sleep, args=(over, threads), daemon=True) for _ in range(sleepers)]
             for thread in crowd:
                 thread.start()
             for thread in crowd:
                 thread.join()
+        before = seconds_in_queue()
 
 
 def _sleep(over: threading.Event, threads: int) -> None:

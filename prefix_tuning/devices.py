@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.model.attention import row_dtype
+from prefix_tuning.model.attention import attention_dtype, row_dtype
 from prefix_tuning.model.cpu import bf16_units
 from prefix_tuning.model.encoder import key_value_shape
 
@@ -117,7 +117,9 @@ def activation_bytes_per_token(model: PreTrainedModel, longest: int = 0) -> int:
     heads = config.num_attention_heads
     keeps_scores = getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss"
     attended = heads * (4 * head_dim + (2 * longest if keeps_scores else 0))
-    in_attention = row_dtype(model.dtype, head_dim) if model.device.type == "cpu" else model.dtype
+    in_attention = attention_dtype(model.dtype, model.device)
+    if model.device.type == "cpu" and not keeps_scores:
+        in_attention = row_dtype(model.dtype, head_dim)
     return layers * ((inner + 2 * config.hidden_size) * model.dtype.itemsize + attended * in_attention.itemsize)
 
 

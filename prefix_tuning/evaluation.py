@@ -3,9 +3,9 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -34,26 +34,35 @@ LONGEST_SHOWN = 64
 
 
 class RowScore(NamedTuple):
-    """loss: of a row in nats, summed over its labels. labels: their number. likeliest: the likeliest token at each label."""
+    """loss: of a row in nats, summed over its labels. labels: their number. likeliest: the likeliest token at each label, if
+    it was asked for.
+    """
 
     loss: float
     labels: int
     likeliest: list[int]
 
 
-def score_rows(model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> Iterator[RowScore]:
-    """The score of every row of a tokenised dataset, in order.
+@torch.no_grad()
+def score_rows(
+    model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int, with_tokens: bool = False
+) -> Iterator[RowScore]:
+    """The score of every row of a tokenised dataset, in order. with_tokens: the likeliest tokens, too.
 
     All ranks call this together, each for its own rows. It ends early, in all of them, if one of them gets a signal.
     """
     found: dict[int, RowScore] = {}
     following = 0  # the row to yield next
     for rows, batch in _passes_of_all_ranks(_passes(tokenized, max_tokens)):
-        losses, likeliest = (x.cpu() for x in model.label_scores(batch.to(model.device), prefix))
+        batch = batch.to(model.device)
+        if with_tokens:
+            losses, tokens = model.label_scores(batch, prefix)
+        else:
+            losses, tokens = model.label_losses(batch, prefix), batch.labels[:0]
         counts = [count for _, count in rows]
-        parts = zip(losses.double().split(counts), likeliest.split(counts), strict=True)
-        for (row, count), (loss, tokens) in zip(rows, parts, strict=True):
-            found[row] = RowScore(loss.sum().item(), count, tokens.tolist())
+        likeliest = tokens.cpu().split(counts) if with_tokens else [tokens] * len(rows)
+        for (row, count), loss, ids in zip(rows, losses.double().cpu().split(counts), likeliest, strict=True):
+            found[row] = RowScore(loss.sum().item(), count, ids.tolist())
         while following in found:
             yield found.pop(following)
             following += 1
@@ -84,22 +93,29 @@ def _passes_of_all_ranks(passes: Iterator[tuple[list, Batch]]) -> Iterator[tuple
 
 
 def evaluate_rows(
-    model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int
-) -> tuple[float, list[list[int]]]:
-    """The mean loss per label in nats over a tokenised dataset, and the likeliest tokens at the labels of each row.
+    model: Objective,
+    tokenized: Dataset,
+    prefix: torch.Tensor | None,
+    max_tokens: int,
+    verdict: Callable[[int, list[int]], Any] | None = None,
+) -> tuple[float, list]:
+    """The mean loss per label in nats over a tokenised dataset, and a verdict on each row. The ranks share the rows, and all
+    get the same.
 
-    The ranks share the rows, and all get the same.
-
-    Raises Interrupted in all ranks, after the current pass, if one of them gets a signal.
+    verdict: called with the index of a row and the likeliest tokens at its labels; returns anything that JSON knows. Without
+    it the list is empty. Raises Interrupted in all ranks, after the current pass, if one of them gets a signal.
     """
-    own = tokenized.select(distributed.share(range(len(tokenized))))
-    losses, labels, likeliest = 0.0, 0, []
-    for score in score_rows(model, own, prefix, max_tokens):
+    indices = distributed.share(range(len(tokenized)))
+    losses, labels, verdicts = 0.0, 0, []
+    scores = score_rows(model, tokenized.select(indices), prefix, max_tokens, with_tokens=verdict is not None)
+    # The scores come first, because all ranks must run them to their end. A signal may end them early.
+    for score, index in zip(scores, indices, strict=False):
         losses, labels = losses + score.loss, labels + score.labels
-        likeliest.append(score.likeliest)
+        if verdict:
+            verdicts.append(verdict(index, score.likeliest))
     signals.stop_if_heard()
     all_losses, all_labels = distributed.sum_over_ranks([losses, labels])
-    return all_losses / all_labels, distributed.gather_shares(likeliest)
+    return all_losses / all_labels, distributed.gather_shares(verdicts)
 
 
 def perplexity(loss: float) -> float:
@@ -198,7 +214,8 @@ def foreseen_match(tokenizer: PreTrainedTokenizerBase, turn: Turn, likeliest: li
     """Whether greedy generation gives a turn's answer, or None where nobody can tell without generating it.
 
     likeliest: the likeliest token at each label of the row. Up to the first that is not the label, these are the tokens that
-    are generated. The same text may have other tokens, so only one that no longer begins the answer's text is wrong.
+    are generated, apart from rounding. The same text may have other tokens, so only one that no longer begins the answer's
+    text is wrong.
     """
     likeliest = likeliest[-len(turn.answer) :]
     if likeliest == turn.answer:
@@ -255,7 +272,15 @@ class Evaluator:
         heads, tokens, head_dim); None: the frozen base alone.
         """
         assert self.tokenized is not None
-        loss, likeliest = evaluate_rows(self.distillation or self.base, self.tokenized, prefix, self.max_tokens)
+        turns = list(self._turns()) if self.wants_answers else []
+
+        def verdict(row: int, likeliest: list[int]) -> bool | None:
+            return foreseen_match(self.tokenizer, turns[row], likeliest)
+
+        objective = self.distillation or self.base
+        loss, known = evaluate_rows(
+            objective, self.tokenized, prefix, self.max_tokens, verdict if self.wants_answers else None
+        )
         figures, line = {"eval_loss": loss}, f"{title}: eval loss {loss:.4f}"
         if self.distillation:
             line += " (divergence from the teacher)"
@@ -263,8 +288,6 @@ class Evaluator:
             figures["eval_perplexity"] = perplexity(loss)
             line += f", perplexity {figures['eval_perplexity']:.2f}"
         if self.wants_answers:
-            turns = list(self._turns())
-            known = [foreseen_match(self.tokenizer, turn, tokens) for turn, tokens in zip(turns, likeliest, strict=True)]
             unsure = [turn for turn, match in zip(turns, known, strict=True) if match is None]
             right = known.count(True) + matching(self._answers(unsure, prefix), expected_answers(self.tokenizer, unsure))
             figures["eval_exact_match"] = right / len(turns)

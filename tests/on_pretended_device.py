@@ -97,9 +97,13 @@ def test_losses_of_rows_and_of_the_base_alone(device):
     plain_model, model = random_bloom(), random_bloom().to(device)
     examples = examples_of([7, 12, 30])
     rows = Dataset.from_list([vars(example) for example in examples])
+
+    def both(row, tokens):
+        return [row, tokens]
+
     for prefix in (None, random_prefix(plain_model)):
-        ours, likeliest = evaluate_rows(model, rows, None if prefix is None else prefix.to(device), 30)
-        plain, plain_likeliest = evaluate_rows(plain_model, rows, prefix, 30)
+        ours, likeliest = evaluate_rows(model, rows, None if prefix is None else prefix.to(device), 30, both)
+        plain, plain_likeliest = evaluate_rows(plain_model, rows, prefix, 30, both)
         assert ours == pytest.approx(plain, rel=1e-5) and likeliest == plain_likeliest
     # The passes that make wrapped layers compile; the result is their seconds.
     assert compile_now(model, pack(examples, 30), random_prefix(plain_model).to(device)) > 0

@@ -62,10 +62,11 @@ with distributed.processes(CPU):
     # Six rows for four processes: whoever has no pass left takes part in those of the others. All get all tokens.
     rows = Dataset.from_list([vars(example) for example in examples[:6]])
     for model, _ in models:
-        loss, likeliest = evaluate_rows(model, rows, prefix, 40)
+        loss, likeliest = evaluate_rows(model, rows, prefix, 40, lambda row, tokens: [row, tokens])
         losses = [plain.label_losses(batch, prefix) for batch in pack(examples[:6], 1000)]
         assert abs(loss - torch.cat(losses).mean().item()) < 1e-4
         alone = [plain.label_scores(*pack([example], 1000), prefix)[1].tolist() for example in examples[:6]]
+        alone = [list(pair) for pair in enumerate(alone)]
         assert distributed.gather(likeliest) == [likeliest] * 4 and likeliest == alone
     # One process may need more passes for its rows than another, or none at all.
     for used in (examples, examples[:1]):

@@ -78,10 +78,19 @@ def test_exact_match_is_that_of_generated_answers_although_few_are_generated(tun
     evaluator = Evaluator(tuned_model, tokenizer, tokenized, 300, total_steps=1, wants_answers=True)
     assert evaluator(prefix, "")["eval_exact_match"] == sum(equal) / 60
     assert len(asked) < 10
-    _, likeliest = evaluate_rows(tuned_model, tokenized, prefix, 300)
+    _, likeliest = evaluate_rows(tuned_model, tokenized, prefix, 300, lambda row, tokens: tokens)
     foreseen = [foreseen_match(tokenizer, turn, tokens) for turn, tokens in zip(turns, likeliest, strict=True)]
     assert [turn for turn, match in zip(turns, foreseen, strict=True) if match is None] == asked
     assert all(match in (None, right) for match, right in zip(foreseen, equal, strict=True))
+
+
+def test_no_number_is_no_likeliest_token(tuned_model):
+    """Of logits that are not finite, no label is the likeliest; of equal ones, the first is, as in generation."""
+    hidden, labels = torch.full((3, tuned_model.config.hidden_size), torch.nan), torch.tensor([4, 5, 6])
+    losses, likeliest = tuned_model.head_scores(hidden, labels)
+    assert losses.isnan().all() and not (likeliest == labels).any()
+    losses, likeliest = tuned_model.head_scores(torch.zeros_like(hidden), labels)
+    assert losses.isfinite().all() and likeliest.tolist() == [0, 0, 0]
 
 
 def test_the_first_other_token_tells_whether_an_answer_can_still_be_right(tokenizer):
@@ -107,7 +116,7 @@ def test_an_answer_of_the_same_text_in_other_tokens_is_right(tuned_model, tokeni
     labels = [IGNORED] * len(prompt) + ids
     tokenized = Dataset.from_list([{"input_ids": prompt + ids, "labels": labels}])
     prefix = tuned_model.prefixes["short"]
-    assert evaluate_rows(tuned_model, tokenized, prefix, 300)[1] != [ids]
+    assert evaluate_rows(tuned_model, tokenized, prefix, 300, lambda row, tokens: tokens)[1] != [ids]
     evaluator = Evaluator(tuned_model, tokenizer, tokenized, 300, total_steps=1, wants_answers=True)
     assert evaluator(prefix, "")["eval_exact_match"] == 1
 

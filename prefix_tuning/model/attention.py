@@ -164,7 +164,9 @@ class AttendRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_context):
         qkv, prefix, bias, context, *log_sums = ctx.saved_tensors
-        grad_qkv, grad_prefix = torch.zeros_like(qkv), torch.zeros_like(prefix)
+        # Chunks of one row add up, so in bf16 the sum is kept in float32.
+        grad_qkv = torch.zeros_like(qkv, dtype=torch.promote_types(qkv.dtype, torch.float32))
+        grad_prefix = torch.zeros_like(prefix)
         prefix_length = prefix.shape[2]
         # The first layer's qkv depends on nothing that is trained. There, only the prefix needs gradients.
         into_rows = ctx.needs_input_grad[0]
@@ -182,7 +184,7 @@ class AttendRows(torch.autograd.Function):
                 grad_qkv[queries, :, :-2] = grad_query.permute(2, 0, 1, 3)
                 grad_qkv[keys, :, -2] += grad_key[:, prefix_length:].transpose(0, 1)
                 grad_qkv[keys, :, -1] += grad_value[:, prefix_length:].transpose(0, 1)
-        return grad_qkv if into_rows else None, grad_prefix, None, None, None
+        return grad_qkv.to(qkv.dtype) if into_rows else None, grad_prefix, None, None, None
 
 
 def _flash_backward_of_groups(grad, query, key, value, result, log_sum, bias) -> tuple[torch.Tensor, ...]:

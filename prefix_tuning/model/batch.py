@@ -139,8 +139,8 @@ class Gather(torch.autograd.Function):
 def pack(examples: list[Example], max_tokens: int) -> Iterator[Batch]:
     """Packs the examples into batches of up to `max_tokens` tokens, rows of similar length together, the longest first.
 
-    A longer row is a batch of its own. The batches are about equally large: each has as few tokens as their number allows,
-    so the largest takes no more memory than it must.
+    A longer row is a batch of its own. There are as few batches as this order allows, and the largest of them has as few
+    tokens as their number allows, so it takes no more memory than it must.
     """
     rows = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
     fewest = len(_runs(rows, max_tokens))

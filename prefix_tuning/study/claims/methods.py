@@ -97,7 +97,7 @@ def attend_infix(
     positions = token + length * (token >= first)  # (R, S)
     keys = torch.cat((first + torch.arange(length, device=qkv.device), positions), dim=1)  # (R, P + S)
     distance = keys[:, None, :] - positions[:, :, None]  # (R, S, P + S), negative before the query
-    slopes = alibi_slopes(qkv.shape[1]).to(qkv)  # (H)
+    slopes = alibi_slopes(qkv.shape[1]).to(bias)  # (H)
     own = (slopes[:, None, None] * distance[:, None]).masked_fill(distance[:, None] > 0, -torch.inf)
     return attend_padded(qkv, pairs, batch, own)
 
