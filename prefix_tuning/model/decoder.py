@@ -161,9 +161,9 @@ def attend_packed(
     """
     layer, dtype = cast(int, module.layer_idx), attention_dtype(query.dtype, query.device)
     own_dtype, head_dim, groups = query.dtype, query.shape[3], key.shape[1]
-    scale = head_dim**-0.5 if scaling is None else scaling
-    if scale * head_dim**0.5 != 1:
-        query = query.to(dtype) * (scale * head_dim**0.5)  # `attend` divides by the root
+    # `attend` divides by the root. Another scale is put into the query, and on a CPU `torch.cat` then makes all float32.
+    if scaling not in (None, head_dim**-0.5):
+        query = query.to(dtype) * (scaling * head_dim**0.5)
     parts = query.unflatten(1, (groups, -1)), key.unsqueeze(2), value.unsqueeze(2)
     qkv = torch.cat(parts, dim=2)[0].permute(2, 0, 1, 3)  # (T, G, H / G + 2, D)
     mask, last = mask_of(sliding_window, dtype), layer == len(prefix) - 1

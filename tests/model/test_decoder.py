@@ -7,9 +7,10 @@ from models import examples_of, loss_and_gradient, random_decoder, relative
 
 from prefix_tuning.base_model.loading import wrap_layers
 from prefix_tuning.generation.cache import CACHE
+from prefix_tuning.model import attention
 from prefix_tuning.model.batch import pack
 from prefix_tuning.model.bloom import prefix_cache
-from prefix_tuning.model.decoder import FAMILIES
+from prefix_tuning.model.decoder import FAMILIES, Decoder
 from prefix_tuning.model.encoder import key_value_shape
 
 # Families whose layer norms, rotation and softmax compute in the model's dtype, float64 included.
@@ -67,6 +68,23 @@ def test_bf16_is_near_float32(family):
     expected_loss, expected = loss_and_gradient(lambda leaf: packed_loss(model.float(), leaf), prefix)
     assert loss == pytest.approx(expected_loss, rel=10 * 2**-8)
     assert relative(gradient, expected) < 10 * 2**-8
+
+
+@pytest.mark.parametrize("in_bf16, expected", [(False, torch.float32), (True, torch.bfloat16)])
+def test_heads_with_the_usual_scale_attend_in_the_dtype_of_rows(monkeypatch, in_bf16, expected):
+    """32 ** -0.5 * 32 ** 0.5 is not 1 in floating point, and yet the query needs no other scale."""
+    assert 32**-0.5 * 32**0.5 != 1
+    monkeypatch.setattr(attention, "attends_in_bf16", lambda head_dim: in_bf16)
+    model, found = random_decoder("qwen3", torch.bfloat16, head_dim=32), set()
+
+    def attend(*inputs, **scores):
+        context = Decoder.attend_in(0)(*inputs, **scores)
+        found.add(context.dtype)
+        return context
+
+    model.attend_in = lambda layer: attend
+    model.label_losses(next(pack(examples_of([90, 80], vocab_size=99), 200)), random_prefix_of(model))
+    assert found == {expected}
 
 
 def test_transformers_own_forward_stays():
