@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 LOOK = 0.5  # seconds for which threads spin while it is measured whether other programs need the cores
-MOST_SLEEPERS = 4
 REST = 5.0  # seconds without spinning where they do
 # A machine counts as busy if this program's threads wait longer than that for a core, in seconds per second, all together.
 # Two threads beside three busy programs, on 2 cores, waited 1.2.
 BUSY = 0.1
+# With many more cores than threads, another program finds a free one, and switching the spinning off takes many threads.
+MOST_SLEEPERS = 4
 
 
 @contextmanager
@@ -53,18 +54,19 @@ def _watch(over: threading.Event, threads: int) -> None:
         return
     # With the thread that starts the kernels, 1 + (threads - 1) * (sleepers + 1) threads are more than the cores.
     sleepers = (len(os.sched_getaffinity(0)) - 1) // (threads - 1)
-    # With many more cores than threads, another program finds a free one.
     if sleepers > MOST_SLEEPERS:
         return
     before = seconds_in_queue()
     while not over.wait(LOOK):
-        if seconds_in_queue() - before > BUSY * LOOK:
+        now = seconds_in_queue()
+        if now - before > BUSY * LOOK:
             crowd = [threading.Thread(target=_sleep, args=(over, threads), daemon=True) for _ in range(sleepers)]
             for thread in crowd:
                 thread.start()
             for thread in crowd:
                 thread.join()
-        before = seconds_in_queue()
+            now = seconds_in_queue()
+        before = now
 
 
 def _sleep(over: threading.Event, threads: int) -> None:

@@ -34,35 +34,26 @@ LONGEST_SHOWN = 64
 
 
 class RowScore(NamedTuple):
-    """loss: of a row in nats, summed over its labels. labels: their number. likeliest: the likeliest token at each label, if
-    it was asked for.
-    """
+    """loss: of a row in nats, summed over its labels. labels: their number. likeliest: the likeliest token at each label."""
 
     loss: float
     labels: int
     likeliest: list[int]
 
 
-@torch.no_grad()
-def score_rows(
-    model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int, with_tokens: bool = False
-) -> Iterator[RowScore]:
-    """The score of every row of a tokenised dataset, in order. with_tokens: the likeliest tokens, too.
+def score_rows(model: Objective, tokenized: Dataset, prefix: torch.Tensor | None, max_tokens: int) -> Iterator[RowScore]:
+    """The score of every row of a tokenised dataset, in order.
 
     All ranks call this together, each for its own rows. It ends early, in all of them, if one of them gets a signal.
     """
     found: dict[int, RowScore] = {}
     following = 0  # the row to yield next
     for rows, batch in _passes_of_all_ranks(_passes(tokenized, max_tokens)):
-        batch = batch.to(model.device)
-        if with_tokens:
-            losses, tokens = model.label_scores(batch, prefix)
-        else:
-            losses, tokens = model.label_losses(batch, prefix), batch.labels[:0]
+        losses, likeliest = (x.cpu() for x in model.label_scores(batch.to(model.device), prefix))
         counts = [count for _, count in rows]
-        likeliest = tokens.cpu().split(counts) if with_tokens else [tokens] * len(rows)
-        for (row, count), loss, ids in zip(rows, losses.double().cpu().split(counts), likeliest, strict=True):
-            found[row] = RowScore(loss.sum().item(), count, ids.tolist())
+        parts = zip(losses.double().split(counts), likeliest.split(counts), strict=True)
+        for (row, count), (loss, tokens) in zip(rows, parts, strict=True):
+            found[row] = RowScore(loss.sum().item(), count, tokens.tolist())
         while following in found:
             yield found.pop(following)
             following += 1
@@ -107,7 +98,7 @@ def evaluate_rows(
     """
     indices = distributed.share(range(len(tokenized)))
     losses, labels, verdicts = 0.0, 0, []
-    scores = score_rows(model, tokenized.select(indices), prefix, max_tokens, with_tokens=verdict is not None)
+    scores = score_rows(model, tokenized.select(indices), prefix, max_tokens)
     # The scores come first, because all ranks must run them to their end. A signal may end them early.
     for score, index in zip(scores, indices, strict=False):
         losses, labels = losses + score.loss, labels + score.labels

@@ -73,7 +73,7 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (Bloom, "label_losses")) -> None:
+def interrupt(settings: dict, evaluations: int, call: int = 2, watched: tuple = (Bloom, "label_scores")) -> None:
     """Runs a training that gets SIGINT in the second forward pass of an evaluation, and must make no pass after that.
 
     evaluations: in which evaluation, counted from 1. call, watched: sends the signal at this call of another function.

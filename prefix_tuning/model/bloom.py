@@ -133,14 +133,12 @@ class PackedModel(PreTrainedModel, GenerationMixin):
     def head_scores(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`head_losses`, and the likeliest token at each label: (N,) and (N,), int64."""
         hidden, weight, bias, cap = self.head_inputs(hidden)
-        losses = hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        likeliest = torch.empty_like(labels)
-        for start in range(0, len(labels), FrozenHeadLoss.LABELS_AT_ONCE):
-            part = slice(start, start + FrozenHeadLoss.LABELS_AT_ONCE)
-            logits = head_logits(hidden[part], weight, bias, cap)
-            losses[part] = F.cross_entropy(logits, labels[part], reduction="none")
-            likeliest[part] = logits.argmax(dim=1)  # of equals the first, as in greedy generation
-        return losses, likeliest
+        losses, likeliest = [], []
+        for part, expected in zip(*(x.split(FrozenHeadLoss.LABELS_AT_ONCE) for x in (hidden, labels)), strict=True):
+            logits = head_logits(part, weight, bias, cap)
+            losses.append(F.cross_entropy(logits, expected, reduction="none"))
+            likeliest.append(logits.argmax(dim=1))  # of equals the first, as in greedy generation
+        return torch.cat(losses), torch.cat(likeliest)
 
     def head_inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
         """The arguments with which `head_logits` returns this model's logits for the output of `packed_hidden`."""

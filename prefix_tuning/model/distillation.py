@@ -72,21 +72,30 @@ class Distillation:
     def label_losses(self, batch: Batch, prefix: torch.Tensor | None) -> torch.Tensor:
         """(1 - alpha) * KL_n + alpha * CE_n in nats at every label of the batch: (N,), at least float32.
 
-        prefix: (L, 2, H, P, D), or None for the base alone. The teacher's hidden states are computed anew for each pass. To
-        keep them for all passes would take N x E numbers on a disk, and its probabilities N x V.
+        prefix: (L, 2, H, P, D), or None for the base alone.
         """
         labels, batch = len(batch.labels), self.base.filled(batch)
+        return self._losses(batch, self.base.packed_hidden(batch, prefix))[:labels]
+
+    @torch.no_grad()
+    def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`label_losses`, without gradients, and the likeliest token at each label, after the prefix: (N,), int64."""
+        labels, batch = len(batch.labels), self.base.filled(batch)
+        hidden = self.base.packed_hidden(batch, prefix)
+        _, likeliest = self.base.head_scores(hidden, batch.labels)
+        return self._losses(batch, hidden)[:labels], likeliest[:labels]
+
+    def _losses(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """The losses of hidden (N, E), the output of `packed_hidden` after the prefix: (N,).
+
+        The teacher's hidden states are computed anew for each pass. To keep them for all passes would take N x E numbers on
+        a disk, and its probabilities N x V.
+        """
         with torch.no_grad():
             teacher = self.base.packed_hidden(batch, self.teacher)
-        hidden = torch.stack((teacher, self.base.packed_hidden(batch, prefix)))
-        (theirs, ours), weight, bias, cap = self.base.head_inputs(hidden)
+        (theirs, ours), weight, bias, cap = self.base.head_inputs(torch.stack((teacher, hidden)))
         losses = FrozenHeadDivergence.apply(ours, weight, theirs.detach(), bias, cap)
         if self.alpha:
             own = FrozenHeadLoss.apply(ours, weight, batch.labels, bias, cap)
             losses = (1 - self.alpha) * losses + self.alpha * own
-        return losses[:labels]
-
-    def label_scores(self, batch: Batch, prefix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`label_losses`, without gradients, and the likeliest token at each label, after the prefix."""
-        with torch.no_grad():
-            return self.label_losses(batch, prefix), self.base.label_scores(batch, prefix)[1]
+        return losses
