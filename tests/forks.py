@@ -140,6 +140,9 @@ def in_forks(count, work, **environment):
     Returns what each call returned (None if it did not return), and the exit codes.
     """
     forked = multiprocessing.get_context("fork")
+    # The store's thread looks up the name of each rank that connects. A fork at that moment would inherit libc's lock of such
+    # lookups, and never get it. So all ranks wait until the last one is forked.
+    all_forked = forked.Event()
     answers, store = forked.SimpleQueue(), dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment = {
         "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "GROUP_WORLD_SIZE": "1",
@@ -149,12 +152,14 @@ def in_forks(count, work, **environment):
 
     def become(rank):
         os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        all_forked.wait()
         with distributed.processes(torch.device("cpu")):
             answers.put((rank, work()))
 
     ranks = [forked.Process(target=become, args=(rank,)) for rank in range(count)]
     for process in ranks:
         process.start()
+    all_forked.set()
     for process in ranks:
         process.join(timeout=300)
         process.kill()  # one that hangs
