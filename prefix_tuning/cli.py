@@ -56,13 +56,13 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     )
     parser = Parser(groups, MOST_USED_IN_TRAINING, prog="train.py", description=TRAIN_HELP)
     values, given = parser.parse(argv)
-    if values["model_name_or_path"] in bundled.MODELS and values["dataset"] in bundled.DATASETS:
+    if settings := bundled.settings_for(values["model_name_or_path"], values["dataset"]):
         skipped = given | (PREFIX_SHAPE if values["prefix_from"] else set())
-        settings = {name: value for name, value in bundled.SETTINGS.items() if name not in skipped}
+        settings = {name: value for name, value in settings.items() if name not in skipped}
         if not given & {"eval_dataset", "eval_fraction"}:
             settings["eval_dataset"] = values["dataset"] + "-eval"
         elif not (values["eval_dataset"] or values["eval_fraction"]):
-            settings.pop("eval_exact_match", None)
+            settings = {name: value for name, value in settings.items() if not name.startswith("eval_")}
         parser.set_defaults(**settings)
         values, _ = parser.parse(argv)
         flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())

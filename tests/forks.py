@@ -140,8 +140,8 @@ def in_forks(count, work, **environment):
     Returns what each call returned (None if it did not return), and the exit codes.
     """
     forked = multiprocessing.get_context("fork")
-    # The store's thread looks up the name of each rank that connects. A fork at that moment would inherit libc's lock of such
-    # lookups, and never get it. So all ranks wait until the last one is forked.
+    # The store's thread looks up the name of each rank that connects. A fork at that moment would inherit libc's lock of
+    # such lookups, and never get it. So all ranks wait until the last one is forked.
     all_forked = forked.Event()
     answers, store = forked.SimpleQueue(), dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment = {

@@ -3,11 +3,12 @@ from pathlib import Path
 from prefix_tuning import bundled
 from prefix_tuning.training.settings import TrainConfig
 
-NAMES = [*bundled.MODELS, *bundled.DATASETS, *(f"{name}-eval" for name in bundled.DATASETS)]
+MODELS, DATASETS = (*bundled.MODELS, bundled.READER), (*bundled.DATASETS, bundled.SHEET_QUESTIONS)
+NAMES = [*MODELS, "bundled:sheet", *DATASETS, *(f"{name}-eval" for name in DATASETS)]
 
 
 def test_a_bundled_name_is_a_path_that_is_there_and_back():
-    assert all(Path(bundled.resolve(name), "config.json").is_file() for name in bundled.MODELS)
+    assert all(Path(bundled.resolve(name), "config.json").is_file() for name in MODELS)
     for name in NAMES:
         path = Path(bundled.resolve(name))
         assert path.exists() and bundled.name_of(path.resolve()) == name
@@ -21,7 +22,8 @@ def test_other_names_stay_what_they_are(tmp_path):
 
 
 def test_the_demos_settings_are_settings_that_differ_from_the_defaults():
-    assert all(value != getattr(TrainConfig, name) for name, value in bundled.SETTINGS.items())
+    for settings in (bundled.SETTINGS, bundled.SHEET_SETTINGS):
+        assert all(value != getattr(TrainConfig, name) for name, value in settings.items())
 
 
 def test_the_demos_steps_have_the_rows_that_the_readme_says():

@@ -39,6 +39,13 @@ def test_the_demos_settings_are_printed_and_flags_override_them(capsys):
     assert parse_train_config(["--eval_fraction", "0"]).eval_exact_match is False  # there are no rows for it
     assert parse_train_config(["--prefix_projection", "false"]).prefix_projection is False
     assert parse_train_config(["--dataset", "bundled:sentence"]).eval_dataset == "bundled:sentence-eval"
+    sheet = ["--model_name_or_path", bundled.READER, "--dataset", bundled.SHEET_QUESTIONS]
+    config = parse_train_config(sheet)
+    assert config.eval_dataset == f"{bundled.SHEET_QUESTIONS}-eval"
+    assert all(getattr(config, name) == value for name, value in bundled.SHEET_SETTINGS.items())
+    config = parse_train_config([*sheet, "--eval_fraction", "0"])
+    assert config.eval_steps is None and config.eval_exact_match is False
+    assert parse_train_config([*sheet[:2], "--dataset", "bundled:short"]).eval_dataset is None  # it knows no fact
     own = parse_train_config(["--dataset", "my.jsonl"])
     assert own.learning_rate == TrainConfig.learning_rate and own.eval_dataset is None
 
