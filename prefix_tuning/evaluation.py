@@ -28,6 +28,7 @@ SORTED_ROWS = 1024  # rows that are sorted by length together
 # A reply may be this many tokens longer than the expected answer: the same text may have other tokens, and a reply that goes
 # on after a space or a new line must not look like one that ends there.
 SPARE_TOKENS = 8
+AT_ONCE = 64  # questions that are answered at once, at most
 SHOWN_ANSWERS = 5
 # Tokens: longer answers are not shown, because they take minutes on a CPU and do not fit on a line.
 LONGEST_SHOWN = 64
@@ -157,13 +158,14 @@ def answer_prompts(
     limits: list[int],
     prefix: torch.Tensor | None,
     max_tokens: int,
-    batch_size: int = 64,
 ) -> list[str]:
     """Greedy answers to prompts of token ids. limits: the most tokens of each answer. For the rest, see `answer_turns`."""
-    name = BASE
+    name, batch_size, room = BASE, AT_ONCE, prompt_tokens(max_tokens)
     if prefix is not None:
         name = "prefix"
         model.attach(name, prefix)
+        # Each row of a batch has its copy of the prefix, which may be a long text.
+        batch_size = min(batch_size, max(1, room // prefix.shape[3]))
     with model.equal_passes():
         replies = complete(
             model,
@@ -171,7 +173,7 @@ def answer_prompts(
             distributed.share(prompts),
             prefix_name=name,
             batch_size=batch_size,
-            max_tokens=prompt_tokens(max_tokens),
+            max_tokens=room,
             limits=distributed.share(limits),
             do_sample=False,
         )
@@ -226,7 +228,7 @@ class Evaluator:
     tokenized: the held-out rows; None: no evaluation is ever due. template: in which they are written. every: steps between
     evaluations; None: one at the end of each epoch. wants_answers: also answer the questions. patience: the run ends after
     this many evaluations without a lower loss; None: it does not. keep_best: the weights with the lowest loss are kept.
-    distillation: its loss is measured, in place of the base's own.
+    distillation: its loss is measured, in place of the base's own. teacher_answered: rows had no answers, and have its own.
     """
 
     base: PackedModel
@@ -240,6 +242,7 @@ class Evaluator:
     patience: int | None = None
     keep_best: bool = False
     distillation: Distillation | None = None
+    teacher_answered: bool = False
 
     def due(self, state) -> bool:
         """Whether to evaluate the prefix now. state: the TrainingState of the run.
@@ -263,16 +266,7 @@ class Evaluator:
         In a distillation, eval_loss is the divergence from the teacher, which has no perplexity. prefix: (layers, 2,
         heads, tokens, head_dim); None: the frozen base alone.
         """
-        assert self.tokenized is not None
-        turns = list(self._turns()) if self.wants_answers else []
-
-        def verdict(row: int, likeliest: list[int]) -> bool | None:
-            return foreseen_match(self.tokenizer, turns[row], likeliest)
-
-        objective = self.distillation or self.base
-        loss, known = evaluate_rows(
-            objective, self.tokenized, prefix, self.max_tokens, verdict if self.wants_answers else None
-        )
+        loss, match = self._measure(self.distillation or self.base, prefix)
         figures, line = {"eval_loss": loss}, f"{title}: eval loss {loss:.4f}"
         if self.distillation:
             line += " (divergence from the teacher)"
@@ -280,12 +274,35 @@ class Evaluator:
             figures["eval_perplexity"] = perplexity(loss)
             line += f", perplexity {figures['eval_perplexity']:.2f}"
         if self.wants_answers:
-            unsure = [turn for turn, match in zip(turns, known, strict=True) if match is None]
-            right = known.count(True) + matching(self._answers(unsure, prefix), expected_answers(self.tokenizer, unsure))
-            figures["eval_exact_match"] = right / len(turns)
-            line += f", exact match {figures['eval_exact_match']:.1%} of {len(turns)} held-out questions"
+            figures["eval_exact_match"] = match
+            line += f", exact match {match:.1%} of {len(self.tokenized or ())} held-out questions"
         tqdm.write(line)
         return figures
+
+    def _measure(self, objective: Objective, prefix: torch.Tensor | None) -> tuple[float, float]:
+        """The mean loss of the held-out rows, and the share of answers that match; 0 if no answers are wanted."""
+        assert self.tokenized is not None
+        if not self.wants_answers:
+            return evaluate_rows(objective, self.tokenized, prefix, self.max_tokens, None)[0], 0.0
+        turns = list(self._turns())
+
+        def verdict(row: int, likeliest: list[int]) -> bool | None:
+            return foreseen_match(self.tokenizer, turns[row], likeliest)
+
+        loss, known = evaluate_rows(objective, self.tokenized, prefix, self.max_tokens, verdict)
+        unsure = [turn for turn, match in zip(turns, known, strict=True) if match is None]
+        right = known.count(True) + matching(self._answers(unsure, prefix), expected_answers(self.tokenizer, unsure))
+        return loss, right / len(turns)
+
+    def of_teacher(self) -> dict[str, float]:
+        """teacher_exact_match, which the prefix of a distillation is to reach. Empty without a teacher, if no answers are
+        wanted, or if the teacher wrote them. All ranks call this together.
+        """
+        if not self.distillation or not self.wants_answers or self.teacher_answered:
+            return {}
+        _, match = self._measure(self.base, self.distillation.teacher)
+        tqdm.write(f"teacher: exact match {match:.1%}")
+        return {"teacher_exact_match": match}
 
     def _turns(self) -> Iterator[Turn]:
         """The questions of the held-out rows."""

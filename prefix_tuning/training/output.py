@@ -219,6 +219,8 @@ def _figures(records: list[dict], save_best: bool) -> str:
     text = f"Loss on the training rows at step {losses[-1]['step']}: {losses[-1]['loss']:.4f}.\n" if losses else ""
     if not evaluations:
         return text
+    if (match := evaluations[0].get("teacher_exact_match")) is not None:
+        text += f"The teacher's exact match on held-out rows: {match:.4g}.\n"
     shown = [("frozen base", x) if x.get("frozen_base") else (f"this prefix, step {x['step']}", x) for x in evaluations]
     names = [name for name in ("eval_loss", "eval_perplexity", "eval_exact_match") if name in evaluations[-1]]
     rows = [f"| {title} |" + "".join(f" {record[name]:.4g} |" for name in names) for title, record in shown]

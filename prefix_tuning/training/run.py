@@ -243,6 +243,7 @@ def _train(config: TrainConfig, dtype: torch.dtype, device: torch.device, folder
             patience=config.early_stopping_patience,
             keep_best=config.save_best,
             distillation=distillation,
+            teacher_answered=bool(answers and answers.texts),
         )
         summary = fit_and_save(objective, base_fingerprint, state, steps, metrics, evaluator, checkpoints)
 
@@ -276,7 +277,8 @@ def fit_and_save(
     try:
         with signals.listening("the run stops once it is saved"):
             if evaluator.pending(state) and progress.step == 0:
-                metrics.write({"step": 0, "frozen_base": True, **evaluator(None, "frozen base")})
+                figures = evaluator(None, "frozen base") | evaluator.of_teacher()
+                metrics.write({"step": 0, "frozen_base": True, **figures})
             if metrics.due(state):  # the run that is resumed could not write this line
                 metrics.write_interval(state)
             if evaluator.due(state):  # the run that is resumed was stopped during this evaluation

@@ -43,7 +43,6 @@ from prefix_tuning.base_model.identity import check_base, portable_name
 from prefix_tuning.data.readers import read_text
 from prefix_tuning.data.rows import ASKED, digest
 from prefix_tuning.data.templates import Template, beginning_of_text, note_other_template, prompt_ids, talk_of
-from prefix_tuning.devices import prompt_tokens
 from prefix_tuning.errors import UserError
 from prefix_tuning.evaluation import answer_prompts, greedy
 from prefix_tuning.files.names import ANSWERS_FILE
@@ -176,9 +175,9 @@ def answer_rows(
 ) -> tuple[list[Dataset], Answers]:
     """These sets of rows of `load_rows`, with the teacher's greedy answer as the output of each row that has none.
 
-    Prompt and answer have at most max_length tokens. max_tokens: of a training pass; teacher, prompts and answers of a batch
-    take about as much memory. kept: the answers of the run that is resumed, which are taken if they are to the same
-    questions. All ranks call this together. Raises Interrupted in all of them if one gets a signal.
+    Prompt and answer have at most max_length tokens. max_tokens: of a training pass; the prompts of a batch, and its copies
+    of the teacher, each take about as much memory. kept: the answers of the run that is resumed, which are taken if they are
+    to the same questions. All ranks call this together. Raises Interrupted in all of them if one gets a signal.
     """
     missing = [[index for index, output in enumerate(rows["output"]) if not output] for rows in sets]
     asked = [rows.select(indices) for rows, indices in zip(sets, missing, strict=True) if indices]
@@ -194,9 +193,7 @@ def answer_rows(
         prompts = [prompt[:max_length] for prompt in prompt_ids(tokenizer, talks, template)]
         # The token that ends the answer counts too.
         limits = [max(1, max_length - 1 - len(prompt)) for prompt in prompts]
-        longest = teacher.pairs.shape[3] + max(map(len, prompts))
-        at_once = min(64, max(1, prompt_tokens(max_tokens) // longest))
-        replies = answer_prompts(greedy(base, tokenizer), tokenizer, prompts, limits, teacher.pairs, max_tokens, at_once)
+        replies = answer_prompts(greedy(base, tokenizer), tokenizer, prompts, limits, teacher.pairs, max_tokens)
         # Chat templates strip an answer, or a line break at its beginning becomes a part of the prompt's last token.
         answers = answers._replace(texts=[reply.strip() for reply in replies])
     texts = iter(answers.texts)

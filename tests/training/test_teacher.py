@@ -124,7 +124,7 @@ def test_a_teacher_answers_as_the_base_does_with_the_text_in_front(tokenizer):
 # --- what a run makes of it ---
 
 
-def test_a_prefix_that_is_the_texts_pairs_has_nothing_to_learn(distilling, tokenizer):
+def test_a_prefix_that_is_the_texts_pairs_has_nothing_to_learn(distilling, quick_settings, tokenizer, tmp_path):
     """The start of the untrained run is the teacher itself, and a shorter start is not."""
     start = {"prefix_init": "text", "prefix_projection": False, "eval_dataset": distilling["dataset"], "max_steps": 1}
     start |= {"learning_rate": 0.0, "max_tokens_per_batch": 60}
@@ -135,6 +135,16 @@ def test_a_prefix_that_is_the_texts_pairs_has_nothing_to_learn(distilling, token
     assert frozen["eval_loss"] > 1e-3 and abs(line["loss"]) < 1e-5 and abs(last["eval_loss"]) < 1e-5
     # 9 of 12 answers are the teacher's own. The rows' own three are others than the base gives.
     assert "eval_perplexity" not in frozen and last["eval_exact_match"] == 0.75
+    assert "teacher_exact_match" not in frozen
+    # Where all rows bring their answers, the teacher's exact match is told, too.
+    lines = Path(quick_settings["dataset"]).read_text("utf-8").splitlines()[:12]
+    answered = write_jsonl(tmp_path / "answered.jsonl", *map(json.loads, lines))
+    whole = {name: answered for name in ("dataset", "eval_dataset")} | {"overwrite_output_dir": True}
+    train(TrainConfig(**distilling | start | whole | {"num_virtual_tokens": length, "eval_exact_match": True}))
+    frozen, *_, last = [line for line in metrics_of(distilling["output_dir"]) if "eval_loss" in line]
+    assert frozen["teacher_exact_match"] == last["eval_exact_match"]
+    said = f"teacher's exact match on held-out rows: {last['eval_exact_match']:.4g}."
+    assert said in Path(distilling["output_dir"], CARD_FILE).read_text("utf-8")
     short = {"num_virtual_tokens": 4, "overwrite_output_dir": True}
     losses = {}
     for init_from in ("first", "chunks"):
