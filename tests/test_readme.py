@@ -40,10 +40,20 @@ def commands(name, program):
     return [words[words.index(program) + 1 :] for words in found]
 
 
+@pytest.fixture(scope="module")
+def sheet_prefix(tmp_path_factory):
+    """The README's training on the bundled sheet, a third of it."""
+    (words,) = [words for words in commands("README.md", "train.py") if "--distill_text" in words]
+    output = str(tmp_path_factory.mktemp("distilled") / "sheet")
+    train(parse_train_config([*words[:-2], "--output_dir", output, "--num_train_epochs", "20", "--precision", "fp32"]))
+    return output
+
+
 @pytest.fixture
-def desk(tuned, tmp_path, monkeypatch):
+def desk(tuned, sheet_prefix, tmp_path, monkeypatch):
     """A folder that has what the README's commands name."""
     (tmp_path / "chatbot").symlink_to(tuned["short"])
+    (tmp_path / "sheet").symlink_to(sheet_prefix)
     (tmp_path / "chatbot-sentence").symlink_to(tuned["sentence"])
     for name in ("my-prefix", "notebook"):
         (tmp_path / name).symlink_to(tuned["short"])
@@ -64,7 +74,9 @@ def test_every_infer_command_does_what_it_says(name, desk, capsys, monkeypatch):
             Path(words[words.index("--output") + 1]).write_text("", "utf-8")
         monkeypatch.setattr("builtins.input", lambda prompt: "/quit")  # the conversation is tested on a terminal elsewhere
         infer(parse_infer_config(words))
-        assert capsys.readouterr().out or "--input" in words or "--chat" in words
+        out = capsys.readouterr().out
+        assert out or "--input" in words or "--chat" in words
+        assert out == "杭州\n" or "./sheet" not in words
     assert len((desk / "answers.jsonl").read_text("utf-8").splitlines()) == 6
     assert len((desk / "mixed-answers.jsonl").read_text("utf-8").splitlines()) == 6
     assert set(json.loads((desk / "scores.json").read_text("utf-8"))) == {"rows", "all"}

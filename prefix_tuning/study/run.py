@@ -10,6 +10,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from prefix_tuning import bundled
 from prefix_tuning.base_model.identity import LOCAL, portable_name
 from prefix_tuning.data.columns import parse_columns
 from prefix_tuning.data.readers import load_rows
@@ -237,7 +238,7 @@ def _quizzed(
 
 
 def _quiz_of(model: PrefixBloom) -> list:
-    """Questions about everything that a bundled base learnt in pre-training. Other bases have none."""
-    if not portable_name(model.name_or_path or "").startswith("bundled:"):
+    """Questions about everything that a bundled base learnt in pre-training. Bases that know no facts have none."""
+    if portable_name(model.name_or_path or "") not in bundled.MODELS:
         return []
     return [question for relation in load_relations() for question in quiz_questions(relation)]

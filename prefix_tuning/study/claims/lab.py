@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from prefix_tuning.study.claims.settings import Scale
-from prefix_tuning.study.claims.trials import Measured, Trial, measure
+from prefix_tuning.study.claims.trials import Measured, measure
 
 Imap = Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]
 Key = TypeVar("Key")
@@ -36,9 +36,9 @@ class Lab:
         self.results: dict[str, Any] = {}
         self.keep: Callable[[], None] = lambda: None
 
-    def run_trials(self, trials: Mapping[Key, Trial]) -> dict[Key, Measured]:
-        """Measures each trial. Returns what was found under the keys of the trials."""
-        found = self.run(measure, list(trials.values()))
+    def run_trials(self, trials: Mapping[Key, Any], by: Callable[..., Measured] = measure) -> dict[Key, Measured]:
+        """Measures each trial, by `measure` or another function. Returns what was found under the keys of the trials."""
+        found = self.run(by, list(trials.values()))
         return {key: Measured(*figures) for key, figures in zip(trials, found, strict=True)}
 
     def run(self, function: Callable[..., Any], items: list[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.files.writing import write_json
-from prefix_tuning.study.claims import exchange, experiments, identities
+from prefix_tuning.study.claims import exchange, experiments, identities, reading
 from prefix_tuning.study.claims.lab import Lab, two_processes
 from prefix_tuning.study.claims.record import Finding
 from prefix_tuning.study.claims.report import write_claims
@@ -32,6 +32,11 @@ CLAIMS: dict[str, Experiment] = {
     "gated": identities.gated,
     "exchange": exchange.exchange,
     "fixed_keys": experiments.fixed_keys,
+    "objective": reading.objective,
+    "text_start": reading.text_start,
+    "size": reading.size,
+    "composed": reading.composed,
+    "shorter": reading.shorter,
 }
 
 
