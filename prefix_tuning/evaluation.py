@@ -283,7 +283,7 @@ class Evaluator:
         """The mean loss of the held-out rows, and the share of answers that match; 0 if no answers are wanted."""
         assert self.tokenized is not None
         if not self.wants_answers:
-            return evaluate_rows(objective, self.tokenized, prefix, self.max_tokens, None)[0], 0.0
+            return evaluate_rows(objective, self.tokenized, prefix, self.max_tokens)[0], 0.0
         turns = list(self._turns())
 
         def verdict(row: int, likeliest: list[int]) -> bool | None:

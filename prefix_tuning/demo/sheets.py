@@ -35,10 +35,9 @@ COLUMNS = {
         "早餐": "豆浆 油条 包子 馒头 稀饭 面条 馄饨 煎饼 烧饼 花卷 鸡蛋 牛奶 面包 米粉 汤圆 春卷 蒸饺 肉粽 麻团 豆腐 年糕 锅贴 酸奶 麦片",
     }.items()
 }
-WORDS = [*NAMES, *COLUMNS, *(value for values in COLUMNS.values() for value in values)]
 STATEMENTS = ("{n}的{c}是{v}。\n", "在{c}一栏，{n}写的是{v}。\n", "据记录，{n}的{c}为{v}。\n")
 QUESTIONS = ("{n}的{c}是什么？", "请问在{c}一栏，{n}写的是什么？", "我想知道{n}的{c}。")
-FEWEST, MOST = 10, 40  # statements of a sheet
+MOST = 40  # statements of a sheet
 
 Pair = tuple[str, str]  # name and column
 Facts = dict[Pair, str]  # their values

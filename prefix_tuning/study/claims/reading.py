@@ -206,13 +206,8 @@ def size(lab: Lab) -> Finding:
     Agrees: the longest prefix of at most a tenth of the sheet's tokens keeps more than KEPT of the exact match that the
     sheet itself gives.
     """
-    losses = ("divergence", "answers", "none")
-    starts = ("random", "random", "first")
-    trials = {
-        (tokens, loss): Reading(loss, start, tokens)
-        for loss, start in zip(losses, starts, strict=True)
-        for tokens in lab.scale.kept
-    }
+    losses = {"divergence": "random", "answers": "random", "none": "first"}  # and where they start
+    trials = {(tokens, loss): Reading(loss, start, tokens) for loss, start in losses.items() for tokens in lab.scale.kept}
     found = lab.run_trials({**trials, (None, "none"): Reading("none", "first", None)}, measure_reading)
     in_front = found.pop((None, "none"))
     length = min(len(sheet(seed).ids) for seed in lab.scale.seeds)
@@ -229,7 +224,7 @@ def size(lab: Lab) -> Finding:
     return finding("size", CARTRIDGES, training_on_sheets(lab.scale), parts, table, [chart])
 
 
-class Pair(NamedTuple):
+class TwoSheets(NamedTuple):
     """A job: two sheets of half the statements about different people, each learnt by itself, with one seed."""
 
     reading: Reading
@@ -237,7 +232,7 @@ class Pair(NamedTuple):
     seed: int
 
 
-def compose(job: Pair, scale: Scale) -> dict[str, float]:
+def compose(job: TwoSheets, scale: Scale) -> dict[str, float]:
     """The exact match on the held-out questions of both sheets, by what stands in front of them.
 
     text: both texts. alone: the prefix of the sheet that is asked about. together: both prefixes side by side, in any order,
@@ -274,11 +269,11 @@ def turned(prefix: torch.Tensor, positions: int) -> torch.Tensor:
 def composed(lab: Lab) -> Finding:
     """Trained: a prefix for each of two sheets. Compared: each alone, both side by side, and no prefix.
 
-    Agrees: together they answer a share nearer to that of no prefix than to that of each alone; also with keys turned near.
+    Agrees: side by side, they answer less than the middle between no prefix and each alone. With keys turned near, too.
     """
     reading = Reading("divergence", "random", TOKENS)
     (rate,) = (one.rate for one in lab.run_trials({"": reading}, measure_reading).values())
-    results = lab.run(compose, [Pair(reading, rate, seed) for seed in lab.scale.seeds])
+    results = lab.run(compose, [TwoSheets(reading, rate, seed) for seed in lab.scale.seeds])
     ways = ("text", "alone", "together", "near", "nothing")
     middle = {way: statistics.median(one[way] for one in results) for way in ways}
     halfway = [(one["alone"] + one["nothing"]) / 2 for one in results]

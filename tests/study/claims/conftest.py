@@ -27,7 +27,7 @@ class StagedLab(Lab):
     def run(self, function, items):
         return [self.jobs or {"exact_match": self.figures(job.trial)[2]} for job in items]
 
-    def run_trials(self, trials, measure=None):
+    def run_trials(self, trials, by=None):
         found = ((key, *self.figures(trial)) for key, trial in trials.items())
         return {
             key: Measured(0.01, {"0.01": loss, "0.03": None}, [train], [loss], [share]) for key, train, loss, share in found

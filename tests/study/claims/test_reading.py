@@ -1,4 +1,4 @@
-"""The claims about texts that become prefixes: on staged figures, and each with real trainings of two steps."""
+"""The claims about texts that become prefixes: on staged figures, and each with real trainings of a few steps."""
 
 import json
 import math
@@ -13,9 +13,9 @@ from prefix_tuning.study.claims.reading import (
     LONG,
     MOST,
     SHORT,
-    Pair,
     Reading,
     Shorter,
+    TwoSheets,
     compose,
     composed,
     learn,
@@ -110,7 +110,7 @@ def test_each_loss_lowers_itself(tiny):
 def test_two_sheets_are_scored_alone_and_side_by_side(tiny):
     """With all pairs of each sheet, which need no training, two sheets read by themselves side by side still answer."""
     reading = Reading("none", "first", None)
-    found = compose(Pair(reading, 0.0, 1), tiny)
+    found = compose(TwoSheets(reading, 0.0, 1), tiny)
     assert found["alone"] > 0.9 and found["text"] > 0.9 and found["nothing"] < 0.3
     assert found["nothing"] < found["near"] <= 1 and found["nothing"] < found["together"] <= 1
 
